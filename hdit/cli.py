@@ -1,0 +1,299 @@
+"""The command line: parses, then calls. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hdit.config import RunConfig
+    from hdit.training.checkpoint import Checkpoint
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train and sample image diffusion transformers: pixel-space HDiT, and DiT.",
+    epilog="Start with:  hdit train configs/digits-hdit.toml",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, as in training.batch_size=64."
+    ),
+]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, as in configs/.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<name of CONFIG>]"),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model, or resume its run: the same command does both.
+
+    The folder gets config.toml, metrics.jsonl, checkpoints/ and a grid of samples/ at each
+    checkpoint. Ctrl-C saves a checkpoint and ends.
+    """
+    from hdit.config import load
+    from hdit.training.trainer import Trainer
+
+    settings = load(config, overrides or [])
+    folder = run or Path("runs", config.stem)
+    if not Trainer(settings, folder).fit():
+        raise typer.Exit(130)
+
+
+@app.command()
+def sample(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run (its newest checkpoint), or one."),
+    ],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A new folder.  [default: <run>/samples/<settings>]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="euler, heun, dpmpp_2m, dpmpp_2m_sde or dpmpp_3m_sde."),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Classes by name or index, repeated in turn; 'none' for no class.  [default: all]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; then one more each.")
+    ] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights as trained, not their EMA.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace images that lie in DIR already.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Sample images: PNG files named by seed, grid.png and samples.json.
+
+    What is not given comes from the run's own [sampling] settings; --set reaches the rest of them,
+    as in --set sampling.sampler.eta=0.
+    """
+
+    from hdit.config import parse, set_key
+    from hdit.training.checkpoint import find
+
+    err = _console()
+    found = find(source, lambda text: err.print(f"[yellow]warning:[/] {text}", highlight=False))
+    settings = found.config.model_dump(mode="json", exclude_none=True)
+    given = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
+    for key, value in given.items():
+        if value is not None:
+            settings["sampling"][key] = value
+    if sampler is not None:
+        set_key(settings, f'sampling.sampler={{kind="{sampler}"}}')
+    for override in overrides or []:
+        _only_sampling(override)
+        set_key(settings, override)
+    config = parse(settings, str(source))
+    chosen = _labels(labels, number, found)
+    _write_samples(found, config, chosen, list(range(seed, seed + number)), out, raw, overwrite)
+
+
+def _write_samples(
+    found: Checkpoint,
+    config: RunConfig,
+    labels: list[int] | None,
+    seeds: list[int],
+    out: Path | None,
+    raw: bool,
+    overwrite: bool,
+) -> None:
+    import json
+    from time import monotonic
+
+    import torch
+    from rich.progress import Progress
+
+    from hdit import models
+    from hdit.protocols import UserError
+    from hdit.report.grid import save_grid, save_png
+    from hdit.sampling import sample as sample_images
+
+    spec = config.sampling
+    weights = "model" if raw else "ema"
+    if out is None:
+        run = found.folder.parent.parent
+        name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance:g}"
+        out = run / "samples" / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; name a folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    signal, classes = found.state.signal, found.state.classes
+    backbone = models.build(config.model, signal)
+    backbone.load_state_dict(found.tensors(weights))
+    backbone.to(device)
+    batches = -(-len(seeds) // spec.batch_size)
+    started = monotonic()
+    with Progress(console=_console(), transient=True) as bar:
+        task = bar.add_task("sampling", total=batches * spec.steps)
+        pictures = sample_images(
+            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task)
+        )
+    seconds = monotonic() - started
+    out.mkdir(parents=True, exist_ok=True)
+    digits = max(6, len(str(seeds[-1])))
+    entries = []
+    for i, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
+        name = f"{seed:0{digits}d}.png"
+        save_png(picture, out / name)
+        label = None if labels is None or labels[i] < 0 else labels[i]
+        entries.append(
+            {
+                "file": name,
+                "seed": seed,
+                "label": label,
+                "class": None if label is None else classes[label],
+            }
+        )
+    save_grid(pictures, out / "grid.png")
+    record = {
+        "checkpoint": str(found.folder),
+        "images": found.state.images,
+        "weights": weights,
+        "sampling": spec.model_dump(mode="json", exclude_none=True),
+        "sigma_range": config.sigma_range(),
+        "samples": entries,
+    }
+    (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    typer.echo(f"{len(seeds)} images in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})")
+
+
+def _only_sampling(override: str) -> None:
+    from hdit.config import ConfigError
+
+    if not override.startswith("sampling."):
+        raise ConfigError(
+            f"--set {override!r}: sampling can change [sampling] settings only; "
+            "the rest belongs to the trained model"
+        )
+
+
+def _labels(text: str | None, number: int, found: Checkpoint) -> list[int] | None:
+    """The label of each image; None for a model without classes."""
+    from hdit.protocols import NULL_LABEL, UserError
+
+    classes = found.state.classes
+    if not classes:
+        if text is not None:
+            raise UserError("--labels: the model was trained without classes")
+        return None
+    chosen: list[int] = []
+    for part in [name.strip() for name in text.split(",")] if text else []:
+        if part in classes:
+            chosen.append(classes.index(part))
+        elif part.isdigit() and int(part) < len(classes):
+            chosen.append(int(part))
+        elif part == "none":
+            chosen.append(NULL_LABEL)
+        else:
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise UserError(f"--labels: {part!r} is no class of this model: {known}")
+    chosen = chosen or list(range(len(classes)))
+    return [chosen[i % len(chosen)] for i in range(number)]
+
+
+@app.command()
+def info(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a model's parameters, MACs and FLOPs, and tokens, by level."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hdit.config import load
+    from hdit.data.source import DataError
+    from hdit.models.cost import cost
+
+    settings = load(config, overrides or [])
+    note = ""
+    try:
+        classes = len(settings.data.open().classes)
+    except DataError as error:
+        classes, note = 0, f"counted without classes, because the data cannot be read: {error}"
+    signal = settings.signal(classes)
+    rows = cost(settings.model, signal)
+    table = Table(
+        title=f"{config.stem}: {settings.model.kind} at {signal.channels} x {signal.height} x "
+        f"{signal.width}, {classes} classes",
+        caption="MACs (multiply-accumulates, what the papers print as FLOPs) and FLOPs = 2 MACs:\n"
+        "one forward pass of one image",
+    )
+    table.add_column("part")
+    for name in ("grid", "tokens", "parameters", "MACs", "FLOPs"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        h, w = row.grid or (0, 0)
+        grid = [f"{h} x {w}", f"{h * w:,}"] if row.grid else ["", ""]
+        table.add_row(row.name, *grid, f"{row.params:,}", _si(row.macs), _si(2 * row.macs))
+    params, macs = sum(row.params for row in rows), sum(row.macs for row in rows)
+    table.add_section()
+    table.add_row("total", "", "", f"{params:,}", _si(macs), _si(2 * macs))
+    console = Console()
+    console.print(table)
+    if note:
+        console.print(note, highlight=False)
+
+
+def _si(number: int) -> str:
+    """Four digits and a prefix: 206.1 G."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {prefix}"
+    return str(number)
+
+
+def _console():  # type: ignore[no-untyped-def]
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def main() -> None:
+    """Runs the command line. What the user can mend is one message, without a traceback."""
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        # The class is known only if its module was loaded, which a verb that raises it has done.
+        protocols = sys.modules.get("hdit.protocols")
+        if protocols is None or not isinstance(error, protocols.UserError):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""A run's settings: typed, read from TOML with `extends` and overrides, with errors that help."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from hdit.data import DataSpec
+from hdit.diffusion.noise import CosineInterpolated, Density, UniformVP
+from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrization
+from hdit.diffusion.samplers import DPMpp3MSDE, Karras, Ladder, Sampler
+from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.weighting import SoftMinSNR, Weighting
+from hdit.models import BackboneSpec, HDiTSpec
+from hdit.protocols import Signal, Spec, SpecError, UserError
+from hdit.spaces.pixel import PixelSpace
+
+LADDER_MIN, LADDER_MAX = 1e-2, 160.0
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; one line of the message for each thing that is wrong."""
+
+
+# ---- the settings --------------------------------------------------------------------------------
+
+
+class DiffusionSpec(Spec):
+    """What is predicted, and which noise levels are trained with which weight."""
+
+    parametrization: Parametrization = EDM()
+    noise_label: NoiseLabel | None = Field(
+        None, description="what the backbone is told of sigma; by the kind of model if absent"
+    )
+    weighting: Weighting = SoftMinSNR()
+    density: Density = CosineInterpolated()
+    schedule: LinearSchedule | None = Field(
+        None, description="timesteps of eps_vp and uniform_vp; linear with 1000 steps if absent"
+    )
+
+
+class OptimizerSpec(Spec):
+    """AdamW. HDiT's mapping network and modulation learn at a third of lr, as the paper does."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(5e-4, gt=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+
+
+class EMASpec(Spec):
+    """Average of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k."""
+
+    max_decay: float = Field(0.9999, ge=0, lt=1)
+    power: float = Field(0.6667, gt=0)
+    inv_gamma: float = Field(1.0, gt=0)
+
+
+class TrainingSpec(Spec):
+    """Time is counted in images drawn."""
+
+    images: int = Field(gt=0, description="where training ends")
+    checkpoint_every: int = Field(gt=0, description="images between two checkpoints")
+    log_every: int | None = Field(
+        None, gt=0, description="images between two lines of metrics; 10 batches if absent"
+    )
+    batch_size: int = Field(gt=0, description="images of an optimizer step, over all processes")
+    accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
+    workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
+    clip_grad_norm: float = Field(1.0, gt=0)
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema: EMASpec = EMASpec()
+
+
+class SamplingSpec(Spec):
+    """How images are sampled: in the grid of each checkpoint, and by `hdit sample` if not told."""
+
+    sampler: Sampler = DPMpp3MSDE()
+    ladder: Ladder = Karras()
+    steps: int = Field(50, gt=0)
+    sigma_min: float | None = Field(None, gt=0, description="0.01 if absent, within the range")
+    sigma_max: float | None = Field(None, gt=0, description="160 if absent, within the range")
+    guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance; 1 is none")
+    batch_size: int = Field(64, gt=0, description="images that are sampled at once")
+    grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
+
+
+class RunConfig(Spec):
+    """All settings of a run."""
+
+    data: DataSpec
+    model: BackboneSpec
+    diffusion: DiffusionSpec = DiffusionSpec()
+    training: TrainingSpec
+    sampling: SamplingSpec = SamplingSpec()
+
+    def signal(self, num_classes: int) -> Signal:
+        """What the backbone sees; the number of classes is known once the data is open."""
+        c, h, w = self.data.shape
+        return Signal(c, h, w, num_classes, PixelSpace.sigma_data)
+
+    @property
+    def schedule(self) -> LinearSchedule:
+        return self.diffusion.schedule or LinearSchedule()
+
+    def sigma_range(self) -> tuple[float, float]:
+        """Highest and lowest noise level of the sampling ladder, ascending."""
+        low, high = self.diffusion.parametrization.sigma_range(self.schedule)
+        return (
+            self.sampling.sigma_min or max(LADDER_MIN, low),
+            self.sampling.sigma_max or min(LADDER_MAX, high),
+        )
+
+    def resolved(self) -> RunConfig:
+        """With what follows from other settings written out."""
+        label: NoiseLabel = "log_quarter" if isinstance(self.model, HDiTSpec) else "timestep"
+        changes: dict[str, Any] = {}
+        if self.diffusion.noise_label is None:
+            changes["noise_label"] = label
+        return self.model_copy(update={"diffusion": self.diffusion.model_copy(update=changes)})
+
+    def check(self) -> None:
+        """Raises SpecError with every setting that is well-typed but does not fit the others."""
+        problems = []
+        try:
+            self.model.check(self.signal(num_classes=0))
+        except SpecError as error:
+            problems += [(f"model.{path}", text) for path, text in error.problems]
+        problems += self._check_ranges()
+        if self.training.batch_size % self.training.accumulate:
+            problems.append(
+                (
+                    "training.accumulate",
+                    f"must divide training.batch_size ({self.training.batch_size}), "
+                    f"got {self.training.accumulate}",
+                )
+            )
+        if problems:
+            raise SpecError(problems)
+
+    def _check_ranges(self) -> Iterator[tuple[str, str]]:
+        d = self.diffusion
+        if (
+            d.schedule
+            and not isinstance(d.parametrization, EpsVP)
+            and not isinstance(d.density, UniformVP)
+        ):
+            yield (
+                "diffusion.schedule",
+                "has no effect: the parametrization is not 'eps_vp', nor the density 'uniform_vp'",
+            )
+        low, high = d.parametrization.sigma_range(self.schedule)
+        ranges = {
+            "diffusion.density": d.density.sigma_range(self.schedule),
+            "sampling": self.sigma_range(),
+        }
+        for path, (start, end) in ranges.items():
+            if start >= end:
+                yield path, f"sigma_min must be below sigma_max, got {start:.5g} and {end:.5g}"
+            if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
+                yield (
+                    path,
+                    f"noise levels {start:.5g} to {end:.5g} leave the range of "
+                    f"{d.parametrization.kind!r}, {low:.5g} to {high:.5g}; set sigma_min and "
+                    "sigma_max within it, or take another parametrization",
+                )
+
+    def dump(self) -> str:
+        """TOML that reads back as this config."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in a TOML file, with what it extends and "a.b=value" overrides; checked, resolved.
+
+    Raises ConfigError, which names every key that is wrong, what arrived and the nearest valid key.
+    """
+    raw = read_toml(Path(path))
+    for override in overrides:
+        set_key(raw, override)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], origin: str) -> RunConfig:
+    """The config that a table of settings describes. `origin` is named in errors."""
+    try:
+        config = RunConfig.model_validate(raw).resolved()
+    except ValidationError as error:
+        # An array whose entries are wrong is also reported as too short: those entries say more.
+        errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+        raise ConfigError(_report(origin, [_explain(e) for e in errors])) from None
+    try:
+        config.check()
+    except SpecError as error:
+        raise ConfigError(
+            _report(origin, [f"{key}: {text}" for key, text in error.problems])
+        ) from None
+    return config
+
+
+def _report(origin: str, lines: list[str]) -> str:
+    return "\n".join([f"{origin}:", *(f"  {line}" for line in lines)])
+
+
+def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A TOML file, merged over those that its `extends` names, relative to itself, in order."""
+    if path.resolve() in above:
+        chain = " -> ".join(str(p) for p in (*above, path.resolve()))
+        raise ConfigError(f"{path}: extends itself: {chain}")
+    try:
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file{_similar_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    bases = own.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: must be a list of file names, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read_toml(path.parent / base, (*above, path.resolve())))
+    return merge(merged, own)
+
+
+def _similar_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables merge, all else replaces; so does a table of another `kind`."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            other = "kind" in value and value["kind"] != old.get("kind", value["kind"])
+            result[key] = value if other else merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def set_key(raw: dict[str, Any], override: str) -> None:
+    """Applies "a.b.0.c=value"; the value is read as TOML, or as a string where it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: must read KEY=VALUE, as in training.batch_size=64")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    for i, part in enumerate([*parents, last]):
+        where = ".".join(parents[:i]) or "the config"
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(
+                    f"--set {override!r}: {where} has {len(node)} entries, counted from 0; "
+                    f"{part!r} is none of them"
+                )
+        elif not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {where} is a value, not a table")
+        index: Any = int(part) if isinstance(node, list) else part
+        if i == len(parents):
+            is_table = isinstance(node, dict) and isinstance(node.get(index), dict)
+            node[index] = merge({"": node[index]}, {"": value})[""] if is_table else value
+        else:
+            node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) where two dumped configs differ; None where a key is absent."""
+    keys: Sequence[Any]
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        pairs = [(key, old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [(path, old, new)]
+    return [d for key, a, b in pairs for d in differences(a, b, f"{path}.{key}".lstrip("."))]
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def _specs(annotation: Any) -> list[type[Spec]]:
+    """The Spec classes that an annotation allows, through unions, Annotated and tuples."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
+        return [spec for part in get_args(annotation) for spec in _specs(part)]
+    return []
+
+
+def _kind(spec: type[Spec]) -> str | None:
+    field = spec.model_fields.get("kind")
+    return None if field is None else field.default
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[Spec] | None, str | None]:
+    """Where pydantic says an error is -> (key path, Spec that holds the last key, its description).
+
+    Pydantic's path also holds the `kind` of each union member that it went through.
+    """
+    path: list[str] = []
+    options: list[type[Spec]] = [RunConfig]
+    holder: type[Spec] | None = None
+    description = None
+    for part in loc:
+        tagged = [spec for spec in options if _kind(spec) == part]
+        if len(options) > 1 and tagged:
+            options = tagged
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        holder = options[0] if options else None
+        field = holder.model_fields.get(part) if holder else None
+        description = field.description if field else None
+        options = _specs(field.annotation) if field else []
+    return ".".join(path), holder, description
+
+
+def _all_keys(spec: type[Spec] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in spec.model_fields.items():
+        yield prefix + name
+        for inner in _specs(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _nearest(path: str, holder: type[Spec] | None) -> str:
+    *parents, last = path.split(".")
+    siblings = list(holder.model_fields) if holder else []
+    if close := difflib.get_close_matches(last, siblings, n=1):
+        return f"; did you mean {'.'.join([*parents, close[0]])}?"
+    elsewhere = [key for key in _all_keys() if key.rpartition(".")[0] != ".".join(parents)]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(elsewhere)}
+    if close := difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.75):
+        return f"; did you mean {by_leaf[close[0]]}?"
+    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors."""
+    path, holder, description = _locate(error["loc"])
+    got = _show(error["input"])
+    about = f" ({description})" if description else ""
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{path}: unknown key (set to {got}){_nearest(path, holder)}"
+        case "missing":
+            return f"{path}: required, but not set{about}"
+        case "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+            close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            return f"{path}.kind: must be one of {tags}, got {error['ctx']['tag']!r}{hint}"
+        case "union_tag_not_found":
+            key = path.rpartition(".")[2]
+            members = _specs(holder.model_fields[key].annotation) if holder else []
+            kinds = [_kind(member) for member in members]
+            return f"{path}.kind: required, but not set; one of {kinds}"
+        case "model_type" | "model_attributes_type":
+            return f"{path}: must be a table, got {got}"
+        case _:
+            message = error["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "must be", 1)
+            return f"{path}: {message[0].lower()}{message[1:]}, got {got}{about}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

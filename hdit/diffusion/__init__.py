@@ -1,0 +1,1 @@
+"""The diffusion core: noise levels, preconditioning, loss weights, guidance and samplers."""

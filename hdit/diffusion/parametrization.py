@@ -1,0 +1,87 @@
+"""What the network predicts: D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).
+
+Each parametrization gives the coefficients at sigma (b,); sd is sigma_data. The noise label c_noise
+is a setting of its own, because a backbone's embedding expects a range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+from torch import Tensor
+
+from hdit.diffusion.vp import LinearSchedule
+from hdit.protocols import Spec
+
+
+class Scales(NamedTuple):
+    """Each (b,), in sigma's dtype."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+
+
+class EDM(Spec):
+    """Karras et al., 2022, table 1: F has unit variance in and out at every sigma."""
+
+    kind: Literal["edm"] = "edm"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
+        r = (sigma.square() + sigma_data**2).sqrt()
+        return Scales((sigma_data / r).square(), sigma * sigma_data / r, 1 / r)
+
+    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
+        """The noise levels at which the parametrization is defined."""
+        return 0.0, math.inf
+
+
+class EpsVP(Spec):
+    """F predicts the noise from the variance-preserving x / sqrt(1 + sigma^2) (Ho et al., 2020)."""
+
+    kind: Literal["eps_vp"] = "eps_vp"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
+        return Scales(sigma.new_ones(sigma.shape), -sigma, 1 / (sigma.square() + 1).sqrt())
+
+    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
+        """The noise levels at which the parametrization is defined."""
+        return schedule.sigma_range()
+
+
+Parametrization = Annotated[EDM | EpsVP, Field(discriminator="kind")]
+
+
+def log_quarter(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+    """ln(sigma)/4 (Karras et al., 2022)."""
+    return sigma.log() / 4
+
+
+def timestep(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+    """t(sigma) of the table, scaled to 0..999; without a table 999 (2/pi) atan(sigma/sd)."""
+    if table is None:
+        return 999 * atan(sigma, sigma_data, table)
+    return table.t(sigma) * (999 / (table.steps - 1))
+
+
+def atan(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+    """(2/pi) atan(sigma/sd), in 0..1."""
+    return (sigma / sigma_data).atan() * (2 / math.pi)
+
+
+def flow_t(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+    """sigma/(1 + sigma), the time of rectified flow, in 0..1."""
+    return sigma / (1 + sigma)
+
+
+NoiseLabel = Literal["log_quarter", "timestep", "atan", "flow_t"]
+NOISE_LABELS: dict[str, Callable[[Tensor, float, LinearSchedule | None], Tensor]] = {
+    "log_quarter": log_quarter,
+    "timestep": timestep,
+    "atan": atan,
+    "flow_t": flow_t,
+}
+"""c_noise by name: (sigma (b,), sigma_data, the table of a VP parametrization or None) -> (b,)."""

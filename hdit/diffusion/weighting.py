@@ -1,0 +1,98 @@
+"""Loss weights lambda(sigma) on |D(x; sigma) - x0|^2; sd is sigma_data.
+
+Any weight works with any parametrization: on the network's own error it is lambda * c_out^2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hdit.protocols import Spec
+
+
+class Eps(Spec):
+    """1/s^2: the error of the predicted noise, L_simple of Ho et al., 2020. k-diffusion: "snr"."""
+
+    kind: Literal["eps"] = "eps"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return sigma**-2
+
+
+class EDMWeight(Spec):
+    """1/s^2 + 1/sd^2: unit weight on EDM's F (Karras et al., 2022). k-diffusion: "karras"."""
+
+    kind: Literal["edm"] = "edm"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return sigma**-2 + sigma_data**-2
+
+
+class V(Spec):
+    """1/s^2 + 1: the error of the predicted v (Salimans & Ho, 2022)."""
+
+    kind: Literal["v"] = "v"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return sigma**-2 + 1
+
+
+class X0(Spec):
+    """1: the error of the predicted x0."""
+
+    kind: Literal["x0"] = "x0"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return torch.ones_like(sigma)
+
+
+class MinSNR(Spec):
+    """min(1/s^2, gamma) (Hang et al., 2023)."""
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: float = Field(5.0, gt=0)
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return (sigma**-2).clamp(max=self.gamma)
+
+
+class SoftMinSNR(Spec):
+    """1/(s^2 + 1/gamma), gamma 1/sd^2 if absent (Crowson et al., 2024).
+
+    k-diffusion: "soft-min-snr".
+    """
+
+    kind: Literal["soft_min_snr"] = "soft_min_snr"
+    gamma: float | None = Field(None, gt=0, description="SNR at which the weight saturates")
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return 1 / (sigma.square() + (sigma_data**2 if self.gamma is None else 1 / self.gamma))
+
+
+class Sigmoid(Spec):
+    """SNR * sigmoid(bias - ln SNR) (Hoogeboom et al., 2024): soft_min_snr with gamma = e^bias."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    bias: float
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return 1 / (sigma.square() + math.exp(-self.bias))
+
+
+class Flow(Spec):
+    """((1 + s)/s)^2: the error of rectified flow's velocity (Liu et al., 2023)."""
+
+    kind: Literal["flow"] = "flow"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        return (1 + 1 / sigma).square()
+
+
+Weighting = Annotated[
+    Eps | EDMWeight | V | X0 | MinSNR | SoftMinSNR | Sigmoid | Flow, Field(discriminator="kind")
+]

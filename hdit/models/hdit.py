@@ -1,0 +1,297 @@
+"""HDiT, the pixel-space hourglass diffusion transformer.
+
+Source: Crowson et al., ICML 2024, arXiv 2401.11605.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from hdit.nn.attention import Attention, CosineQK, SelfAttention
+from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels
+from hdit.nn.mlp import GEGLU
+from hdit.nn.norm import AdaRMSNorm, RMSNorm
+from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
+from hdit.protocols import Cond, Group, Signal, Spec, SpecError
+
+AUG_WIDTH = 9  # conditions of the non-leaking augmentation (Karras et al., 2022, appendix F.2)
+
+
+class Level(Spec):
+    """Transformer layers at one resolution of the hourglass."""
+
+    depth: int = Field(gt=0, description="layers; on each side of the hourglass, but for the last")
+    width: int = Field(gt=0, description="channels of a token")
+    attention: Attention
+    d_ff: int | None = Field(
+        None, gt=0, description="hidden width of the GEGLU; 3 x width if absent"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Mapping(Spec):
+    """The network that makes one conditioning vector of noise level, augmentation and class."""
+
+    depth: int = Field(2, gt=0)
+    width: int = Field(256, gt=0)
+    d_ff: int | None = Field(
+        None, gt=0, description="hidden width of the GEGLU; 3 x width if absent"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class HDiTSpec(Spec):
+    """An HDiT: levels from finest to coarsest, each with half the grid of the one before."""
+
+    kind: Literal["hdit"] = "hdit"
+    patch_size: int = Field(4, gt=0)
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
+    mapping: Mapping = Mapping()
+    vector_width: int = Field(0, ge=0, description="width of Cond.vector; 0 where there is none")
+
+    def grids(self, signal: Signal) -> list[tuple[int, int]]:
+        """Tokens (h, w) of each level."""
+        side = [self.patch_size << i for i in range(len(self.levels))]
+        return [(signal.height // s, signal.width // s) for s in side]
+
+    def check(self, signal: Signal) -> None:
+        """Raises SpecError with all that does not fit the signal or itself."""
+        problems = []
+        multiple = self.patch_size << (len(self.levels) - 1)
+        if signal.height % multiple or signal.width % multiple:
+            problems.append(
+                (
+                    "patch_size",
+                    f"patch {self.patch_size} and {len(self.levels)} levels need an image whose "
+                    f"sides are multiples of {multiple}, got {signal.height}x{signal.width}; "
+                    "change the image size, the patch or the number of levels",
+                )
+            )
+        if self.mapping.width % 2:
+            problems.append(("mapping.width", f"must be even, got {self.mapping.width}"))
+        for i, (level, grid) in enumerate(zip(self.levels, self.grids(signal), strict=True)):
+            d_head = level.attention.d_head
+            if d_head % 8:
+                problems.append(
+                    (f"levels.{i}.attention.d_head", f"must be a multiple of 8, got {d_head}")
+                )
+            if level.width % d_head:
+                problems.append(
+                    (
+                        f"levels.{i}.width",
+                        f"must be a multiple of attention.d_head ({d_head}), got {level.width}",
+                    )
+                )
+            problems += [
+                (f"levels.{i}.attention.{key}", text) for key, text in level.attention.check(*grid)
+            ]
+        if problems:
+            raise SpecError(problems)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(AdaRMSNorm(x))."""
+
+    def __init__(self, level: Level, cond_width: int):
+        super().__init__()
+        d_head = level.attention.d_head
+        n_heads = level.width // d_head
+        self.norm = AdaRMSNorm(level.width, cond_width)
+        self.core = SelfAttention(
+            level.width,
+            level.attention,
+            CosineQK(n_heads),
+            AxialRoPE(n_heads, d_head),
+            bias=False,
+            dropout=level.dropout,
+        )
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        return x + self.core(self.norm(x, cond), pos)
+
+
+class FeedForwardBlock(nn.Module):
+    """x + GEGLU(AdaRMSNorm(x))."""
+
+    def __init__(self, level: Level, cond_width: int):
+        super().__init__()
+        self.norm = AdaRMSNorm(level.width, cond_width)
+        self.core = GEGLU(level.width, level.d_ff or 3 * level.width, level.dropout)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return x + self.core(self.norm(x, cond))
+
+
+class Layer(nn.Module):
+    def __init__(self, level: Level, cond_width: int):
+        super().__init__()
+        self.self_attn = AttentionBlock(level, cond_width)
+        self.ff = FeedForwardBlock(level, cond_width)
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        return self.ff(self.self_attn(x, pos, cond), cond)
+
+
+class Layers(nn.ModuleList):
+    """The layers of one level on one side: x (b h w d), pos (h w 2), cond (b m) -> (b h w d)."""
+
+    def __init__(self, level: Level, cond_width: int):
+        super().__init__(Layer(level, cond_width) for _ in range(level.depth))
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, pos, cond)
+        return x
+
+
+class MappingBlock(nn.Module):
+    """x + GEGLU(RMSNorm(x))."""
+
+    def __init__(self, spec: Mapping):
+        super().__init__()
+        self.norm = RMSNorm(spec.width)
+        self.core = GEGLU(spec.width, spec.d_ff or 3 * spec.width, spec.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.core(self.norm(x))
+
+
+class MappingNetwork(nn.Module):
+    """Norm, residual blocks, norm. (b m) -> (b m)."""
+
+    def __init__(self, spec: Mapping):
+        super().__init__()
+        self.in_norm = RMSNorm(spec.width)
+        self.blocks = nn.ModuleList(MappingBlock(spec) for _ in range(spec.depth))
+        self.out_norm = RMSNorm(spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+class TokenMerge(nn.Module):
+    """Each p x p block of tokens becomes one (PixelUnshuffle and projection)."""
+
+    def __init__(self, in_width: int, out_width: int, p: int = 2):
+        super().__init__()
+        self.p = p
+        self.proj = nn.Linear(p * p * in_width, out_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "b (h p) (w q) d -> b h w (p q d)", p=self.p, q=self.p)
+        return self.proj(x)
+
+
+class TokenSplit(nn.Module):
+    """Each token becomes a p x p block (projection and PixelShuffle): the inverse of TokenMerge."""
+
+    def __init__(self, in_width: int, out_width: int, p: int = 2):
+        super().__init__()
+        self.p = p
+        self.proj = nn.Linear(in_width, p * p * out_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "b h w (p q d) -> b (h p) (w q) d", p=self.p, q=self.p)
+
+
+class LerpSplit(TokenSplit):
+    """TokenSplit, interpolated with the skip: `fac` weights the upsampled branch."""
+
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__(in_width, out_width)
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        x = super().forward(x)
+        return torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+class HDiT(nn.Module):
+    """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b c H W); zero at initialisation.
+
+    H and W need not be those of `signal`: any size that the levels divide will do.
+    """
+
+    def __init__(self, spec: HDiTSpec, signal: Signal):
+        super().__init__()
+        spec.check(signal)
+        self.spec, self.num_classes = spec, signal.num_classes
+        *outer, inner = spec.levels
+        m, widths = spec.mapping.width, [level.width for level in spec.levels]
+        steps = list(pairwise(widths))  # (finer, coarser)
+        self.patch_in = TokenMerge(signal.channels, widths[0], spec.patch_size)
+        self.time_emb = FourierFeatures(1, m)
+        self.time_in_proj = nn.Linear(m, m, bias=False)
+        self.aug_emb = FourierFeatures(AUG_WIDTH, m)
+        self.aug_in_proj = nn.Linear(m, m, bias=False)
+        self.class_emb = ClassEmbedding(signal.num_classes, m) if signal.num_classes else None
+        self.mapping_cond_in_proj = (
+            nn.Linear(spec.vector_width, m, bias=False) if spec.vector_width else None
+        )
+        self.mapping = MappingNetwork(spec.mapping)
+        self.down_levels = nn.ModuleList(Layers(level, m) for level in outer)
+        self.mid_level = Layers(inner, m)
+        self.up_levels = nn.ModuleList(Layers(level, m) for level in outer)
+        self.merges = nn.ModuleList(TokenMerge(fine, coarse) for fine, coarse in steps)
+        self.splits = nn.ModuleList(LerpSplit(coarse, fine) for fine, coarse in steps)
+        self.out_norm = RMSNorm(widths[0])
+        self.patch_out = TokenSplit(widths[0], signal.channels, spec.patch_size)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Zeroes the end of each residual branch; all else keeps its modules' initialisation."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("norm.linear.weight", "out_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+        self.patch_out.proj.weight.zero_()
+
+    def parameter_group(self, name: str) -> Group:
+        """The reference's four groups: the mapping network and what it feeds learn at lr/3."""
+        modulation = name.endswith("norm.linear.weight")
+        inputs = ("time_in_proj.", "aug_in_proj.", "mapping_cond_in_proj.")
+        decay = modulation or (name.endswith("proj.weight") and not name.startswith(inputs))
+        mapping = modulation or name.startswith("mapping.")
+        return Group(decay=decay, lr_scale=1 / 3 if mapping else 1.0)
+
+    def conditioning(self, c_noise: Tensor, cond: Cond) -> Tensor:
+        """-> (b m), in the parameters' dtype whatever autocast says."""
+        check_labels(cond.labels, self.num_classes)
+        if (cond.vector is None) != (self.mapping_cond_in_proj is None):
+            raise ValueError(
+                f"the model takes a conditioning vector of width {self.spec.vector_width}, "
+                f"but the batch came with {None if cond.vector is None else cond.vector.shape}"
+            )
+        aug = c_noise.new_zeros(len(c_noise), AUG_WIDTH) if cond.aug is None else cond.aug
+        with torch.autocast(c_noise.device.type, enabled=False):
+            x = self.time_in_proj(self.time_emb(c_noise[:, None]))
+            x = x + self.aug_in_proj(self.aug_emb(aug))
+            if self.class_emb is not None and cond.labels is not None:
+                x = x + self.class_emb(cond.labels)
+            if self.mapping_cond_in_proj is not None and cond.vector is not None:
+                x = x + self.mapping_cond_in_proj(cond.vector.to(x.dtype))
+            return self.mapping(x)
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        m = self.conditioning(c_noise, cond)
+        x = self.patch_in(rearrange(x, "b c h w -> b h w c"))  # (b h w d)
+        pos = axial_positions(x.shape[1], x.shape[2], x.device)  # (h w 2)
+        skips = []
+        for level, merge in zip(self.down_levels, self.merges, strict=True):
+            x = level(x, pos, m)
+            skips.append((x, pos))
+            x, pos = merge(x), downscale_positions(pos)
+        x = self.mid_level(x, pos, m)
+        for level, split in zip(reversed(self.up_levels), reversed(self.splits), strict=True):
+            skip, pos = skips.pop()
+            x = level(split(x, skip), pos, m)
+        return rearrange(self.patch_out(self.out_norm(x)), "b h w c -> b c h w")

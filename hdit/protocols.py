@@ -1,0 +1,126 @@
+"""The words that the rooms of the house share: Signal, Cond, Denoise, Backbone, Space, Spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+NULL_LABEL = -1
+"""The label that says "no class"; every backbone maps it to the last row of its class table."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message names the key or file, what arrived and the fix."""
+
+
+class SpecError(UserError):
+    """Settings that are well-typed but do not fit together.
+
+    `problems` holds (path of the key within the spec, message), one for each thing that is wrong.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        self.problems = problems
+        super().__init__("\n".join(f"{path}: {message}" for path, message in problems))
+
+
+class Spec(BaseModel):
+    """Base of every typed setting: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a backbone sees and predicts: the facts that follow from data and space.
+
+    `sigma_data` is the standard deviation of x0 over all elements; `num_classes` is 0 for
+    unlabelled data.
+    """
+
+    channels: int
+    height: int
+    width: int
+    num_classes: int
+    sigma_data: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of a batch of b images; absent parts are None.
+
+    labels: (b,) int64, class index or NULL_LABEL.
+    aug: (b, 9) float, parameters of the non-leaking augmentation; all zero means none applied.
+    vector: (b, e) float, any other embedding; all zero means none.
+    """
+
+    labels: Tensor | None = None
+    aug: Tensor | None = None
+    vector: Tensor | None = None
+
+    def drop(self, mask: Tensor) -> Cond:
+        """Without class and vector where `mask` (b,) bool is true. `aug` describes x and stays."""
+        labels, vector = self.labels, self.vector
+        if labels is not None:
+            labels = labels.masked_fill(mask, NULL_LABEL)
+        if vector is not None:
+            vector = vector.masked_fill(mask[:, None], 0)
+        return replace(self, labels=labels, vector=vector)
+
+    def null(self) -> Cond:
+        """The unconditional counterpart: class and vector dropped for every image."""
+        labels = None if self.labels is None else torch.full_like(self.labels, NULL_LABEL)
+        vector = None if self.vector is None else torch.zeros_like(self.vector)
+        return replace(self, labels=labels, vector=vector)
+
+
+class Denoise(Protocol):
+    """x (b c h w), sigma (b,) in x's dtype -> estimate of x0 (b c h w). All else is bound."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class Backbone(Protocol):
+    """A network: x (b c h w), c_noise (b,), cond -> (b c h w). It never sees sigma."""
+
+    def __call__(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the optimizer treats a parameter: weight decay or not, and a factor on the lr."""
+
+    decay: bool
+    lr_scale: float = 1.0
+
+
+class Space(Protocol):
+    """Between uint8 images (b c h w) and the x0 that the diffusion sees."""
+
+    sigma_data: float
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images -> what is stored."""
+
+    def normalize(self, stored: Tensor) -> Tensor:
+        """What is stored -> x0, float32."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 -> uint8 images."""
+
+
+NoiseSource = Callable[[float, float], Tensor]
+"""(sigma_from, sigma_to) -> standard normal noise of x's shape for that stretch of a sampler."""
+
+OnStep = Callable[[int, Tensor, Tensor], None]
+"""(step, x, denoised), called at the first evaluation of each step of a sampler."""

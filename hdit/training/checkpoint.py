@@ -1,0 +1,174 @@
+"""Checkpoints: folders of safetensors that are either complete or not there.
+
+A checkpoint is written under a hidden name, its manifest with the checksums of all files last, and
+then renamed. `latest` beside them names the newest. What does not match its manifest is not loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hdit.config import RunConfig, parse, read_toml
+from hdit.protocols import Signal, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit, and what to do."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands, and the facts that the model was built from."""
+
+    images: int
+    step: int
+    signal: Signal
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    config: RunConfig
+    state: State
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Those of model, ema or optimizer, on the CPU."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+def folder_name(images: int) -> str:
+    return f"{images:012d}"
+
+
+def save(
+    root: Path, config: RunConfig, state: State, tensors: Mapping[str, dict[str, Tensor]]
+) -> Path:
+    """Writes root/<images> whole, or nothing. Returns the folder."""
+    final = root / folder_name(state.images)
+    part = root / f".{final.name}.part"
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    for name, values in tensors.items():
+        save_file({key: t.contiguous() for key, t in values.items()}, part / f"{name}.safetensors")
+    (part / "config.toml").write_text(config.dump(), encoding="utf-8")
+    (part / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
+    manifest = {"format": FORMAT, "files": files}
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*part.iterdir(), part]:
+        _sync(path)
+    os.replace(part, final)
+    _sync(root)
+    write_atomically(root / "latest", final.name + "\n")
+    return final
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's contents, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, once all its files match the manifest; else CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = dict(manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is no checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: has format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
+    for name, wanted in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing from the checkpoint")
+        found = _fingerprint(path)
+        if found["bytes"] != wanted["bytes"]:
+            sizes = f"has {found['bytes']} bytes of {wanted['bytes']}"
+            raise CheckpointError(f"{path}: damaged: {sizes}")
+        if found["sha256"] != wanted["sha256"]:
+            raise CheckpointError(f"{path}: damaged: its checksum is not the manifest's")
+    raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = State(raw["images"], raw["step"], Signal(**raw["signal"]), tuple(raw["classes"]))
+    return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """All that bear a checkpoint's name, newest first."""
+    found = root.iterdir() if root.is_dir() else iter(())
+    return sorted((p for p in found if p.is_dir() and p.name.isdigit()), reverse=True)
+
+
+def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest complete checkpoint, or None where there are none at all.
+
+    Each damaged one on the way is named to `warn`. Where all are damaged, CheckpointError.
+    """
+    folders = checkpoint_folders(root)
+    reasons = []
+    for folder in folders:
+        try:
+            checkpoint = open_checkpoint(folder)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warn(f"{reason}; going back to {checkpoint.folder}")
+        return checkpoint
+    if folders:
+        listing = "\n  ".join(reasons)
+        raise CheckpointError(f"{root}: no checkpoint is complete:\n  {listing}")
+    return None
+
+
+def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint at `path`: one's own folder, or the newest complete one of a run."""
+    if (path / MANIFEST).is_file():
+        return open_checkpoint(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint; `hdit train` makes runs")
+    checkpoint = newest(path / "checkpoints", warn)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path}: neither a run with checkpoints/ nor a checkpoint with {MANIFEST}"
+        )
+    return checkpoint

@@ -1,0 +1,50 @@
+"""The progress bar of training."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich import progress
+from rich.console import Console
+
+
+class _Speed(progress.ProgressColumn):
+    def render(self, task: progress.Task) -> str:
+        return f"{task.speed or 0:,.0f} images/s"
+
+
+class Progress:
+    """Images, share, loss, images/s and time left; silent where `shown` is false."""
+
+    def __init__(self, console: Console, total: int, done: int, shown: bool):
+        self.bar = progress.Progress(
+            progress.TextColumn("training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TaskProgressColumn(),
+            progress.TextColumn("loss {task.fields[loss]}"),
+            _Speed(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not shown or not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=total, completed=done, loss="-")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def advance(self, images: int) -> None:
+        self.bar.update(self.task, completed=images)
+
+    def describe(self, loss: float) -> None:
+        self.bar.update(self.task, loss=f"{loss:.4f}")
