@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -76,6 +77,12 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Skipped]]:
     )
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the trainer needs its workers for one more step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(
     source: Source, *, seed: int, start: int, layout: Layout, workers: int = 0
 ) -> Iterator[Batch]:
@@ -86,6 +93,7 @@ def batches(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )
