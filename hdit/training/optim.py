@@ -55,9 +55,10 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         parameter = parameters[name]
-        # AdamW keeps its step counters on the CPU, and its moments with the parameter.
+        # AdamW keeps its step counters on the CPU, and its moments with the parameter. A copy, for
+        # the tensors of a file are a view of it.
         device = value.device if kind == "step" else parameter.device
-        optimizer.state[parameter][kind] = value.to(device)
+        optimizer.state[parameter][kind] = value.to(device, copy=True)
 
 
 def ema_decay(step: int, spec: EMASpec) -> float:

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +204,6 @@ class Trainer:
             0,
             time.monotonic(),
         )
-        metrics = (self.folder / "metrics.jsonl").open("a") if self.main else None
         with self._interruptible(), Progress(self.console, t.images, self.images, self.main) as bar:
             while self.images < t.images and not self.interrupted:
                 loss, norm = self._step(stream)
@@ -218,7 +216,7 @@ class Trainer:
                 end = self.images >= t.images or self.interrupted
                 if end or self.images // log_every > before // log_every:
                     seconds = time.monotonic() - started
-                    self._log(metrics, bar, loss_sum, norm, since, seconds)
+                    self._log(bar, loss_sum, norm, since, seconds)
                     loss_sum, since, started = torch.zeros_like(loss_sum), 0, time.monotonic()
                 if end or self.images // t.checkpoint_every > before // t.checkpoint_every:
                     paused = time.monotonic()
@@ -226,8 +224,6 @@ class Trainer:
                     if not self.interrupted:
                         self._sample_grid()
                     started += time.monotonic() - paused
-        if metrics:
-            metrics.close()
         if self.interrupted:
             self._say(f"interrupted at {self.images:,} images; the same command resumes")
         return not self.interrupted
@@ -285,7 +281,6 @@ class Trainer:
 
     def _log(
         self,
-        metrics: Any,
         bar: Progress,
         loss_sum: torch.Tensor,
         norm: torch.Tensor,
@@ -312,9 +307,9 @@ class Trainer:
             "skipped_files": len(self.skipped),
         }
         bar.describe(loss)
-        if metrics:
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
+        if self.main:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(line) + "\n")
 
     # ---- interrupts ------------------------------------------------------------------------------
 

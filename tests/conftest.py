@@ -1,0 +1,58 @@
+import sys
+
+import pytest
+
+from hdit import cli
+
+TINY = """
+[data]
+kind = "digits"
+
+[model]
+kind = "hdit"
+patch_size = 1
+mapping = { depth = 1, width = 32 }
+
+[[model.levels]]
+depth = 1
+width = 32
+dropout = 0.1
+attention = { kind = "neighborhood", kernel_size = 3, d_head = 16 }
+
+[[model.levels]]
+depth = 1
+width = 32
+attention = { kind = "global", d_head = 16 }
+
+[training]
+images = 96
+checkpoint_every = 32
+batch_size = 16
+log_every = 16
+
+[sampling]
+steps = 2
+grid = 4
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A config file that trains in a second: 6 steps, 3 checkpoints."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def hdit(monkeypatch, capfd):
+    """Runs the command line in this process -> (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hdit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capfd.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run

@@ -1,0 +1,320 @@
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from known_answers import check_record, hfill, load
+from torch.utils.flop_counter import FlopCounterMode
+
+from hdit_kernels import BACKENDS, neighborhood_attention, select_backend
+from hdit_kernels.neighborhood import Problem
+from hdit_kernels.reference import window_starts
+
+each_backend = pytest.mark.parametrize("backend", ["reference", "tile"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On tensors as small as these, threads cost far more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def vectors():
+    return load("hdit_forward.json")["na2d"]
+
+
+def may_see(length, kernel_size):
+    """Which keys each query of one axis sees, from the definition: (length, length) bool."""
+    starts = [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
+    return torch.tensor([[s <= j < s + kernel_size for j in range(length)] for s in starts])
+
+
+def dense(q, k, v, kernel_size, scale):
+    """Attention of all tokens to all tokens, with the logits outside the windows at -inf."""
+    b, h, w, n, e = q.shape
+    rows, cols = may_see(h, kernel_size), may_see(w, kernel_size)
+    visible = torch.einsum("yi,xj->yxij", rows.int(), cols.int()).bool().reshape(h * w, h * w)
+    q, k, v = (t.reshape(b, h * w, n, e) for t in (q, k, v))
+    logits = scale * torch.einsum("bqne,bkne->bnqk", q, k)
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bnqk,bkne->bqne", weights, v).reshape(b, h, w, n, e)
+
+
+def draw(shape, seed, dtype=torch.float64, layout="own"):
+    """Normal q, k and v (b h w n e): each its own tensor, or views of one that holds all three."""
+    b, h, w, n, e = shape
+    rng = torch.Generator().manual_seed(seed)
+    if layout == "qkv":  # as the projection of the model leaves them
+        return torch.randn(b, h, w, 3, n, e, generator=rng).to(dtype).unbind(3)
+    if layout == "heads_first":
+        return torch.randn(3, b, n, h, w, e, generator=rng).to(dtype).movedim(2, -2).unbind(0)
+    return torch.randn(3, *shape, generator=rng).to(dtype).unbind(0)
+
+
+def value_and_gradients(f, qkv, out_grad):
+    """f(q, k, v) and the gradients of sum(out_grad * f) with respect to q, k and v."""
+    qkv = [t.detach().requires_grad_() for t in qkv]
+    out = f(*qkv)
+    return out.detach(), *torch.autograd.grad(out, qkv, out_grad)
+
+
+@st.composite
+def problems(draw):
+    """(shape, kernel_size, layout, seed); sides around the 8x8 tile and its multiples."""
+    h, w = draw(st.integers(1, 18)), draw(st.integers(1, 18))
+    kernel_size = 2 * draw(st.integers(0, (min(h, w) - 1) // 2)) + 1
+    shape = (draw(st.integers(1, 2)), h, w, draw(st.integers(1, 2)), draw(st.integers(1, 6)))
+    layout = draw(st.sampled_from(["own", "qkv", "heads_first"]))
+    return shape, kernel_size, layout, draw(st.integers(0, 99))
+
+
+@each_backend
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_neighborhood_matches_natten(kernel_size, backend):
+    q, k, v = (hfill((1, 6, 7, 2, 8), stream) for stream in (3000, 3001, 3002))
+    out = neighborhood_attention(q, k, v, kernel_size, scale=1, backend=backend)
+    # outputs below 1 in float32: an ulp of 6e-8, and sums of 25 terms
+    check_record(out, vectors()["runs"][f"k{kernel_size}"], atol=5e-7)
+
+
+@pytest.mark.parametrize(("length", "kernel_size"), [(7, 5), (8, 7)])
+def test_windows_start_where_natten_starts_them(length, kernel_size):
+    expected = vectors()[f"starts_L{length}_K{kernel_size}"]
+    assert window_starts(length, kernel_size).tolist() == expected
+
+
+@each_backend
+@settings(max_examples=20, deadline=None, database=None)
+@example(((1, 5, 7, 2, 4), 3, "qkv", 0))  # one tile, cut on both axes
+@example(((1, 8, 8, 1, 4), 7, "own", 0))  # one whole tile
+@example(((2, 17, 16, 1, 4), 5, "qkv", 0))  # inner tiles, and a last one of a single row
+@example(((1, 20, 3, 3, 4), 3, "heads_first", 0))  # the kernel fills one axis
+@example(((1, 20, 19, 1, 2), 1, "own", 0))  # each query sees itself
+@example(((1, 19, 20, 1, 2), 17, "own", 0))  # halos meet both borders
+@given(problems())
+def test_neighborhood_is_attention_masked_to_windows(backend, problem):
+    shape, kernel_size, layout, seed = problem
+    *qkv, out_grad = *draw(shape, seed, layout=layout), draw(shape, seed + 100)[0]
+    scale = shape[-1] ** -0.5
+    actual = value_and_gradients(
+        lambda q, k, v: neighborhood_attention(q, k, v, kernel_size, scale=scale, backend=backend),
+        qkv,
+        out_grad,
+    )
+    expected = value_and_gradients(
+        lambda q, k, v: dense(q, k, v, kernel_size, scale), qkv, out_grad
+    )
+    # float64 on both sides: what is left is the order of sums of at most 400 terms
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@each_backend
+def test_neighborhood_of_the_whole_grid_is_global_attention(backend):
+    q, k, v = draw((2, 11, 11, 2, 8), 0)
+    out = neighborhood_attention(q, k, v, 11, scale=0.3, backend=backend)
+    heads_first = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads_first, scale=0.3)
+    # float64 on both sides
+    torch.testing.assert_close(out.flatten(1, 2).transpose(1, 2), expected, atol=1e-13, rtol=0)
+
+
+@each_backend
+def test_neighborhood_accepts_a_scale_of_zero_and_below(backend):
+    q, k, v = draw((1, 9, 9, 1, 4), 0)
+    mean = neighborhood_attention(q, k, v, 3, scale=0, backend=backend)
+    window_means = F.avg_pool2d(v.squeeze(3).movedim(-1, 1), 3, stride=1)
+    torch.testing.assert_close(
+        mean[:, 1:-1, 1:-1, 0], window_means.movedim(1, -1), atol=1e-14, rtol=0
+    )
+    turned = neighborhood_attention(q, k, v, 3, scale=-0.5, backend=backend)
+    expected = neighborhood_attention(-q, k, v, 3, scale=0.5, backend=backend)
+    torch.testing.assert_close(turned, expected, atol=1e-14, rtol=0)
+
+
+def test_tile_gradients_are_the_finite_differences():
+    qkv = [t.requires_grad_() for t in draw((1, 3, 9, 1, 2), 0)]  # two tiles
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: neighborhood_attention(q, k, v, 3, scale=0.7, backend="tile"), qkv
+    )
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighborhood_in_few_bits_stays_close_to_float64(dtype, backend):
+    shape, kernel_size, scale = (1, 13, 10, 2, 16), 7, 0.25
+    *qkv, out_grad = *draw(shape, 0, dtype, "qkv"), draw(shape, 1, dtype)[0]
+    actual = value_and_gradients(
+        lambda q, k, v: neighborhood_attention(q, k, v, kernel_size, scale=scale, backend=backend),
+        qkv,
+        out_grad,
+    )
+    expected = value_and_gradients(
+        lambda q, k, v: dense(q, k, v, kernel_size, scale),
+        [t.double() for t in qkv],
+        out_grad.double(),
+    )
+    for few_bits, exact in zip(actual, expected, strict=True):
+        assert few_bits.dtype == dtype
+        worst = (few_bits.double() - exact).abs().max() / exact.abs().max()
+        # Logits of up to 6 lose two or three bits before exp, sums some more. Over six draws the
+        # worst was 4.3 eps in float32 and 2.8 in bfloat16.
+        assert worst < 8 * torch.finfo(dtype).eps
+
+
+@each_backend
+def test_neighborhood_does_not_depend_on_the_memory_layout(backend):
+    q, k, v = draw((2, 9, 10, 2, 8), 0, torch.float32, "qkv")
+    assert not q.is_contiguous()
+    views = neighborhood_attention(q, k, v, 5, scale=1, backend=backend)
+    copies = [t.contiguous() for t in (q, k, v)]
+    assert torch.equal(views, neighborhood_attention(*copies, 5, scale=1, backend=backend))
+
+
+@each_backend
+def test_neighborhood_leaves_its_inputs_alone(backend):
+    qkv = draw((1, 9, 10, 2, 8), 0, torch.float32, "qkv")
+    before = [t.clone() for t in qkv]
+    value_and_gradients(
+        lambda q, k, v: neighborhood_attention(q, k, v, 5, scale=1, backend=backend),
+        qkv,
+        torch.ones(qkv[0].shape),
+    )
+    assert all(torch.equal(t, old) for t, old in zip(qkv, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["own", "qkv"])
+def test_tile_is_a_well_formed_custom_op(layout):
+    qkv = [t.detach().requires_grad_() for t in draw((1, 9, 10, 2, 4), 0, torch.float32, layout)]
+    torch.library.opcheck(torch.ops.hdit_kernels.neighborhood_tile.default, (*qkv, 3, 0.5))
+
+
+@each_backend
+def test_flop_counter_counts_the_two_products_of_each_window(backend):
+    b, h, w, n, e = shape = (2, 9, 13, 3, 8)
+    q, k, v = draw(shape, 0, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_attention(q, k, v, 5, scale=1, backend=backend)
+    assert counter.get_total_flops() == 4 * b * h * w * n * e * 5**2
+
+
+def test_flop_counter_counts_five_products_of_each_window_backward():
+    b, h, w, n, e = shape = (2, 9, 13, 3, 8)
+    q, k, v = (t.requires_grad_() for t in draw(shape, 0, torch.float32))
+    out = neighborhood_attention(q, k, v, 5, scale=1, backend="tile")
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    # the logits again, the weights' gradient, and the gradients of q, k and v
+    assert counter.get_total_flops() == 5 * 2 * b * h * w * n * e * 5**2
+
+
+def good(**changes):
+    """Valid arguments of neighborhood_attention on a grid of 5x7, with changes."""
+    shape = (1, 5, 7, 2, 8)
+    q, k, v = draw(shape, 0, torch.float32)
+    return {"q": q, "k": k, "v": v, "kernel_size": 3, "scale": 1.0, "backend": "auto"} | changes
+
+
+BAD_INPUTS = {
+    "k of another grid": (
+        {"k": torch.zeros(1, 7, 5, 2, 8)},
+        r"one shape \(b h w n e\).*\(1, 5, 7, 2, 8\).*\(1, 7, 5, 2, 8\)",
+    ),
+    "v of another width": ({"v": torch.zeros(1, 5, 7, 2, 4)}, r"one shape.*\(1, 5, 7, 2, 4\)"),
+    "no heads": (dict.fromkeys("qkv", torch.zeros(1, 5, 7, 8)), r"one shape.*\(1, 5, 7, 8\)"),
+    "k of another dtype": (
+        {"k": torch.zeros(1, 5, 7, 2, 8, dtype=torch.float64)},
+        "one floating dtype, got torch.float32, torch.float64",
+    ),
+    "v of another dtype": (
+        {"v": torch.zeros(1, 5, 7, 2, 8, dtype=torch.bfloat16)},
+        "one floating dtype.*torch.bfloat16",
+    ),
+    "integers": (
+        dict.fromkeys("qkv", torch.zeros(1, 5, 7, 2, 8, dtype=torch.int64)),
+        "one floating dtype, got torch.int64",
+    ),
+    "even kernel": ({"kernel_size": 4}, "odd and positive, got 4"),
+    "kernel of zero": ({"kernel_size": 0}, "odd and positive, got 0"),
+    "negative kernel": ({"kernel_size": -3}, "odd and positive, got -3"),
+    "kernel higher than the grid": ({"kernel_size": 7}, "at most .*smaller side, got 7 .*5x7"),
+    "kernel wider than the grid": (
+        {name: t.transpose(1, 2) for name, t in good().items() if name in "qkv"}
+        | {"kernel_size": 7},
+        "at most .*smaller side, got 7 .*7x5",
+    ),
+    "unknown backend": ({"backend": "natton"}, r"'auto' or one of \[.*'tile'.*\], got 'natton'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_neighborhood_refuses_with_what_arrived(bad):
+    changes, message = BAD_INPUTS[bad]
+    neighborhood_attention(**good())
+    with pytest.raises(ValueError, match=message):
+        neighborhood_attention(**good(**changes))
+
+
+def test_neighborhood_backend_asked_for_by_name_is_not_replaced(monkeypatch):
+    monkeypatch.setattr(BACKENDS["tile"], "unsupported", lambda problem: "no reason")
+    with pytest.raises(ValueError, match=r"backend 'tile' cannot compute .*: no reason"):
+        neighborhood_attention(**good(backend="tile"))
+
+
+def test_select_backend_gives_one_answer_for_one_problem():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        problem = Problem("cpu", dtype, 16, 12, 7, 64)
+        chosen = select_backend(problem)
+        assert chosen in BACKENDS
+        select_backend.cache_clear()  # its cache must not be what makes it constant
+        assert select_backend(problem) == chosen
+
+
+def test_select_backend_takes_the_first_that_can(monkeypatch):
+    class Never:
+        def unsupported(self, problem):
+            return "never"
+
+    select_backend.cache_clear()
+    try:
+        monkeypatch.setattr(
+            "hdit_kernels.neighborhood.BACKENDS", {"never": Never(), "tile": BACKENDS["tile"]}
+        )
+        assert select_backend(Problem("cpu", torch.float32, 16, 12, 7, 64)) == "tile"
+    finally:
+        select_backend.cache_clear()
+
+
+def test_neighborhood_auto_is_the_backend_that_it_names():
+    q, k, v = draw((1, 9, 12, 2, 8), 0, torch.float32)
+    chosen = select_backend(Problem("cpu", torch.float32, 9, 12, 5, 8))
+    auto = neighborhood_attention(q, k, v, 5, scale=1)
+    assert torch.equal(auto, neighborhood_attention(q, k, v, 5, scale=1, backend=chosen))
+
+
+def test_tile_can_train_after_it_ran_in_inference_mode():
+    qkv = draw((1, 11, 14, 1, 4), 0, torch.float32)
+    with torch.inference_mode():  # fills the caches of index tensors for this grid
+        before = neighborhood_attention(*qkv, 3, scale=1, backend="tile")
+    out, *gradients = value_and_gradients(
+        lambda q, k, v: neighborhood_attention(q, k, v, 3, scale=1, backend="tile"),
+        qkv,
+        torch.ones(1, 11, 14, 1, 4),
+    )
+    assert torch.equal(out, before)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_tile_compiles_into_one_graph():
+    def f(q, k, v):
+        return neighborhood_attention(q, k, v, 3, scale=1, backend="tile") * 2
+
+    q, k, v = draw((1, 9, 10, 2, 4), 0, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile itself
+        compiled = torch.compile(f, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(q, k, v), f(q, k, v))

@@ -1,0 +1,178 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hdit.training.checkpoint import find
+
+
+@pytest.fixture
+def run(tiny, tmp_path, hdit):
+    folder = tmp_path / "run"
+    assert hdit("train", tiny, "--run", folder)[0] == 0
+    return folder
+
+
+def test_train_resumes_and_default_run_is_named_after_the_config(tiny, hdit, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = hdit("train", tiny, "--set", "training.images=32")
+    assert status == 0, err
+    assert find(tmp_path / "runs" / "tiny", print).state.images == 32
+    status, _, err = hdit("train", tiny, "--set", "training.images=64")
+    assert status == 0
+    assert "at 32 images" in err
+
+
+def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
+    out = tmp_path / "out"
+    options = [
+        "--steps",
+        3,
+        "--sampler",
+        "euler",
+        "--guidance",
+        2,
+        "--seed",
+        7,
+        "--labels",
+        "3,none",
+    ]
+    status, said, err = hdit("sample", run, "-n", 5, "--out", out, *options)
+    assert status == 0, err
+    assert str(out) in said
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [*[f"{seed:06d}.png" for seed in range(7, 12)], "grid.png", "samples.json"]
+    record = json.loads((out / "samples.json").read_text())
+    assert record["sampling"]["steps"] == 3
+    assert record["sampling"]["sampler"] == {"kind": "euler"}
+    assert record["sampling"]["guidance"] == 2
+    assert [s["label"] for s in record["samples"]] == [3, None, 3, None, 3]
+    assert [s["seed"] for s in record["samples"]] == [7, 8, 9, 10, 11]
+    assert np.asarray(Image.open(out / "000007.png")).shape == (8, 8)
+
+
+def pictures(folder):
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in folder.glob("0*.png")}
+
+
+def test_sample_of_a_seed_does_not_depend_on_the_batch(run, hdit, tmp_path):
+    """The stochastic sampler too; one grey level is float rounding."""
+    options = ["--labels", "4", "--steps", 4]
+    hdit("sample", run, "-n", 6, "--batch-size", 6, "--out", tmp_path / "a", *options)
+    hdit("sample", run, "-n", 3, "--batch-size", 2, "--seed", 2, "--out", tmp_path / "b", *options)
+    whole, part = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert sorted(part) == ["000002.png", "000003.png", "000004.png"]
+    for name, picture in part.items():
+        assert np.abs(picture - whole[name]).max() <= 1
+    assert np.abs(whole["000002.png"] - whole["000003.png"]).max() > 20, "seeds differ"
+
+
+def test_sample_takes_one_checkpoint_and_raw_weights(run, hdit):
+    first = run / "checkpoints" / "000000000032"
+    assert hdit("sample", first, "-n", 1, "--raw")[0] == 0
+    (folder,) = [p for p in (run / "samples").iterdir() if p.is_dir()]
+    assert folder.name == "32-dpmpp_3m_sde-2-cfg1-seed0-raw"
+    assert json.loads((folder / "samples.json").read_text())["weights"] == "model"
+
+
+def test_sample_keeps_what_is_there(run, hdit, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    status, _, err = hdit("sample", run, "-n", 1, "--out", out)
+    assert status == 1
+    assert "--overwrite" in err
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    assert hdit("sample", run, "-n", 1, "--out", out, "--overwrite")[0] == 0
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_info_prints_parameters_macs_and_tokens_by_level(tiny, hdit):
+    status, out, _ = hdit("info", tiny)
+    assert status == 0
+    assert "level 0, neighborhood" in out
+    assert "8 x 8" in out
+    assert "MACs" in out
+    assert "FLOPs" in out
+    assert "total" in out
+
+
+def test_info_of_a_missing_folder_says_what_it_could_not_count(tiny, hdit):
+    status, out, _ = hdit("info", tiny, "--set", 'data={kind="folder", path="nowhere", size=16}')
+    assert status == 0
+    assert "counted without classes" in out
+    assert "nowhere" in out
+
+
+LEVEL = "model.levels.0.attention"
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("training.batchsize=8", ["training.batchsize", "did you mean training.batch_size?"]),
+        ("training.images=many", ["training.images", "'many'", "integer"]),
+        (f"{LEVEL}.kernel_size=9", [f"{LEVEL}.kernel_size", "grid of 8x8"]),
+        ("model.patch_size=3", ["model.patch_size", "multiples of 6", "8x8"]),
+        (
+            'data={kind="folder", path="nowhere", size=16}',
+            ["data.path", "'nowhere'", "does not exist"],
+        ),
+        ("training.batch_size", ["--set", "KEY=VALUE"]),
+    ],
+)
+def test_train_with_bad_input_is_one_message_and_leaves_nothing(
+    tiny, hdit, tmp_path, override, wanted
+):
+    status, out, err = hdit("train", tiny, "--run", tmp_path / "run", "--set", override)
+    assert status == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for text in wanted:
+        assert text in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_with_a_missing_config_names_it(hdit, tiny):
+    status, _, err = hdit("train", tiny.with_name("tinny.toml"))
+    assert status == 1
+    assert "tinny.toml: no such config file; did you mean" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--labels", "eleven"], "'eleven' is no class of this model: 0, 1, 2"),
+        (["--labels", "10"], "'10' is no class"),
+        (["--sampler", "dpmpp_2n"], "did you mean 'dpmpp_2m'?"),
+        (["--set", "training.seed=3"], "sampling can change [sampling] settings only"),
+        (["--set", "sampling.step=3"], "did you mean sampling.steps?"),
+        (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
+    ],
+)
+def test_sample_with_bad_input_is_one_message(run, hdit, tmp_path, arguments, wanted):
+    status, _, err = hdit("sample", run, "-n", 1, "--out", tmp_path / "out", *arguments)
+    assert status == 1
+    assert err.startswith("error: ")
+    assert wanted in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_of_something_else_says_what_it_needs(hdit, tmp_path):
+    status, _, err = hdit("sample", tmp_path / "absent")
+    assert status == 1
+    assert "no such run or checkpoint" in err
+
+
+def test_sample_with_a_damaged_checkpoint_warns_and_uses_the_one_before(run, hdit, tmp_path):
+    damaged = run / "checkpoints" / "000000000096" / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    status, _, err = hdit("sample", run, "-n", 1, "--out", tmp_path / "out")
+    assert status == 0
+    assert "ema.safetensors: damaged" in err.replace("\n", "")
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["images"] == 64
+    status, _, err = hdit("sample", damaged.parent, "-n", 1)
+    assert status == 1
+    assert "ema.safetensors: damaged" in err

@@ -1,0 +1,283 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from hdit import config
+from hdit.data.batches import Batch, Layout, batches
+from hdit.training import checkpoint
+from hdit.training.checkpoint import CheckpointError
+from hdit.training.trainer import Trainer, TrainingError
+
+REPOSITORY = Path(__file__).parents[2]
+LAST = "000000000096"
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold bitwise the same model, EMA and optimizer."""
+    for name in ("model", "ema", "optimizer"):
+        left, right = (load_file(folder / f"{name}.safetensors") for folder in (a, b))
+        if left.keys() != right.keys() or not all(torch.equal(left[k], right[k]) for k in left):
+            return False
+    return True
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_leaves_config_metrics_checkpoints_and_samples(tiny, tmp_path):
+    run = tmp_path / "run"
+    assert Trainer(config.load(tiny), run).fit()
+    assert config.load(run / "config.toml") == config.load(tiny)
+    assert [line["images"] for line in metrics(run)] == [16, 32, 48, 64, 80, 96]
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["images_per_second"] > 0 for line in metrics(run))
+    folders = checkpoint.checkpoint_folders(run / "checkpoints")
+    assert [int(folder.name) for folder in folders] == [96, 64, 32]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        f"{images:012d}.png" for images in (32, 64, 96)
+    ]
+
+
+def start(tiny: Path, run: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels")))
+    }
+    command = [sys.executable, "-m", "hdit.cli", "train", str(tiny), "--run", str(run)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not get there in two minutes"
+        time.sleep(0.01)
+
+
+def test_killed_run_ends_with_the_weights_of_the_uninterrupted_one(tiny, tmp_path):
+    """SIGKILL after the first checkpoint and some steps, then the same command."""
+    text = tiny.read_text().replace("images = 96", "images = 960")
+    tiny.write_text(text.replace("checkpoint_every = 32", "checkpoint_every = 320"))
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    process = start(tiny, run)
+    lines = run / "metrics.jsonl"
+    wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 23, process)
+    process.kill()
+    process.communicate()
+    killed_at = metrics_of_killed(lines)
+    assert 320 < killed_at < 960, "the run must be killed between a checkpoint and its end"
+
+    resumed = start(tiny, run)
+    _, stderr = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, stderr
+    assert "resuming from" in stderr
+    assert Trainer(config.load(tiny), whole).fit()
+    end = "checkpoints/000000000960"
+    assert same_weights(run / end, whole / end)
+    timing = {"images_per_second"}
+    assert [{k: v for k, v in line.items() if k not in timing} for line in metrics(run)] == [
+        {k: v for k, v in line.items() if k not in timing} for line in metrics(whole)
+    ]
+
+
+def metrics_of_killed(path: Path) -> int:
+    """Images of the last whole line; the very last may be cut."""
+    text = path.read_text()
+    return json.loads(text[: text.rindex("\n")].splitlines()[-1])["images"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_saves_a_checkpoint_and_resumes(tiny, tmp_path, number):
+    tiny.write_text(tiny.read_text().replace("images = 96", "images = 100_000"))
+    run = tmp_path / "run"
+    process = start(tiny, run)
+    lines = run / "metrics.jsonl"
+    wait_for(lambda: lines.exists() and len(lines.read_text()) > 0, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "the same command resumes" in stderr
+    found = checkpoint.find(run, print)
+    assert found.state.images == metrics(run)[-1]["images"]
+
+
+def test_resumed_run_equals_the_uninterrupted_one_after_a_stop_in_between(tiny, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    Trainer(config.load(tiny), whole).fit()
+    Trainer(config.load(tiny, ["training.images=48"]), run).fit()
+    Trainer(config.load(tiny), run).fit()
+    assert same_weights(run / "checkpoints" / LAST, whole / "checkpoints" / LAST)
+
+
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path, capfd):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny), run).fit()
+    damaged = run / "checkpoints" / LAST / "model.safetensors"
+    expected = load(damaged.read_bytes())
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    capfd.readouterr()
+    Trainer(config.load(tiny), run).fit()
+    warning = capfd.readouterr().err
+    assert str(damaged) in warning
+    assert "resuming from" in warning
+    again = load_file(run / "checkpoints" / LAST / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert (run / "checkpoints" / f"{LAST}.damaged").is_dir(), "nothing is thrown away"
+    assert [line["images"] for line in metrics(run)] == [16, 32, 48, 64, 80, 96]
+
+
+def test_resume_with_another_model_is_refused_with_the_difference(tiny, tmp_path):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny), run).fit()
+    before = sorted(run.rglob("*"))
+    with pytest.raises(CheckpointError) as error:
+        Trainer(config.load(tiny, ["model.levels.1.depth=2", "training.images=200"]), run)
+    assert "model.levels.1.depth: 1 in the run, 2 now" in str(error.value)
+    vp = ['diffusion.parametrization={kind="eps_vp"}', 'diffusion.density={kind="uniform_vp"}']
+    with pytest.raises(CheckpointError, match=r"diffusion\.parametrization\.kind: 'edm' in the"):
+        Trainer(config.load(tiny, vp), run)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_resume_with_other_data_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny), run).fit()
+    with pytest.raises(CheckpointError, match=r"1 x 8 x 8, 10 classes in the run, 3 x 16 x 16"):
+        Trainer(config.load(tiny, ['data={kind="shapes", size=16}']), run)
+
+
+def test_resume_says_which_other_settings_changed(tiny, tmp_path, capfd):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny), run).fit()
+    capfd.readouterr()
+    overrides = ["training.images=112", "training.optimizer.lr=1e-5"]
+    assert Trainer(config.load(tiny, overrides), run).fit()
+    said = capfd.readouterr().err
+    assert "training.optimizer.lr: 0.0005 in the run, 1e-05 now" in said
+    assert metrics(run)[-1]["images"] == 112
+    assert metrics(run)[-1]["lr"] == 1e-5
+    assert config.load(run / "config.toml").training.images == 112
+
+
+def test_finished_run_says_so_and_changes_nothing(tiny, tmp_path, capfd):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny), run).fit()
+    before = (run / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert Trainer(config.load(tiny), run).fit()
+    assert "already at its end" in capfd.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny, tmp_path):
+    """Without dropout, two halves and the whole batch differ by summation order alone."""
+    overrides = ["model.levels.0.dropout=0.0", "training.images=16", "sampling.grid=0"]
+    norms = []
+    for accumulate in (1, 2):
+        settings = config.load(tiny, [*overrides, f"training.accumulate={accumulate}"])
+        run = tmp_path / f"run{accumulate}"
+        Trainer(settings, run).fit()
+        norms.append((metrics(run)[0]["loss"], metrics(run)[0]["grad_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_gradient_is_clipped_to_the_set_norm(tiny, tmp_path):
+    overrides = ["training.clip_grad_norm=1e-3", "sampling.grid=0", "training.images=16"]
+    trainer = Trainer(config.load(tiny, overrides), tmp_path / "run")
+    trainer.fit()
+    gradients = [p.grad for p in trainer.backbone.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert metrics(tmp_path / "run")[0]["grad_norm"] > 1e-3
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def trainer_batch(trainer: Trainer, layout: Layout) -> Batch:
+    return next(batches(trainer.source, seed=0, start=0, layout=layout))
+
+
+def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_path, monkeypatch):
+    trainer = Trainer(
+        config.load(tiny, ["training.batch_size=1024", "training.label_dropout=0.3"]), tmp_path
+    )
+    seen = []
+
+    def record(x0, noise, sigma, cond, weighting):
+        seen.append((x0, noise, sigma, cond))
+        return torch.zeros(len(x0))
+
+    monkeypatch.setattr(trainer.denoiser, "loss", record)
+    trainer._loss(trainer_batch(trainer, Layout(1024)))
+    x0, noise, sigma, cond = seen[0]
+    # 1,024 draws at rate 0.3 have a standard error of 0.014
+    assert (cond.labels == -1).double().mean().item() == pytest.approx(0.3, abs=0.06)
+    u = torch.linspace(0, 1, 1025, dtype=torch.float64)
+    edges = trainer.config.diffusion.density(u, trainer.signal, trainer.config.schedule)
+    assert ((edges[:-1] <= sigma) & (sigma <= edges[1:])).all(), "one sigma in each stratum"
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert x0.min() >= -1
+    assert x0.max() <= 1
+
+
+def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch):
+    """What process 1 of 2 draws at its second accumulation step is what one process draws."""
+    trainer = Trainer(config.load(tiny), tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        trainer.denoiser, "loss", lambda *a: seen.append(a[:4]) or torch.zeros(len(a[0]))
+    )
+    trainer._loss(trainer_batch(trainer, Layout(16)))
+    stream = batches(trainer.source, seed=0, start=0, layout=Layout(16, 2, 2, 1))
+    parts = [next(stream), next(stream)]
+    for part in parts:
+        trainer._loss(part)
+    whole = seen[0]
+    for part, (x0, noise, sigma, cond) in zip(parts, seen[1:], strict=True):
+        index = torch.from_numpy(np.asarray(part.position))
+        assert torch.equal(x0, whole[0][index])
+        assert torch.equal(noise, whole[1][index])
+        assert torch.equal(sigma, whole[2][index])
+        assert torch.equal(cond.labels, whole[3].labels[index])
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_its_reason(tiny, tmp_path):
+    trainer = Trainer(config.load(tiny), tmp_path / "run")
+    with torch.no_grad():
+        trainer.backbone.patch_out.proj.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss became nan"):
+        trainer.fit()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bf16_keeps_weights_ema_and_optimizer_in_float32(tiny, tmp_path):
+    run = tmp_path / "run"
+    Trainer(config.load(tiny, ["training.precision=bf16", "training.images=32"]), run).fit()
+    folder = run / "checkpoints" / "000000000032"
+    for name in ("model", "ema", "optimizer"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        assert {t.dtype for t in tensors.values()} == {torch.float32}, name
+
+
+def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(folder / f"{i}.jpg")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    overrides = [f'data={{kind="folder", path="{folder}", size=[8, 16]}}', "training.images=32"]
+    run = tmp_path / "run"
+    assert Trainer(config.load(tiny, overrides), run).fit()
+    assert metrics(run)[-1]["skipped_files"] == 1
+    assert checkpoint.find(run, print).state.signal.num_classes == 0
