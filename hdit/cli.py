@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hdit.config import RunConfig
     from hdit.training.checkpoint import Checkpoint
+
+GRID_LIMIT = 100  # images in the grid of `hdit sample`
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Train and sample image diffusion transformers: pixel-space HDiT, and DiT.",
     epilog="Start with:  hdit train configs/digits-hdit.toml",
@@ -87,14 +91,18 @@ def sample(
         bool, typer.Option("--raw", help="The weights as trained, not their EMA.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace images that lie in DIR already.")
+        bool, typer.Option("--overwrite", help="Replace images that lie in DIR already.")
     ] = False,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, as in sampling.sampler.eta=0."
+        ),
+    ] = None,
 ) -> None:
     """Sample images: PNG files named by seed, grid.png and samples.json.
 
-    What is not given comes from the run's own [sampling] settings; --set reaches the rest of them,
-    as in --set sampling.sampler.eta=0.
+    What is not given comes from the run's own [sampling] settings, which --set can change.
     """
 
     from hdit.config import parse, set_key
@@ -133,7 +141,7 @@ def _write_samples(
     from rich.progress import Progress
 
     from hdit import models
-    from hdit.protocols import UserError
+    from hdit.protocols import NULL_LABEL, UserError
     from hdit.report.grid import save_grid, save_png
     from hdit.sampling import sample as sample_images
 
@@ -152,30 +160,34 @@ def _write_samples(
     backbone = models.build(config.model, signal)
     backbone.load_state_dict(found.tensors(weights))
     backbone.to(device)
-    batches = -(-len(seeds) // spec.batch_size)
-    started = monotonic()
-    with Progress(console=_console(), transient=True) as bar:
-        task = bar.add_task("sampling", total=batches * spec.steps)
-        pictures = sample_images(
-            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task)
-        )
-    seconds = monotonic() - started
     out.mkdir(parents=True, exist_ok=True)
     digits = max(6, len(str(seeds[-1])))
-    entries = []
-    for i, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
-        name = f"{seed:0{digits}d}.png"
-        save_png(picture, out / name)
-        label = None if labels is None or labels[i] < 0 else labels[i]
-        entries.append(
-            {
-                "file": name,
-                "seed": seed,
-                "label": label,
-                "class": None if label is None else classes[label],
-            }
-        )
-    save_grid(pictures, out / "grid.png")
+    entries: list[dict[str, Any]] = []
+    shown: list[Tensor] = []
+    started = monotonic()
+    with Progress(console=_console(), transient=True) as bar:
+        task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
+        for start in range(0, len(seeds), spec.batch_size):
+            part = slice(start, start + spec.batch_size)
+            pictures = sample_images(
+                backbone,
+                config,
+                signal,
+                seeds[part],
+                None if labels is None else labels[part],
+                device,
+                on_step=lambda: bar.advance(task),
+            )
+            for seed, picture in zip(seeds[part], pictures, strict=True):
+                name = f"{seed:0{digits}d}.png"
+                save_png(picture, out / name)
+                label = None if labels is None else labels[seed - seeds[0]]
+                label = None if label == NULL_LABEL else label
+                kind = None if label is None else classes[label]
+                entries.append({"file": name, "seed": seed, "label": label, "class": kind})
+                shown += [picture] if len(shown) < GRID_LIMIT else []
+    seconds = monotonic() - started
+    save_grid(torch.stack(shown), out / "grid.png")
     record = {
         "checkpoint": str(found.folder),
         "images": found.state.images,

@@ -281,3 +281,24 @@ def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
     assert Trainer(config.load(tiny, overrides), run).fit()
     assert metrics(run)[-1]["skipped_files"] == 1
     assert checkpoint.find(run, print).state.signal.num_classes == 0
+
+
+def test_two_processes_train_as_one(tiny, tmp_path):
+    """The same images, noise and losses; sums differ in order alone."""
+    text = tiny.read_text().replace("dropout = 0.1", "").replace("grid = 4", "grid = 0")
+    tiny.write_text(text.replace("images = 96", "images = 48"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert Trainer(config.load(tiny), one).fit()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # After "--", or torchrun takes --run for an abbreviation of an option of its own.
+    command = [*launch, "-m", "--", "hdit.cli", "train", str(tiny), "--run", str(two)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [line["images"] for line in metrics(two)] == [16, 32, 48]
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
