@@ -108,8 +108,7 @@ def sample(
     from hdit.config import parse, set_key
     from hdit.training.checkpoint import find
 
-    err = _console()
-    found = find(source, lambda text: err.print(f"[yellow]warning:[/] {text}", highlight=False))
+    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
     settings = found.config.model_dump(mode="json", exclude_none=True)
     given = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
     for key, value in given.items():
@@ -271,7 +270,7 @@ def info(config: ConfigFile, overrides: Overrides = None) -> None:
     console = Console()
     console.print(table)
     if note:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
 
 
 def _si(number: int) -> str:

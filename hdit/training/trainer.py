@@ -90,12 +90,11 @@ class Trainer:
     # ---- the run's folder ------------------------------------------------------------------------
 
     def _warn(self, text: str) -> None:
-        if self.main:
-            self.console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+        self._say(f"warning: {text}")
 
     def _say(self, text: str) -> None:
         if self.main:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _refuse_another_model(self, found: checkpoint.Checkpoint) -> None:
         """A run goes on with other settings of its training, but never with another model."""
@@ -273,11 +272,9 @@ class Trainer:
         for file in skipped:
             if file.path not in self.skipped:
                 self.skipped[file.path] = file
-                self.console.print(
-                    f"[yellow]warning:[/] skipped {file.path}: {file.reason}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                # Not _warn: each process names the files that it met.
+                text = f"warning: skipped {file.path}: {file.reason}"
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _log(
         self,

@@ -67,11 +67,12 @@ def test_center_crop_of_any_shape_keeps_the_centre_and_the_proportions(source, t
         pixel = 250 * kept / target[i]
         # off by half a pixel where the margin is odd, and by the row that odd halvings drop
         assert values.mean() == pytest.approx(125, abs=0.5 * pixel + 250 / source[i] + 1)
-        # the slope; bicubic flattens the ramp's ends a little, hence the middle half
+        # The slope of the middle half, as bicubic flattens the ends of the ramp a little; each of
+        # the two values is off by up to 1/2 in the source and 1/2 in the result.
         n = target[i]
         a, b = n // 4, n - 1 - n // 4
         slope = (values[b] - values[a]) / (b - a)
-        assert slope == pytest.approx(pixel, rel=0.05, abs=1 / (b - a))
+        assert slope == pytest.approx(pixel, rel=0.05, abs=2 / (b - a))
 
 
 def test_center_crop_only_crops_where_a_side_already_fits():

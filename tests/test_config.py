@@ -1,0 +1,732 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hdit.config import ConfigError, RunConfig, differences, load, merge, parse, set_key
+from hdit.protocols import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+HDIT = """
+[data]
+kind = "shapes"
+size = 32
+
+[model]
+kind = "hdit"
+patch_size = 2
+
+[[model.levels]]
+depth = 1
+width = 64
+attention = { kind = "neighborhood", kernel_size = 5, d_head = 32 }
+
+[[model.levels]]
+depth = 2
+width = 128
+attention = { kind = "global", d_head = 32 }
+
+[training]
+images = 1000
+checkpoint_every = 500
+batch_size = 12
+"""
+
+DIT = """
+[data]
+kind = "digits"
+
+[model]
+kind = "dit"
+depth = 2
+width = 64
+num_heads = 4
+
+[diffusion]
+parametrization = { kind = "eps_vp" }
+weighting = { kind = "eps" }
+density = { kind = "uniform_vp" }
+schedule = { steps = 500 }
+
+[training]
+images = 1000
+checkpoint_every = 500
+batch_size = 12
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a TOML file -> its path."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def changed(*overrides: str, base: str = HDIT) -> RunConfig:
+    raw = tomllib.loads(base)
+    for override in overrides:
+        set_key(raw, override)
+    return parse(raw, "run.toml")
+
+
+def complaints(*overrides: str, base: str = HDIT) -> list[str]:
+    """What is wrong with the config after these overrides, one line each."""
+    with pytest.raises(ConfigError) as error:
+        changed(*overrides, base=base)
+    origin, *lines = str(error.value).split("\n")
+    assert origin == "run.toml:"
+    assert all(line.startswith("  ") for line in lines)
+    return [line.strip() for line in lines]
+
+
+# ---- whole configs -------------------------------------------------------------------------------
+
+
+def test_configs_of_the_project_are_found():
+    assert len(CONFIGS) >= 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_of_the_project_loads_and_its_dump_reads_back(path):
+    config = load(path)
+    assert parse(tomllib.loads(config.dump()), "dump") == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data={kind='folder', path='a \"b\" ü', size=[32, 64], channels=1}",
+        "diffusion={density={kind='lognormal', sigma_min=0.01}}",
+        "diffusion={weighting={kind='sigmoid', bias=-3}, noise_label='atan'}",
+        "diffusion={parametrization={kind='eps_vp'}, density={kind='uniform_vp'}}",
+        "training={optimizer={lr=1e-7, betas=[0, 0.5]}, log_every=1}",
+        "sampling={sampler={kind='dpmpp_2m_sde', solver='heun'}, ladder={kind='exponential'}}",
+        "sampling={sigma_min=0.3, sigma_max=80, grid=0}",
+    ],
+)
+def test_config_with_unusual_settings_reads_back_from_its_dump(override):
+    config = changed(override)
+    assert config != changed()
+    assert parse(tomllib.loads(config.dump()), "dump") == config
+
+
+def test_config_resolves_the_noise_label_by_the_kind_of_model():
+    assert changed().diffusion.noise_label == "log_quarter"
+    assert changed(base=DIT).diffusion.noise_label == "timestep"
+    assert changed("diffusion.noise_label=flow_t", base=DIT).diffusion.noise_label == "flow_t"
+
+
+def test_config_sampling_range_is_that_of_the_ladder_within_the_parametrization():
+    assert changed().sigma_range() == (0.01, 160)
+    assert changed("sampling.sigma_min=0.5", "sampling.sigma_max=2").sigma_range() == (0.5, 2)
+    low, high = changed("diffusion.schedule.steps=1000", base=DIT).sigma_range()
+    # Ho et al., 2020: abar runs from 1 - 1e-4 to 4.0358e-5, of which 5 digits are known
+    assert low == pytest.approx((1e-4 / (1 - 1e-4)) ** 0.5, rel=1e-9)
+    assert high == pytest.approx((1 / 4.0358e-5 - 1) ** 0.5, rel=1e-5)
+
+
+def test_config_error_is_for_the_user():
+    assert issubclass(ConfigError, UserError)
+
+
+def test_config_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        changed().training.batch_size = 3
+
+
+# ---- single settings that are wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("trainning.seed=1", "trainning: unknown key (set to {'seed': 1}); did you mean training?"),
+        (
+            "training.batchsize=8",
+            "training.batchsize: unknown key (set to 8); did you mean training.batch_size?",
+        ),
+        (
+            "model.levels.1.deptth=8",
+            "model.levels.1.deptth: unknown key (set to 8); did you mean model.levels.1.depth?",
+        ),
+        (
+            "model.levels.0.attention.kernelsize=8",
+            "model.levels.0.attention.kernelsize: unknown key (set to 8); "
+            "did you mean model.levels.0.attention.kernel_size?",
+        ),
+        (
+            "sampling.sampler={kind='dpmpp_2m_sde', solvr='heun'}",
+            "sampling.sampler.solvr: unknown key (set to 'heun'); "
+            "did you mean sampling.sampler.solver?",
+        ),
+    ],
+)
+def test_config_key_that_is_misspelt_names_the_nearest(override, complaint):
+    assert complaints(override) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("training.lr", "training.optimizer.lr"),
+        ("lr", "training.optimizer.lr"),
+        ("batch_size", "training.batch_size"),
+        ("model.betas", "training.optimizer.betas"),
+        ("model.guidance", "sampling.guidance"),
+        ("training.max_decay", "training.ema.max_decay"),
+    ],
+)
+def test_config_key_that_lives_elsewhere_is_shown_its_place(wrong, right):
+    assert complaints(f"{wrong}=1") == [f"{wrong}: unknown key (set to 1); did you mean {right}?"]
+
+
+def test_config_key_that_resembles_none_is_shown_the_valid_ones():
+    assert complaints("xyzzy=1") == [
+        "xyzzy: unknown key (set to 1); valid keys here: data, model, diffusion, training, sampling"
+    ]
+
+
+def test_config_of_one_kind_refuses_the_keys_of_another():
+    [line] = complaints("model.num_heads=4")
+    assert line.startswith("model.num_heads: unknown key (set to 4)")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "got"),
+    [
+        ("training.batch_size=many", "training.batch_size", "'many'"),
+        ("training.batch_size='8'", "training.batch_size", "'8'"),
+        ("training.batch_size=8.0", "training.batch_size", "8.0"),
+        ("training.batch_size=true", "training.batch_size", "True"),
+        ("training.batch_size=0", "training.batch_size", "0"),
+        ("training.seed=-1", "training.seed", "-1"),
+        ("training.optimizer.lr=fast", "training.optimizer.lr", "'fast'"),
+        ("training.optimizer.lr=nan", "training.optimizer.lr", "nan"),
+        ("training.optimizer.lr=inf", "training.optimizer.lr", "inf"),
+        ("training.optimizer.lr=0", "training.optimizer.lr", "0"),
+        ("training.precision=fp8", "training.precision", "'fp8'"),
+        ("training.label_dropout=1", "training.label_dropout", "1"),
+        ("training.optimizer.betas=[0.9, 'x']", "training.optimizer.betas.1", "'x'"),
+        ("training.seed=2020-01-01", "training.seed", "datetime.date(2020, 1, 1)"),
+        ("training=3", "training", "3"),
+        ("model=[]", "model", "[]"),
+        ("model.levels=3", "model.levels", "3"),
+        ("model.levels=[]", "model.levels", "[]"),
+        ("model.levels.1=3", "model.levels.1", "3"),
+        ("model.levels.1.width=wide", "model.levels.1.width", "'wide'"),
+        ("model.levels.1.attention.d_head=0.5", "model.levels.1.attention.d_head", "0.5"),
+        ("sampling.sampler.kind=3", "sampling.sampler.kind", "'3'"),
+        ("diffusion.noise_label=sigma", "diffusion.noise_label", "'sigma'"),
+        ("training.optimizer.kind=sgd", "training.optimizer.kind", "'sgd'"),
+    ],
+)
+def test_config_value_that_is_wrong_is_named_with_what_arrived(override, key, got):
+    [line] = complaints(override)
+    assert line.startswith(f"{key}: ")
+    assert f", got {got}" in line
+
+
+def test_config_long_value_is_cut_in_the_message():
+    [line] = complaints(f"training.seed={'x' * 500}")
+    assert len(line) < 200
+
+
+def test_config_value_is_explained_by_its_description():
+    [line] = complaints("training.images=0")
+    assert line == "training.images: must be greater than 0, got 0 (where training ends)"
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("batch_size = 12", "training.batch_size"),
+        ("width = 64", "model.levels.0.width"),
+        ('attention = { kind = "global", d_head = 32 }', "model.levels.1.attention"),
+    ],
+)
+def test_config_key_that_is_missing_is_named(line, key):
+    [complaint] = complaints(base=HDIT.replace(line, ""))
+    assert complaint.startswith(f"{key}: required, but not set")
+
+
+def test_config_section_that_is_missing_is_named():
+    assert complaints(base=HDIT.partition("[training]")[0]) == ["training: required, but not set"]
+
+
+def test_config_kind_that_is_missing_lists_the_kinds():
+    assert complaints("sampling.ladder={rho=5}") == [
+        "sampling.ladder.kind: required, but not set; one of ['karras', 'exponential']"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("data", "shape", "shapes"),
+        ("model", "hdti", "hdit"),
+        ("model.levels.0.attention", "neighbourhood", "neighborhood"),
+        ("diffusion.weighting", "soft-min-snr", "soft_min_snr"),
+        ("diffusion.parametrization", "epsvp", "eps_vp"),
+        ("sampling.sampler", "huen", "heun"),
+    ],
+)
+def test_config_kind_that_is_wrong_names_the_nearest(key, wrong, right):
+    [line] = complaints(f"{key}.kind={wrong}")
+    assert line.startswith(f"{key}.kind: must be one of [")
+    assert line.endswith(f"], got {wrong!r}; did you mean {right!r}?")
+    assert f"{right!r}" in line.partition("], got")[0]
+
+
+def test_config_kind_that_resembles_none_lists_the_kinds():
+    assert complaints("data.kind=imagenet") == [
+        "data.kind: must be one of ['digits', 'shapes', 'folder'], got 'imagenet'"
+    ]
+
+
+# ---- several, and settings that do not fit together ----------------------------------------------
+
+
+def keys(lines: list[str]) -> set[str]:
+    return {line.partition(": ")[0] for line in lines}
+
+
+def test_config_names_everything_that_is_wrong_at_once():
+    lines = complaints(
+        "training.batchsize=8",
+        "training.optimizer.lr=fast",
+        "model.levels.0.width=-1",
+        "model.levels.1.attention.kind=globl",
+        "data.num_images=0",
+        "sampling.sampler.kind=hen",
+    )
+    assert len(lines) == 6
+    assert keys(lines) == {
+        "training.batchsize",
+        "training.optimizer.lr",
+        "model.levels.0.width",
+        "model.levels.1.attention.kind",
+        "data.num_images",
+        "sampling.sampler.kind",
+    }
+
+
+def test_config_names_every_clash_at_once():
+    lines = complaints(
+        "training.accumulate=5",
+        "model.levels.0.attention.kernel_size=4",
+        "model.levels.1.width=100",
+        "model.mapping.width=33",
+        "diffusion.schedule.steps=100",
+        "sampling.sigma_min=500",
+    )
+    assert keys(lines) == {
+        "training.accumulate",
+        "model.levels.0.attention.kernel_size",
+        "model.levels.1.width",
+        "model.mapping.width",
+        "diffusion.schedule",
+        "sampling",
+    }
+
+
+KERNEL = "model.levels.0.attention.kernel_size"
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "largest"),
+    [
+        ("32", 17, 15),  # on 16x16
+        ("20", 11, 9),  # 10x10
+        ("12", 7, 5),  # 6x6
+        ("[64, 12]", 7, 5),  # 32x6
+        ("[12, 64]", 9, 5),  # 6x32
+        ("4", 99, 1),  # 2x2
+    ],
+)
+def test_config_kernel_beyond_its_grid_says_which_is_the_largest(size, kernel, largest):
+    [line] = complaints(f"data.size={size}", f"{KERNEL}={kernel}")
+    assert line.startswith(f"{KERNEL}: {kernel} is larger than the level's grid of ")
+    assert line.endswith(f"; use at most {largest}, or kind = 'global'")
+    fixed = changed(f"data.size={size}", f"{KERNEL}={largest}")
+    assert fixed.model.levels[0].attention.kernel_size == largest
+
+
+def test_config_kernel_as_large_as_its_grid_is_valid():
+    levels = "model.levels=[{depth=1, width=32, attention={kind='neighborhood', d_head=32}}]"
+    config = changed("data.size=[14, 18]", levels, f"{KERNEL}=7")
+    assert config.model.grids(config.signal(0)) == [(7, 9)]
+
+
+@pytest.mark.parametrize("kernel", [2, 4, 16])
+def test_config_kernel_that_is_even_names_its_neighbours(kernel):
+    assert complaints(f"{KERNEL}={kernel}") == [
+        f"{KERNEL}: must be odd, got {kernel}; use {kernel - 1} or {kernel + 1}"
+    ]
+
+
+@pytest.mark.parametrize("size", [30, "[32, 34]", "[33, 32]"])
+def test_config_image_that_the_levels_do_not_divide_names_the_multiple(size):
+    [line] = complaints(f"data.size={size}")
+    assert line.startswith("model.patch_size: patch 2 and 2 levels need an image whose sides are ")
+    assert "multiples of 4, got " in line
+
+
+def test_config_image_that_the_patch_of_a_dit_does_not_divide_is_named():
+    [line] = complaints("model.patch_size=3", base=DIT)
+    assert line.startswith("model.patch_size: 3 does not divide the image of 8x8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["model.levels.1.width=80"],
+            "model.levels.1.width: must be a multiple of attention.d_head (32), got 80",
+        ),
+        (
+            ["model.levels.1.attention.d_head=4"],
+            "model.levels.1.attention.d_head: must be a multiple of 8, got 4",
+        ),
+        (["model.mapping.width=255"], "model.mapping.width: must be even, got 255"),
+    ],
+)
+def test_config_width_of_an_hdit_that_does_not_fit_is_named(overrides, complaint):
+    assert complaints(*overrides) == [complaint]
+
+
+def test_config_width_of_a_dit_that_its_heads_do_not_divide_is_named():
+    assert complaints("model.num_heads=5", base=DIT) == [
+        "model.width: must be a multiple of num_heads (5), got 64"
+    ]
+
+
+def test_config_accumulate_that_does_not_divide_the_batch_is_named():
+    assert complaints("training.accumulate=5") == [
+        "training.accumulate: must divide training.batch_size (12), got 5"
+    ]
+    assert changed("training.accumulate=4").training.accumulate == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("diffusion.density={kind='cosine_interpolated'}", "diffusion.density"),
+        ("diffusion.density={kind='lognormal'}", "diffusion.density"),
+        ("diffusion.density={kind='lognormal', sigma_min=0.1, sigma_max=500}", "diffusion.density"),
+        ("diffusion.density={kind='lognormal', sigma_min=1e-3, sigma_max=5}", "diffusion.density"),
+        ("sampling.sigma_max=200", "sampling"),
+        ("sampling.sigma_min=0.001", "sampling"),
+    ],
+)
+def test_config_noise_levels_beyond_the_parametrization_are_named(override, key):
+    [line] = complaints(override, base=DIT)
+    assert line.startswith(f"{key}: noise levels ")
+    assert " leave the range of 'eps_vp', " in line
+
+
+def test_config_noise_levels_within_the_parametrization_are_valid():
+    density = "diffusion.density={kind='lognormal', sigma_min=0.1, sigma_max=50}"
+    low, high = changed(density, "diffusion.schedule={}", base=DIT).sigma_range()
+    assert changed(density, f"sampling.sigma_min={low}", f"sampling.sigma_max={high}", base=DIT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["sampling.sigma_min=2", "sampling.sigma_max=1"], "sampling"),
+        (["sampling.sigma_max=0.01"], "sampling"),
+        (["diffusion.density.kind=lognormal", "diffusion.density.sigma_min=3",
+          "diffusion.density.sigma_max=3"], "diffusion.density"),
+    ],
+)  # fmt: skip
+def test_config_noise_levels_out_of_order_are_named(overrides, key):
+    [line] = complaints(*overrides)
+    assert line.startswith(f"{key}: sigma_min must be below sigma_max, got ")
+
+
+def test_config_schedule_without_effect_is_an_error():
+    [line] = complaints("diffusion.schedule.steps=100")
+    assert line.startswith("diffusion.schedule: has no effect: ")
+
+
+@pytest.mark.parametrize("parametrization", ["edm", "eps_vp"])
+def test_config_schedule_of_a_vp_density_has_an_effect(parametrization):
+    config = changed(
+        "diffusion.schedule.steps=100",
+        "diffusion.density={kind='uniform_vp'}",
+        f"diffusion.parametrization.kind={parametrization}",
+    )
+    assert config.schedule.steps == 100
+
+
+# ---- files and extends ---------------------------------------------------------------------------
+
+
+def test_load_of_a_missing_file_suggests_the_nearest(write):
+    path = write("digits-hdit.toml", HDIT)
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean .*/digits-hdit\."):
+        load(path.with_name("digit-hdit.toml"))
+
+
+def test_load_of_a_missing_file_that_resembles_none_suggests_nothing(write):
+    path = write("digits-hdit.toml", HDIT)
+    with pytest.raises(ConfigError, match=r"xyzzy: no such config file$"):
+        load(path.with_name("xyzzy"))
+    with pytest.raises(ConfigError, match=r"run\.toml: no such config file$"):
+        load(path.with_name("nowhere") / "run.toml")
+
+
+def test_load_of_invalid_toml_names_file_and_place(write):
+    path = write("run.toml", "[data]\nkind = shapes\n")
+    with pytest.raises(ConfigError, match=r"run\.toml: not valid TOML: .*line 2") as error:
+        load(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_load_of_what_is_no_text_names_the_file(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"run\.toml: cannot be read: "):
+        load(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="cannot be read: "):
+        load(tmp_path)
+
+
+def test_load_names_the_file_in_errors(write):
+    path = write("run.toml", HDIT.replace("size = 32", "size = 30"))
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}:\n  model.patch_size: ")
+
+
+def test_extends_merges_tables_and_replaces_arrays(write):
+    write("base.toml", HDIT)
+    path = write(
+        "run.toml",
+        """
+        extends = "base.toml"
+        training = { batch_size = 6, optimizer = { betas = [0.5, 0.6] } }
+        [[model.levels]]
+        depth = 7
+        width = 32
+        attention = { kind = "global", d_head = 32 }
+        """,
+    )
+    config = load(path)
+    assert (config.training.batch_size, config.training.images) == (6, 1000)
+    assert config.training.optimizer.betas == (0.5, 0.6)
+    assert config.model.patch_size == 2
+    assert [level.depth for level in config.model.levels] == [7]
+    assert config.data.size == 32
+
+
+def test_extends_with_another_kind_replaces_the_table(write):
+    write("base.toml", HDIT + "[sampling]\nsampler = { kind = 'dpmpp_2m_sde', eta = 0.5 }\n")
+    other = load(
+        write(
+            "other.toml",
+            """
+            extends = "base.toml"
+            sampling = { sampler = { kind = "dpmpp_3m_sde" } }
+            data = { kind = "folder", path = "x", size = 32 }
+            """,
+        )
+    )
+    assert other.sampling.sampler.kind == "dpmpp_3m_sde"
+    assert other.sampling.sampler.eta == 1  # the default, not that of the other kind
+    assert other.data.kind == "folder"
+    same = load(
+        write(
+            "same.toml",
+            """
+            extends = "base.toml"
+            sampling = { sampler = { kind = "dpmpp_2m_sde", s_noise = 0.9 } }
+            """,
+        )
+    )
+    assert (same.sampling.sampler.eta, same.sampling.sampler.s_noise) == (0.5, 0.9)
+
+
+def test_extends_is_relative_to_the_file_that_says_so(write, monkeypatch, tmp_path):
+    write("base/hdit.toml", HDIT)
+    write("base/small.toml", "extends = 'hdit.toml'\ntraining.seed = 5\n")
+    path = write("runs/mine/run.toml", "extends = '../../base/small.toml'\n")
+    monkeypatch.chdir(tmp_path / "runs")
+    for name in (path, "mine/run.toml"):
+        assert load(name).training.seed == 5
+
+
+def test_extends_of_several_files_lets_the_later_win_and_the_file_itself_last(write):
+    write("base.toml", HDIT)
+    write("a.toml", "training = { seed = 1, images = 11, batch_size = 1 }")
+    write("b.toml", "training = { images = 22, batch_size = 2 }")
+    config = load(
+        write("run.toml", "extends = ['base.toml', 'a.toml', 'b.toml']\ntraining.batch_size = 3")
+    )
+    training = config.training
+    assert (training.seed, training.images, training.batch_size) == (1, 22, 3)
+
+
+def test_extends_of_the_same_file_on_two_ways_is_no_cycle(write):
+    write("base.toml", HDIT)
+    write("a.toml", "extends = 'base.toml'")
+    write("b.toml", "extends = 'base.toml'\ntraining.seed = 2")
+    path = write("run.toml", "extends = ['a.toml', 'b.toml']")
+    assert load(path).training.seed == 2
+
+
+def test_extends_in_a_cycle_names_the_chain(write):
+    for name, base in [("a", "b"), ("b", "c"), ("c", "a")]:
+        write(f"{name}.toml", f"extends = '{base}.toml'")
+    path = write("run.toml", "extends = 'a.toml'")
+    chain = " -> .*".join(f"{name}.toml" for name in ("run", "a", "b", "c", "a"))
+    with pytest.raises(ConfigError, match=rf"a\.toml: extends itself: .*{chain}"):
+        load(path)
+    with pytest.raises(ConfigError, match=r"self\.toml: extends itself"):
+        load(write("self.toml", "extends = './self.toml'"))
+
+
+def test_extends_of_a_missing_file_names_it(write):
+    write("base.toml", HDIT)
+    path = write("run.toml", "extends = 'bse.toml'")
+    with pytest.raises(ConfigError, match=r"bse\.toml: no such config file; did you mean .*/base"):
+        load(path)
+
+
+@pytest.mark.parametrize("value", ["3", "['a.toml', 3]", "{ file = 'a.toml' }"])
+def test_extends_that_names_no_files_is_an_error(write, value):
+    path = write("run.toml", f"extends = {value}")
+    with pytest.raises(ConfigError, match=r"run\.toml: extends: must be a list of file names, got"):
+        load(path)
+
+
+def test_merge_leaves_both_of_its_tables_as_they_were():
+    base, over = {"a": {"b": 1, "c": [1, 2]}}, {"a": {"b": 2}, "d": 3}
+    assert merge(base, over) == {"a": {"b": 2, "c": [1, 2]}, "d": 3}
+    assert (base, over) == ({"a": {"b": 1, "c": [1, 2]}}, {"a": {"b": 2}, "d": 3})
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a.n=3", {"a": {"n": 3, "s": "x"}}),
+        ("a.n=-1.5e-3", {"a": {"n": -1.5e-3, "s": "x"}}),
+        ("a.n=1_000", {"a": {"n": 1000, "s": "x"}}),
+        ("a.n=true", {"a": {"n": True, "s": "x"}}),
+        ("a.s=images/cats", {"a": {"n": 0, "s": "images/cats"}}),
+        ("a.s=C:\\pictures", {"a": {"n": 0, "s": "C:\\pictures"}}),
+        ("a.s='3'", {"a": {"n": 0, "s": "3"}}),
+        ('a.s="a=b"', {"a": {"n": 0, "s": "a=b"}}),
+        ("a.s=a=b", {"a": {"n": 0, "s": "a=b"}}),
+        ("a.s=", {"a": {"n": 0, "s": ""}}),
+        (" a.n = 3 ", {"a": {"n": 3, "s": "x"}}),
+        ("a.new=[1, 2]", {"a": {"n": 0, "s": "x", "new": [1, 2]}}),
+        ("b.c.d=1", {"a": {"n": 0, "s": "x"}, "b": {"c": {"d": 1}}}),
+        ("a={n = 5}", {"a": {"n": 5, "s": "x"}}),
+        ("a=5", {"a": 5}),
+    ],
+)
+def test_set_reads_the_value_as_toml_or_as_a_string(override, expected):
+    raw = {"a": {"n": 0, "s": "x"}}
+    set_key(raw, override)
+    assert raw == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("levels.1.depth=9", [{"depth": 1}, {"depth": 9}]),
+        ("levels.0.core.kind=x", [{"depth": 1, "core": {"kind": "x"}}, {"depth": 2}]),
+        ("levels=[]", []),
+    ],
+)
+def test_set_reaches_into_arrays_by_index(override, expected):
+    raw = {"levels": [{"depth": 1}, {"depth": 2}]}
+    set_key(raw, override)
+    assert raw == {"levels": expected}
+
+
+def test_set_of_a_table_merges_unless_its_kind_is_another():
+    raw = {"sampler": {"kind": "a", "eta": 1}}
+    set_key(raw, "sampler={eta=2, s_noise=3}")
+    assert raw == {"sampler": {"kind": "a", "eta": 2, "s_noise": 3}}
+    set_key(raw, "sampler={kind='b'}")
+    assert raw == {"sampler": {"kind": "b"}}
+
+
+@pytest.mark.parametrize("override", ["", "training.seed", "=3", " = 3", "--seed 3"])
+def test_set_without_key_and_value_shows_the_syntax(override):
+    with pytest.raises(ConfigError, match="must read KEY=VALUE, as in") as error:
+        set_key({}, override)
+    assert repr(override) in str(error.value)
+
+
+@pytest.mark.parametrize("index", ["2", "10", "-1", "x", "first", "0x0"])
+@pytest.mark.parametrize("rest", ["", ".depth"])
+def test_set_beyond_an_array_says_how_many_entries_there_are(index, rest):
+    raw = {"model": {"levels": [{"depth": 1}, {"depth": 2}]}}
+    with pytest.raises(ConfigError, match=r"model\.levels has 2 entries, counted from 0") as error:
+        set_key(raw, f"model.levels.{index}{rest}=3")
+    assert repr(index) in str(error.value)
+    assert raw == {"model": {"levels": [{"depth": 1}, {"depth": 2}]}}
+
+
+@pytest.mark.parametrize("key", ["training.seed.x", "training.seed.x.y"])
+def test_set_below_a_value_is_an_error(key):
+    with pytest.raises(ConfigError, match=r"training\.seed is a value, not a table"):
+        set_key({"training": {"seed": 1}}, f"{key}=3")
+
+
+def test_load_applies_overrides_in_order_after_what_is_extended(write):
+    write("base.toml", HDIT)
+    path = write("run.toml", "extends = 'base.toml'\ntraining.seed = 1")
+    overrides = ["training.seed=2", "training.seed=3", "model.levels.1.depth=5"]
+    config = load(path, overrides)
+    assert config.training.seed == 3
+    assert [level.depth for level in config.model.levels] == [1, 5]
+
+
+# ---- differences ---------------------------------------------------------------------------------
+
+
+def test_differences_of_equal_configs_are_none():
+    dump = tomllib.loads(changed().dump())
+    assert differences(dump, tomllib.loads(changed().dump())) == []
+
+
+def test_differences_name_the_keys_of_a_config_that_changed():
+    old = tomllib.loads(changed("sampling.sigma_max=80").dump())
+    new = tomllib.loads(
+        changed("training.seed=4", "model.levels.1.depth=3", "data.size=[32, 64]").dump()
+    )
+    assert sorted(differences(old, new)) == [
+        ("data.size", 32, [32, 64]),
+        ("model.levels.1.depth", 2, 3),
+        ("sampling.sigma_max", 80.0, None),
+        ("training.seed", 0, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"a": {"b": 1}}, {}, [("a", {"b": 1}, None)]),
+        ({}, {"a": [1]}, [("a", None, [1])]),
+        ({"a": [1, 2, 3]}, {"a": [1, 5, 3]}, [("a.1", 2, 5)]),
+        ({"a": [1, 2]}, {"a": [1]}, [("a", [1, 2], [1])]),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 2}]}, [("a.0.b", 1, 2)]),
+        ({"a": {"b": 1}}, {"a": 1}, [("a", {"b": 1}, 1)]),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, []),
+    ],
+)
+def test_differences_descend_into_tables_and_arrays_of_equal_length(old, new, expected):
+    assert differences(old, new) == expected
