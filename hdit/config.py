@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -46,12 +46,15 @@ class DiffusionSpec(Spec):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Spec):
     """AdamW. HDiT's mapping network and modulation learn at a third of lr, as the paper does."""
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(5e-4, gt=0)
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
 
@@ -75,7 +78,7 @@ class TrainingSpec(Spec):
     batch_size: int = Field(gt=0, description="images of an optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
     clip_grad_norm: float = Field(1.0, gt=0)
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
@@ -272,7 +275,7 @@ def set_key(raw: dict[str, Any], override: str) -> None:
     for i, part in enumerate([*parents, last]):
         where = ".".join(parents[:i]) or "the config"
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(
                     f"--set {override!r}: {where} has {len(node)} entries, counted from 0; "
                     f"{part!r} is none of them"
@@ -281,8 +284,8 @@ def set_key(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {where} is a value, not a table")
         index: Any = int(part) if isinstance(node, list) else part
         if i == len(parents):
-            is_table = isinstance(node, dict) and isinstance(node.get(index), dict)
-            node[index] = merge({"": node[index]}, {"": value})[""] if is_table else value
+            old = node.get(index) if isinstance(node, dict) else node[index]
+            node[index] = merge({"": old}, {"": value})[""]
         else:
             node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
 
@@ -317,28 +320,35 @@ def _kind(spec: type[Spec]) -> str | None:
     return None if field is None else field.default
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[Spec] | None, str | None]:
-    """Where pydantic says an error is -> (key path, Spec that holds the last key, its description).
+class _Place(NamedTuple):
+    path: str
+    holder: type[Spec] | None  # the Spec that holds the last key
+    others: list[type[Spec]]  # the members of its union, if it is of one
+    description: str | None
 
-    Pydantic's path also holds the `kind` of each union member that it went through.
-    """
+
+def _locate(loc: tuple[int | str, ...]) -> _Place:
+    """Where pydantic says an error is; its path also holds the `kind` of each union member."""
     path: list[str] = []
     options: list[type[Spec]] = [RunConfig]
     holder: type[Spec] | None = None
+    union: list[type[Spec]] = []
+    others: list[type[Spec]] = []
     description = None
     for part in loc:
         tagged = [spec for spec in options if _kind(spec) == part]
         if len(options) > 1 and tagged:
-            options = tagged
+            union, options = options, tagged
             continue
         path.append(str(part))
         if isinstance(part, int):
             continue
+        others, union = union, []
         holder = options[0] if options else None
         field = holder.model_fields.get(part) if holder else None
         description = field.description if field else None
         options = _specs(field.annotation) if field else []
-    return ".".join(path), holder, description
+    return _Place(".".join(path), holder, others, description)
 
 
 def _all_keys(spec: type[Spec] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -348,26 +358,30 @@ def _all_keys(spec: type[Spec] = RunConfig, prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
-def _nearest(path: str, holder: type[Spec] | None) -> str:
-    *parents, last = path.split(".")
-    siblings = list(holder.model_fields) if holder else []
+def _nearest(place: _Place) -> str:
+    *parents, last = place.path.split(".")
+    siblings = list(place.holder.model_fields) if place.holder else []
+    if kinds := [_kind(other) for other in place.others if last in other.model_fields]:
+        return f"; it belongs to kind {' or '.join(map(repr, kinds))}"
     if close := difflib.get_close_matches(last, siblings, n=1):
         return f"; did you mean {'.'.join([*parents, close[0]])}?"
-    elsewhere = [key for key in _all_keys() if key.rpartition(".")[0] != ".".join(parents)]
+    here = ".".join(part for part in parents if not part.isdecimal())
+    elsewhere = [key for key in _all_keys() if key.rpartition(".")[0] != here]
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(elsewhere)}
-    if close := difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.75):
+    if close := difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.8):
         return f"; did you mean {by_leaf[close[0]]}?"
     return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
 
 
 def _explain(error: Any) -> str:
     """One line for one of pydantic's errors."""
-    path, holder, description = _locate(error["loc"])
+    place = _locate(error["loc"])
+    path, holder, description = place.path, place.holder, place.description
     got = _show(error["input"])
     about = f" ({description})" if description else ""
     match error["type"]:
         case "extra_forbidden":
-            return f"{path}: unknown key (set to {got}){_nearest(path, holder)}"
+            return f"{path}: unknown key (set to {got}){_nearest(place)}"
         case "missing":
             return f"{path}: required, but not set{about}"
         case "union_tag_invalid":

@@ -24,9 +24,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def bits(seed: int, purpose: str, counters: np.ndarray) -> np.ndarray:
     """64 random bits for each counter: (n,) integers -> (n,) uint64."""
     with np.errstate(over="ignore"):
-        stream = _mix(
-            np.array([seed & (2**64 - 1)], np.uint64) + np.uint64(zlib.crc32(purpose.encode()))
-        )
+        seeds = np.array([seed & (2**64 - 1)], np.uint64)
+        stream = _mix(_mix(seeds) + np.uint64(zlib.crc32(purpose.encode())))
         golden = np.uint64(0x9E3779B97F4A7C15)
         return _mix(_mix(counters.astype(np.uint64) * golden + stream) + stream)
 

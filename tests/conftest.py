@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+import torch
 
 from hdit import cli
 
@@ -34,6 +35,12 @@ log_every = 16
 steps = 2
 grid = 4
 """
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """On tensors as small as these, threads cost far more than they bring."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -523,7 +523,7 @@ def test_extends_merges_tables_and_replaces_arrays(write):
     assert config.training.optimizer.betas == (0.5, 0.6)
     assert config.model.patch_size == 2
     assert [level.depth for level in config.model.levels] == [7]
-    assert config.data.size == 32
+    assert config.data.size == (32, 32)
 
 
 def test_extends_with_another_kind_replaces_the_table(write):
@@ -709,7 +709,7 @@ def test_differences_name_the_keys_of_a_config_that_changed():
         changed("training.seed=4", "model.levels.1.depth=3", "data.size=[32, 64]").dump()
     )
     assert sorted(differences(old, new)) == [
-        ("data.size", 32, [32, 64]),
+        ("data.size.1", 32, 64),
         ("model.levels.1.depth", 2, 3),
         ("sampling.sigma_max", 80.0, None),
         ("training.seed", 0, 4),
@@ -730,3 +730,41 @@ def test_differences_name_the_keys_of_a_config_that_changed():
 )
 def test_differences_descend_into_tables_and_arrays_of_equal_length(old, new, expected):
     assert differences(old, new) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("data.size=x", "data.size: must be a side in pixels, or [height, width], got 'x'"),
+        ("data.size=0", "data.size: must be a side in pixels, or [height, width], got 0"),
+        ("data.size=[8, 0]", "data.size: must be a side"),
+        ("data.size=[8, 8, 8]", "data.size: must be a side"),
+        ("data.size=true", "data.size: must be a side"),
+        ("training.optimizer.betas=[0.9, 1.5]", "training.optimizer.betas.1: must be less than 1"),
+        (f"training.seed={2**63}", "training.seed: must be less than"),
+        ("diffusion.schedule={steps=10}", "diffusion.schedule: with 10 steps the betas"),
+        ('diffusion.density={kind="lognormal", mean=1000}', "diffusion.density.mean: must be less"),
+        (
+            'sampling.sampler={kind="euler", eta=1}',
+            "sampling.sampler.eta: unknown key (set to 1); it belongs to kind 'dpmpp_2m_sde' or",
+        ),
+        (
+            "model.levels.1.attention.kernel_size=3",
+            "model.levels.1.attention.kernel_size: unknown key (set to 3); it belongs to kind "
+            "'neighborhood'",
+        ),
+        ("model.levels.²=3", "--set"),
+    ],
+)
+def test_load_refuses_what_no_run_could_use(override, wanted):
+    with pytest.raises(ConfigError) as error:
+        changed(override)
+    lines = str(error.value).splitlines()
+    assert wanted in str(error.value)
+    assert len(lines) == 1 + (not override.startswith("model.levels.²")), lines
+
+
+def test_set_merges_a_table_into_an_array_entry():
+    assert (
+        changed("model.levels.0={depth=3}").model.levels[0].width == changed().model.levels[0].width
+    )

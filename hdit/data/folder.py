@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.source import DataError, Sample, Skipped, image_sides
+from hdit.data.source import DataError, Sample, Size, Skipped
 from hdit.data.transforms import center_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
@@ -19,15 +19,13 @@ class FolderSpec(Spec):
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="the folder, relative to where the command runs")
-    size: int | Annotated[tuple[int, int], Field(strict=False)] = Field(
-        description="side in pixels, or [height, width]"
-    )
+    size: Size = Field(description="side in pixels, or [height, width]")
     channels: Literal[1, 3] = Field(3, description="3 for RGB, 1 for grey")
     flip: bool = Field(True, description="mirror half of the images, at random")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.channels, *image_sides(self.size)
+        return self.channels, *self.size
 
     def open(self) -> Folder:
         """Lists the folder. Raises DataError where it is missing, empty or of mixed layout."""
@@ -65,6 +63,8 @@ class Folder:
 
     def __getitem__(self, index: int) -> Sample:
         """The image at `index`; where that file cannot be read, the next one that can."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         skipped = []
         for i in range(index, index + len(self)):
             path, label = self.files[i % len(self)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from hdit.data.source import Sample, image_sides
+from hdit.data.source import Sample, Size
 from hdit.protocols import Spec
 
 CLASSES = ["disc", "ring", "square", "triangle", "cross"]
@@ -18,15 +18,13 @@ class ShapesSpec(Spec):
     """One coloured, turned shape on a coloured ground; five classes."""
 
     kind: Literal["shapes"] = "shapes"
-    size: int | Annotated[tuple[int, int], Field(strict=False)] = Field(
-        64, description="side in pixels, or [height, width]"
-    )
+    size: Size = Field((64, 64), description="side in pixels, or [height, width]")
     num_images: int = Field(10_000, gt=0, description="size of the data set")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return 3, *image_sides(self.size)
+        return 3, *self.size
 
     @property
     def flip(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from hdit.protocols import UserError
@@ -38,6 +39,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def image_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A size setting, one number or [height, width] -> (height, width)."""
-    return (size, size) if isinstance(size, int) else size
+def _sides(size: Any) -> Any:
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError("must be a side in pixels, or [height, width]")
+    return tuple(sides)
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_sides)]
+"""A setting that reads one side in pixels or [height, width], and holds (height, width)."""

@@ -11,8 +11,15 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Upright, without alpha (what is transparent lies on white), grey or RGB."""
+    """Upright, without alpha (what is transparent lies on white), grey or RGB, 8 bits a channel.
+
+    Raises ValueError for a picture of 32-bit numbers, whose white has no fixed value.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; save 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

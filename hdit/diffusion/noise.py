@@ -57,8 +57,8 @@ class Lognormal(Spec):
     """ln sigma is normal (Karras et al., 2022), cut at the bounds where there are any."""
 
     kind: Literal["lognormal"] = "lognormal"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
+    mean: float = Field(-1.2, ge=-20, le=20, description="of ln sigma")
+    std: float = Field(1.2, gt=0, le=20, description="of ln sigma")
     sigma_min: float | None = Field(None, gt=0)
     sigma_max: float | None = Field(None, gt=0)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hdit.protocols import Spec
@@ -19,6 +19,16 @@ class LinearSchedule(Spec):
     steps: int = Field(1000, gt=1, description="number T of timesteps")
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(2e-2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _betas_stay_below_one(self) -> Self:
+        largest = max(self.beta_start, self.beta_end) * 1000 / self.steps
+        if largest >= 1:
+            raise ValueError(
+                f"with {self.steps} steps the betas, scaled by 1000/steps, reach {largest:.3g}; "
+                "they must stay below 1: take more steps or smaller betas"
+            )
+        return self
 
     def sigmas(self, device: torch.device | None = None) -> Tensor:
         """(T,) float64, increasing."""

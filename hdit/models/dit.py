@@ -46,6 +46,8 @@ class DiTSpec(Spec):
             problems.append(
                 ("width", f"must be a multiple of num_heads ({self.num_heads}), got {self.width}")
             )
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(("mlp_ratio", f"leaves no hidden width, got {self.mlp_ratio}"))
         if self.width % 4:
             problems.append(("width", f"must be a multiple of 4, got {self.width}"))
         if problems:
@@ -170,13 +172,11 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
         check_labels(cond.labels, self.num_classes)
-        x = self.x_embedder(x)
-        if x.shape[1:] != self.pos_embed.shape:
-            raise ValueError(
-                f"the model was built for a grid of {tuple(self.pos_embed.shape[:2])} patches, "
-                f"got {tuple(x.shape[1:3])}"
-            )
-        x = x + self.pos_embed  # (b h w d)
+        p, (h, w) = self.spec.patch_size, self.pos_embed.shape[:2]
+        if x.shape[2:] != (h * p, w * p):
+            size = "x".join(map(str, x.shape[2:]))
+            raise ValueError(f"the model was built for images of {h * p}x{w * p}, got {size}")
+        x = self.x_embedder(x) + self.pos_embed  # (b h w d)
         with torch.autocast(x.device.type, enabled=False):
             c = self.t_embedder(c_noise)  # (b d)
             if self.y_embedder is not None and cond.labels is not None:

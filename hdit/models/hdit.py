@@ -55,6 +55,11 @@ class HDiTSpec(Spec):
     mapping: Mapping = Mapping()
     vector_width: int = Field(0, ge=0, description="width of Cond.vector; 0 where there is none")
 
+    @property
+    def multiple(self) -> int:
+        """What the sides of an image must be multiples of."""
+        return self.patch_size << (len(self.levels) - 1)
+
     def grids(self, signal: Signal) -> list[tuple[int, int]]:
         """Tokens (h, w) of each level."""
         side = [self.patch_size << i for i in range(len(self.levels))]
@@ -63,7 +68,7 @@ class HDiTSpec(Spec):
     def check(self, signal: Signal) -> None:
         """Raises SpecError with all that does not fit the signal or itself."""
         problems = []
-        multiple = self.patch_size << (len(self.levels) - 1)
+        multiple = self.multiple
         if signal.height % multiple or signal.width % multiple:
             problems.append(
                 (
@@ -88,9 +93,11 @@ class HDiTSpec(Spec):
                         f"must be a multiple of attention.d_head ({d_head}), got {level.width}",
                     )
                 )
-            problems += [
-                (f"levels.{i}.attention.{key}", text) for key, text in level.attention.check(*grid)
-            ]
+            if min(grid) > 0:
+                problems += [
+                    (f"levels.{i}.attention.{key}", text)
+                    for key, text in level.attention.check(*grid)
+                ]
         if problems:
             raise SpecError(problems)
 
@@ -282,6 +289,10 @@ class HDiT(nn.Module):
             return self.mapping(x)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        multiple = self.spec.multiple
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            size = "x".join(map(str, x.shape[2:]))
+            raise ValueError(f"the sides of an image must be multiples of {multiple}, got {size}")
         m = self.conditioning(c_noise, cond)
         x = self.patch_in(rearrange(x, "b c h w -> b h w c"))  # (b h w d)
         pos = axial_positions(x.shape[1], x.shape[2], x.device)  # (h w 2)

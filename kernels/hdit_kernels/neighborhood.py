@@ -45,14 +45,17 @@ BACKENDS: dict[str, Backend] = {"tile": tile, "reference": reference}
 """Backends by name, in the order in which "auto" prefers them."""
 
 
-@lru_cache(maxsize=256)
 def select_backend(problem: Problem) -> str:
-    """The name of the backend that "auto" takes for a problem; logged once for each problem."""
+    """The name of the backend that "auto" takes for a problem."""
     for name, backend in BACKENDS.items():
         if backend.unsupported(problem) is None:
-            log.info("neighborhood attention: backend %r for %s", name, problem)
             return name
     raise AssertionError(f"'reference' must support every valid problem, but refused {problem}")
+
+
+@lru_cache(maxsize=256)
+def _log_once(problem: Problem, name: str) -> None:
+    log.info("neighborhood attention: backend %r for %s", name, problem)
 
 
 def neighborhood_attention(
@@ -72,6 +75,10 @@ def neighborhood_attention(
         raise ValueError(
             f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}"
+        )
     _, h, w, _, e = q.shape
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
@@ -82,11 +89,15 @@ def neighborhood_attention(
         )
     problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e)
     if backend == "auto":
-        chosen = BACKENDS[select_backend(problem)]
+        name = select_backend(problem)
+        chosen = BACKENDS[name]
+        if not torch.compiler.is_compiling():
+            _log_once(problem, name)
     elif backend in BACKENDS:
         chosen = BACKENDS[backend]
         if reason := chosen.unsupported(problem):
             raise ValueError(f"backend {backend!r} cannot compute {problem}: {reason}")
     else:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    return chosen.attention(q, k, v, kernel_size, scale)
+    with torch.autocast(q.device.type, enabled=False):  # the result has q's dtype
+        return chosen.attention(q, k, v, kernel_size, scale)

@@ -106,7 +106,7 @@ def heads_last(x: Tensor, like: Tensor) -> Tensor:
 def chunks(q: Tensor, kernel_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The classes of q's grid; on a CPU in pieces whose halos and weights stay in its cache."""
     b, h, w, n, _ = q.shape
-    size = max(1, CHUNK // (b * n)) if q.device.type == "cpu" else h * w
+    size = max(1, CHUNK // max(1, b * n)) if q.device.type == "cpu" else h * w
     for queries, halo, mask in tile_classes(h, w, kernel_size, q.dtype, q.device):
         for i in range(0, len(queries), size):
             yield queries[i : i + size], halo[i : i + size], mask
@@ -162,7 +162,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *tile_backward(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.scale), None, None
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = tile_backward(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.scale)
+    return *grads, None, None
 
 
 tile_forward.register_autograd(_backward, setup_context=_setup)

@@ -439,3 +439,24 @@ def test_folder_turns_an_image_upright_by_its_exif(tmp_path, orientation):
     # chroma at full resolution and quality 100: a rounding of YCbCr
     assert colour(image[LEFT[orientation]]) == pytest.approx(RED, abs=2)
     assert image.flip(1, 2)[LEFT[orientation]][2].min() > 250
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_scales_sixteen_bit_greys(tmp_path, channels):
+    pixels = np.full((8, 8), 0x8000, np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    image = FolderSpec(path=str(tmp_path), size=8, channels=channels).open()[0].image
+    assert image.unique().tolist() == [128]  # 0x8000 / 257 is 127.5, rounded to even
+
+
+def test_folder_skips_numbers_without_a_range(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (skipped,) = FolderSpec(path=str(tmp_path), size=8).open()[0].skipped
+    assert skipped.path.endswith("a.tiff")
+    assert "no fixed range" in skipped.reason
+
+
+def test_folder_refuses_an_index_beyond_its_end(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert len(list(FolderSpec(path=str(tmp_path), size=8).open())) == 1

@@ -31,15 +31,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors as small as these, threads cost far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def total(spec: HDiTSpec | DiTSpec, signal: Signal) -> tuple[int, int]:
     """Parameters and MACs."""
     rows = cost(spec, signal)

@@ -17,15 +17,6 @@ from hdit.training.optim import parameter_groups
 CASES = ["global2", "neighborhood3"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors as small as these, threads cost far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def reference_name(name: str) -> str:
     """Our parameter names -> those of the reference's state dict."""
     for ours, theirs in (
@@ -546,3 +537,10 @@ def test_hdit_under_autocast_stays_close_to_float32(case):
     # Autocast rounds weights, activations, q and k (logits reach 12) and the residual stream. The
     # weights alone cost 0.02 to 0.05 of the output's std, all of it about twice as much.
     assert (out - exact).square().mean().sqrt() < 4 * rounding < 0.25 * exact.std()
+
+
+@pytest.mark.parametrize("size", [(18, 16), (16, 6)])
+def test_hdit_refuses_an_image_that_its_levels_do_not_divide(size):
+    model = HDiT(HDiTSpec(patch_size=2, levels=[level(), level()], mapping={"width": 16}), signal())
+    with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]}x{size[1]}"):
+        model(torch.zeros(1, 3, *size), torch.zeros(1), Cond())

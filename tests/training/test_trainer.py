@@ -19,6 +19,10 @@ from hdit.training.trainer import Trainer, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]
 LAST = "000000000096"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels"))),
+    "OMP_NUM_THREADS": "1",  # as in the tests' own process: sums must have one order
+}
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -49,11 +53,8 @@ def test_run_leaves_config_metrics_checkpoints_and_samples(tiny, tmp_path):
 
 
 def start(tiny: Path, run: Path) -> subprocess.Popen:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels")))
-    }
     command = [sys.executable, "-m", "hdit.cli", "train", str(tiny), "--run", str(run)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -289,14 +290,10 @@ def test_two_processes_train_as_one(tiny, tmp_path):
     tiny.write_text(text.replace("images = 96", "images = 48"))
     one, two = tmp_path / "one", tmp_path / "two"
     assert Trainer(config.load(tiny), one).fit()
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels"))),
-        "OMP_NUM_THREADS": "1",
-    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # After "--", or torchrun takes --run for an abbreviation of an option of its own.
     command = [*launch, "-m", "--", "hdit.cli", "train", str(tiny), "--run", str(two)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert [line["images"] for line in metrics(two)] == [16, 32, 48]
     for a, b in zip(metrics(one), metrics(two), strict=True):
