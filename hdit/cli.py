@@ -48,11 +48,20 @@ def train(
     The folder gets config.toml, metrics.jsonl, checkpoints/ and a grid of samples/ at each
     checkpoint. Ctrl-C saves a checkpoint and ends.
     """
+    import logging
+
     from hdit.config import load
+    from hdit.protocols import UserError
     from hdit.training.trainer import Trainer
 
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)
+    written = folder / "config.toml"
+    if written.exists() and written.samefile(config) and config.read_text() != load(config).dump():
+        raise UserError(
+            f"--run: {folder} would get its settings written over {config}; name another folder"
+        )
+    logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
     if not Trainer(settings, folder).fit():
         raise typer.Exit(130)
 
@@ -142,14 +151,18 @@ def _write_samples(
     from hdit import models
     from hdit.protocols import NULL_LABEL, UserError
     from hdit.report.grid import save_grid, save_png
+    from hdit.sampling import check_guidance
     from hdit.sampling import sample as sample_images
 
+    check_guidance(config, found.state.signal)
     spec = config.sampling
     weights = "model" if raw else "ema"
     if out is None:
-        run = found.folder.parent.parent
+        folder = found.folder.resolve()
+        in_run = folder.parent.name == "checkpoints"
+        home = folder.parent.parent / "samples" if in_run else folder.with_name("samples")
         name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance:g}"
-        out = run / "samples" / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
+        out = home / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
@@ -160,31 +173,23 @@ def _write_samples(
     backbone.load_state_dict(found.tensors(weights))
     backbone.to(device)
     out.mkdir(parents=True, exist_ok=True)
+    _remove_old_samples(out)
     digits = max(6, len(str(seeds[-1])))
     entries: list[dict[str, Any]] = []
     shown: list[Tensor] = []
     started = monotonic()
     with Progress(console=_console(), transient=True) as bar:
         task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
-        for start in range(0, len(seeds), spec.batch_size):
-            part = slice(start, start + spec.batch_size)
-            pictures = sample_images(
-                backbone,
-                config,
-                signal,
-                seeds[part],
-                None if labels is None else labels[part],
-                device,
-                on_step=lambda: bar.advance(task),
-            )
-            for seed, picture in zip(seeds[part], pictures, strict=True):
-                name = f"{seed:0{digits}d}.png"
-                save_png(picture, out / name)
-                label = None if labels is None else labels[seed - seeds[0]]
-                label = None if label == NULL_LABEL else label
-                kind = None if label is None else classes[label]
-                entries.append({"file": name, "seed": seed, "label": label, "class": kind})
-                shown += [picture] if len(shown) < GRID_LIMIT else []
+        parts = sample_images(
+            backbone, config, signal, seeds, labels, device, on_step=lambda: bar.advance(task)
+        )
+        for i, picture in enumerate(picture for part in parts for picture in part):
+            name = f"{seeds[i]:0{digits}d}.png"
+            save_png(picture, out / name)
+            label = None if labels is None or labels[i] == NULL_LABEL else labels[i]
+            kind = None if label is None else classes[label]
+            entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
+            shown += [picture] if len(shown) < GRID_LIMIT else []
     seconds = monotonic() - started
     save_grid(torch.stack(shown), out / "grid.png")
     record = {
@@ -197,6 +202,17 @@ def _write_samples(
     }
     (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     typer.echo(f"{len(seeds)} images in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})")
+
+
+def _remove_old_samples(folder: Path) -> None:
+    """Deletes the pictures that an earlier samples.json lists, and it, so that no two sets mix."""
+    import json
+
+    record = folder / "samples.json"
+    if record.exists():
+        for entry in json.loads(record.read_text(encoding="utf-8"))["samples"]:
+            (folder / entry["file"]).unlink(missing_ok=True)
+        record.unlink()
 
 
 def _only_sampling(override: str) -> None:
@@ -291,12 +307,12 @@ def main() -> None:
     """Runs the command line. What the user can mend is one message, without a traceback."""
     import logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except Exception as error:
         # The class is known only if its module was loaded, which a verb that raises it has done.
         protocols = sys.modules.get("hdit.protocols")

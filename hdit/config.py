@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -125,13 +125,38 @@ class RunConfig(Spec):
             self.sampling.sigma_max or min(LADDER_MAX, high),
         )
 
+    @property
+    def space(self) -> PixelSpace:
+        return PixelSpace()
+
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out."""
-        label: NoiseLabel = "log_quarter" if isinstance(self.model, HDiTSpec) else "timestep"
-        changes: dict[str, Any] = {}
-        if self.diffusion.noise_label is None:
-            changes["noise_label"] = label
-        return self.model_copy(update={"diffusion": self.diffusion.model_copy(update=changes)})
+        signal, d = self.signal(num_classes=0), self.diffusion
+        model, label = self.model, "timestep"
+        if isinstance(model, HDiTSpec):
+            model, label = _filled_widths(model), "log_quarter"
+        timesteps = isinstance(d.parametrization, EpsVP) or isinstance(d.density, UniformVP)
+        diffusion = _filled(
+            d,
+            noise_label=label,
+            schedule=LinearSchedule() if timesteps else None,
+        )
+        weighting, density, size = d.weighting, d.density, max(signal.height, signal.width)
+        if isinstance(weighting, SoftMinSNR):
+            weighting = _filled(weighting, gamma=signal.sigma_data**-2)
+        if isinstance(density, CosineInterpolated):
+            density = _filled(density, noise_d_low=float(min(32, size)), noise_d_high=float(size))
+        low, high = self.sigma_range()
+        return self.model_copy(
+            update={
+                "model": model,
+                "diffusion": diffusion.model_copy(
+                    update={"weighting": weighting, "density": density}
+                ),
+                "training": _filled(self.training, log_every=10 * self.training.batch_size),
+                "sampling": _filled(self.sampling, sigma_min=low, sigma_max=high),
+            }
+        )
 
     def check(self) -> None:
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
@@ -141,6 +166,8 @@ class RunConfig(Spec):
         except SpecError as error:
             problems += [(f"model.{path}", text) for path, text in error.problems]
         problems += self._check_ranges()
+        if isinstance(self.model, HDiTSpec) and self.model.vector_width:
+            problems.append(("model.vector_width", "must be 0: no data brings such vectors yet"))
         if self.training.batch_size % self.training.accumulate:
             problems.append(
                 (
@@ -182,6 +209,21 @@ class RunConfig(Spec):
     def dump(self) -> str:
         """TOML that reads back as this config."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def _filled(spec: S, **defaults: Any) -> S:
+    """The spec with values for those of its settings that are absent."""
+    absent = {key: value for key, value in defaults.items() if getattr(spec, key) is None}
+    return spec.model_copy(update=absent)
+
+
+def _filled_widths(model: HDiTSpec) -> HDiTSpec:
+    levels = tuple(_filled(level, d_ff=3 * level.width) for level in model.levels)
+    mapping = _filled(model.mapping, d_ff=3 * model.mapping.width)
+    return model.model_copy(update={"levels": levels, "mapping": mapping})
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -399,6 +441,8 @@ def _explain(error: Any) -> str:
         case _:
             message = error["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "must be", 1)
+            if error["type"] == "string_type":
+                about += f"; to set it on the command line, quote it: {path}='\"{got}\"'"
             return f"{path}: {message[0].lower()}{message[1:]}, got {got}{about}"
 
 

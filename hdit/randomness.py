@@ -35,14 +35,31 @@ def uniform(seed: int, purpose: str, counters: np.ndarray) -> Tensor:
     return torch.from_numpy((bits(seed, purpose, counters) >> np.uint64(11)) * 2.0**-53)
 
 
-def generators(
-    seed: int, purpose: str, counters: np.ndarray, device: torch.device
-) -> list[torch.Generator]:
-    """One generator for each counter, on the device that draws from it."""
+class Stream:
+    """Standard normal noise without end, of a 64-bit seed.
+
+    A CPU draws from numpy's Philox, because torch's CPU generator keeps 32 bits of its seed; a GPU
+    draws on the device. The two differ.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self.device = device
+        self.cpu = np.random.Generator(np.random.Philox(key=seed))
+        self.cuda = None if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """The next noise: float32 of this shape, on the device."""
+        if self.cuda is not None:
+            return torch.randn(*shape, generator=self.cuda, device=self.device)
+        return torch.from_numpy(self.cpu.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def streams(seed: int, purpose: str, counters: np.ndarray, device: torch.device) -> list[Stream]:
+    """One stream of noise for each counter."""
     seeds = (bits(seed, purpose, counters) >> np.uint64(1)).tolist()
-    return [torch.Generator(device).manual_seed(value) for value in seeds]
+    return [Stream(value, device) for value in seeds]
 
 
-def normal(streams: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """The next standard normal noise of each stream: (n, *shape) float32 on their device."""
-    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in streams])
+def normal(streams: Sequence[Stream], shape: Sequence[int]) -> Tensor:
+    """The next noise of each stream: (n, *shape) float32, on their device."""
+    return torch.stack([stream.normal(shape) for stream in streams])

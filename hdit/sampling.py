@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hdit import randomness
 from hdit.config import RunConfig
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import cfg
-from hdit.protocols import Backbone, Cond, Signal
-from hdit.randomness import generators, normal
-from hdit.spaces.pixel import PixelSpace
+from hdit.protocols import Backbone, Cond, Signal, UserError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -31,7 +30,17 @@ def make_denoiser(backbone: Backbone, config: RunConfig, signal: Signal) -> Deno
     )
 
 
-@torch.inference_mode()
+def check_guidance(config: RunConfig, signal: Signal) -> None:
+    """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
+    if config.sampling.guidance == 1:
+        return
+    got = f"sampling.guidance: {config.sampling.guidance:g} has no meaning here: "
+    if signal.num_classes == 0:
+        raise UserError(got + "the model has no classes; leave it at 1")
+    if config.training.label_dropout == 0:
+        raise UserError(got + "training.label_dropout is 0, so it never saw images without a class")
+
+
 def sample(
     backbone: nn.Module,
     config: RunConfig,
@@ -40,8 +49,8 @@ def sample(
     labels: list[int] | None,
     device: torch.device,
     on_step: Callable[[], None] | None = None,
-) -> Tensor:
-    """One image for each seed (and label), by config.sampling -> (n c h w) uint8, on the CPU.
+) -> Iterator[Tensor]:
+    """One image for each seed (and label), by config.sampling: batches (b c h w) uint8, on the CPU.
 
     The image of a seed does not depend on the others, nor on the batch size, to float tolerance.
     `on_step` is called after each step of each batch.
@@ -50,21 +59,20 @@ def sample(
     denoiser = make_denoiser(backbone, config, signal)
     sigmas = spec.ladder(spec.steps, *config.sigma_range())
 
+    @torch.inference_mode()
     def batch(seeds: list[int], labels: list[int] | None) -> Tensor:
-        streams = generators(0, "sampling", np.array(seeds), device)
+        streams = randomness.streams(0, "sampling", np.array(seeds), device)
         cond = Cond(None if labels is None else torch.tensor(labels, device=device))
         x0 = spec.sampler(
             cfg(denoiser.bind(cond), denoiser.bind(cond.null()), spec.guidance),
-            sigmas[0].item() * normal(streams, signal.shape),
+            sigmas[0].item() * randomness.normal(streams, signal.shape),
             sigmas,
-            noise=lambda sigma, sigma_next: normal(streams, signal.shape),
+            noise=lambda sigma, sigma_next: randomness.normal(streams, signal.shape),
             on_step=None if on_step is None else lambda *_: on_step(),
         )
-        return PixelSpace().decode(x0).cpu()
+        return config.space.decode(x0).cpu()
 
-    was_training = backbone.training
     backbone.eval()
-    parts = [slice(i, i + spec.batch_size) for i in range(0, len(seeds), spec.batch_size)]
-    images = torch.cat([batch(seeds[p], None if labels is None else labels[p]) for p in parts])
-    backbone.train(was_training)
-    return images
+    for start in range(0, len(seeds), spec.batch_size):
+        part = slice(start, start + spec.batch_size)
+        yield batch(seeds[part], None if labels is None else labels[part])

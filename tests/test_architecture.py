@@ -21,7 +21,7 @@ BELOW = {
     "data": {"protocols", "randomness"},
     "report": {"protocols"},
     "config": {"protocols", "diffusion", "models", "spaces", "data"},
-    "sampling": {"config", "protocols", "randomness", "diffusion", "spaces"},
+    "sampling": {"config", "protocols", "randomness", "diffusion"},
 }
 """What each room may import of the house, besides itself; rooms that are not listed, anything."""
 

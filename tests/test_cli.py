@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -149,6 +150,7 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--sampler", "dpmpp_2n"], "did you mean 'dpmpp_2m'?"),
         (["--set", "training.seed=3"], "sampling can change [sampling] settings only"),
         (["--set", "sampling.step=3"], "did you mean sampling.steps?"),
+        (["--set", "sampling.guidance=-1.0"], "sampling.guidance: must be greater than or equal"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
     ],
 )
@@ -176,3 +178,50 @@ def test_sample_with_a_damaged_checkpoint_warns_and_uses_the_one_before(run, hdi
     status, _, err = hdit("sample", damaged.parent, "-n", 1)
     assert status == 1
     assert "ema.safetensors: damaged" in err
+
+
+def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
+    out = tmp_path / "out"
+    assert hdit("sample", run, "-n", 4, "--out", out)[0] == 0
+    (out / "mine.png").write_bytes(b"mine")
+    assert hdit("sample", run, "-n", 2, "--out", out, "--overwrite")[0] == 0
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ["000000.png", "000001.png", "grid.png", "mine.png", "samples.json"]
+
+
+def test_sample_of_a_checkpoint_elsewhere_stays_beside_it(run, hdit, tmp_path, monkeypatch):
+    copy = tmp_path / "copies" / "best"
+    shutil.copytree(run / "checkpoints" / "000000000032", copy)
+    assert hdit("sample", copy, "-n", 1)[0] == 0
+    assert (copy.parent / "samples").is_dir()
+    monkeypatch.chdir(run / "checkpoints")
+    assert hdit("sample", "000000000032", "-n", 1)[0] == 0
+    assert [p for p in (run / "samples").iterdir() if p.is_dir()]
+
+
+def test_sample_with_guidance_needs_classes(tiny, hdit, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((8, 8), 60).save(tmp_path / "images" / "0.png")
+    data = f'data={{kind="folder", path="{tmp_path / "images"}", size=8}}'
+    assert hdit("train", tiny, "--run", tmp_path / "run", "--set", data)[0] == 0
+    status, _, err = hdit("sample", tmp_path / "run", "-n", 1, "--guidance", 2)
+    assert status == 1
+    assert "the model has no classes" in err
+    assert hdit("sample", tmp_path / "run", "-n", 1)[0] == 0
+
+
+def test_train_does_not_write_over_the_config_that_it_reads(tiny, hdit, tmp_path):
+    mine = tmp_path / "config.toml"
+    mine.write_text("# mine\n" + tiny.read_text())
+    status, _, err = hdit("train", mine, "--run", tmp_path)
+    assert status == 1
+    assert "written over" in err
+    assert mine.read_text().startswith("# mine")
+
+
+def test_train_into_a_file_is_one_message(tiny, hdit, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run")
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err

@@ -710,8 +710,9 @@ def test_differences_name_the_keys_of_a_config_that_changed():
     )
     assert sorted(differences(old, new)) == [
         ("data.size.1", 32, 64),
+        ("diffusion.density.noise_d_high", 32.0, 64.0),
         ("model.levels.1.depth", 2, 3),
-        ("sampling.sigma_max", 80.0, None),
+        ("sampling.sigma_max", 80.0, 160.0),
         ("training.seed", 0, 4),
     ]
 
@@ -768,3 +769,22 @@ def test_set_merges_a_table_into_an_array_entry():
     assert (
         changed("model.levels.0={depth=3}").model.levels[0].width == changed().model.levels[0].width
     )
+
+
+def test_resolved_config_writes_out_what_follows_from_other_settings():
+    config = changed()
+    density = config.diffusion.density
+    assert config.diffusion.noise_label == "log_quarter"
+    assert config.diffusion.schedule is None
+    assert config.diffusion.weighting.gamma == 4
+    assert (density.noise_d_low, density.noise_d_high) == (32, 32)
+    assert all(level.d_ff == 3 * level.width for level in config.model.levels)
+    assert config.training.log_every == 10 * config.training.batch_size
+    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.01, 160)
+
+
+def test_resolved_config_of_a_vp_model_has_its_schedule_and_range():
+    config = load(CONFIGS[0].with_name("digits-dit.toml"))
+    assert config.diffusion.noise_label == "timestep"
+    assert config.diffusion.schedule.steps == 1000
+    assert config.sampling.sigma_max == pytest.approx(157.41, rel=1e-4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdit import randomness
-from hdit.randomness import bits, generators, normal, uniform
+from hdit.randomness import bits, normal, uniform
 
 CPU = torch.device("cpu")
 N = 50_000
@@ -127,7 +127,7 @@ def test_bits_flip_by_half_from_one_counter_to_the_next():
 
 
 def streams(counters, seed: int = 0, purpose: str = "noise") -> list[torch.Generator]:
-    return generators(seed, purpose, np.array(counters), CPU)
+    return randomness.streams(seed, purpose, np.array(counters), CPU)
 
 
 def test_normal_of_a_stream_does_not_depend_on_its_batch():

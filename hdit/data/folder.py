@@ -35,7 +35,7 @@ class FolderSpec(Spec):
 class Folder:
     def __init__(self, spec: FolderSpec):
         self.spec = spec
-        root = Path(spec.path)
+        root = Path(spec.path).expanduser()
         if not root.is_dir():
             where = "is not a folder" if root.exists() else "does not exist"
             raise DataError(

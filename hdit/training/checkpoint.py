@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class State:
 
     images: int
     step: int
+    data_size: int  # images in the data set
     signal: Signal
     classes: tuple[str, ...]
 
@@ -66,7 +68,11 @@ def save(
         shutil.rmtree(part)
     part.mkdir(parents=True)
     for name, values in tensors.items():
-        save_file({key: t.contiguous() for key, t in values.items()}, part / f"{name}.safetensors")
+        path = part / f"{name}.safetensors"
+        try:
+            save_file({key: t.contiguous() for key, t in values.items()}, path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error}") from None
     (part / "config.toml").write_text(config.dump(), encoding="utf-8")
     (part / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
@@ -128,7 +134,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if found["sha256"] != wanted["sha256"]:
             raise CheckpointError(f"{path}: damaged: its checksum is not the manifest's")
     raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state = State(raw["images"], raw["step"], Signal(**raw["signal"]), tuple(raw["classes"]))
+    state = State(
+        raw["images"], raw["step"], raw["data_size"], Signal(**raw["signal"]), tuple(raw["classes"])
+    )
     return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
 
 

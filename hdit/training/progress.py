@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -14,10 +15,19 @@ class _Speed(progress.ProgressColumn):
         return f"{task.speed or 0:,.0f} images/s"
 
 
+QUIET = 30.0  # seconds between two lines where there is no terminal
+
+
 class Progress:
-    """Images, share, loss, images/s and time left; silent where `shown` is false."""
+    """Images, share, loss, images/s and time left; silent where `shown` is false.
+
+    Without a terminal it is a line of text now and then.
+    """
 
     def __init__(self, console: Console, total: int, done: int, shown: bool):
+        self.console = console
+        self.lines = shown and not console.is_terminal
+        self.said = time.monotonic()
         self.bar = progress.Progress(
             progress.TextColumn("training"),
             progress.BarColumn(),
@@ -48,3 +58,12 @@ class Progress:
 
     def describe(self, loss: float) -> None:
         self.bar.update(self.task, loss=f"{loss:.4f}")
+        if self.lines and time.monotonic() - self.said >= QUIET:
+            task = self.bar.tasks[self.task]
+            self.console.print(
+                f"{int(task.completed):,} of {int(task.total or 0):,} images, loss {loss:.4f}, "
+                f"{task.speed or 0:,.0f} images/s",
+                highlight=False,
+                soft_wrap=True,
+            )
+            self.said = time.monotonic()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import signal as signals
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from hdit import models, randomness
@@ -24,8 +23,7 @@ from hdit.data.source import Skipped
 from hdit.diffusion.noise import stratify
 from hdit.protocols import Cond, UserError
 from hdit.report.grid import save_grid
-from hdit.sampling import make_denoiser, sample
-from hdit.spaces.pixel import PixelSpace
+from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError, State
 from hdit.training.optim import (
@@ -36,12 +34,21 @@ from hdit.training.optim import (
     update_ema,
 )
 from hdit.training.progress import Progress
+from hdit.training.run_folder import RunFolder
 
-log = logging.getLogger(__name__)
+FIXED = ("model.", "diffusion.parametrization", "diffusion.noise_label", "diffusion.schedule")
+"""Settings that make the model what it is: a run never goes on with others."""
+
+AGREE_EVERY = 8  # steps between two questions of several processes whether to stop
+PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
 
 
 class TrainingError(UserError):
     """Training that cannot go on, and why."""
+
+
+class _Stopped(Exception):
+    """Ends the sampling of a grid."""
 
 
 class Trainer:
@@ -51,9 +58,13 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, folder: Path, console: Console | None = None):
-        self.config, self.folder = config, folder
+        self.config, self.run = config, RunFolder(folder)
         self.console = console or Console(stderr=True)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         t = config.training
@@ -68,10 +79,13 @@ class Trainer:
                 f"training.batch_size: {t.batch_size} images cannot be shared by "
                 f"{self.layout.processes} processes in {t.accumulate} accumulation steps"
             )
-        self.space = PixelSpace()
+        self.space = config.space
         self.source = config.data.open()
+        _ = self.source[0]  # raises DataError here, not in a worker, where nothing can be read
         self.signal = config.signal(len(self.source.classes))
-        found = checkpoint.newest(folder / "checkpoints", self._warn)
+        if config.sampling.grid:
+            check_guidance(config, self.signal)
+        found = checkpoint.newest(self.run.checkpoints, self._warn)
         if found:
             self._refuse_another_model(found)
 
@@ -80,14 +94,15 @@ class Trainer:
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
+        self._introduce()
         if found:
             self._restore(found)
         self.network = self.accelerator.prepare_model(self.backbone)
         self.denoiser = make_denoiser(self.network, config, self.signal)
         self.skipped: dict[str, Skipped] = {}
-        self.interrupted = False
+        self.signalled = False
 
-    # ---- the run's folder ------------------------------------------------------------------------
+    # ---- words -----------------------------------------------------------------------------------
 
     def _warn(self, text: str) -> None:
         self._say(f"warning: {text}")
@@ -95,6 +110,19 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.main:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _introduce(self) -> None:
+        parameters = sum(p.numel() for p in self.backbone.parameters())
+        classes = f" of {len(self.source.classes)} classes" if self.source.classes else ""
+        processes = f" x {self.layout.processes}" if self.layout.processes > 1 else ""
+        shape = " x ".join(map(str, self.signal.shape))
+        self._say(
+            f"{len(self.source):,} images{classes}, {shape}; "
+            f"{self.config.model.kind} of {parameters:,} parameters; "
+            f"{self.device.type}{processes}, {self.config.training.precision}"
+        )
+
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def _refuse_another_model(self, found: checkpoint.Checkpoint) -> None:
         """A run goes on with other settings of its training, but never with another model."""
@@ -105,25 +133,26 @@ class Trainer:
         )
         for key, before, after in differences(old, new):
             line = f"{key}: {before!r} in the run, {after!r} now"
-            shape = (
-                "model.",
-                "diffusion.parametrization",
-                "diffusion.noise_label",
-                "diffusion.schedule",
-            )
-            (fixed if key.startswith(shape) else changed).append(line)
-        if found.state.signal != self.signal or found.state.classes != tuple(self.source.classes):
+            (fixed if key.startswith(FIXED) else changed).append(line)
+        if found.state.signal != self.signal:
             before, after = (
                 f"{s.channels} x {s.height} x {s.width}, {s.num_classes} classes"
                 for s in (found.state.signal, self.signal)
             )
             fixed.append(f"data: {before} in the run, {after} now")
+        elif found.state.classes != tuple(self.source.classes):
+            pairs = zip(found.state.classes, self.source.classes, strict=True)
+            names = [f"{a!r} is {b!r} now" for a, b in pairs if a != b]
+            fixed.append(f"data: other names of classes: {', '.join(names[:5])}")
         if fixed:
             listing = "\n  ".join(fixed)
             raise CheckpointError(
-                f"{self.folder}: holds a run of another model:\n  {listing}\n"
+                f"{self.run.path}: holds a run of another model:\n  {listing}\n"
                 "undo the change to resume it, or start anew with another --run"
             )
+        if found.state.data_size != len(self.source):
+            size = f"{found.state.data_size:,} images in the run, {len(self.source):,} now"
+            changed.append(f"data: {size}; they are drawn in another order")
         for line in changed:
             self._say(f"resuming with another setting: {line}")
 
@@ -134,98 +163,96 @@ class Trainer:
         self.images, self.step = found.state.images, found.state.step
         self._say(f"resuming from {found.folder} at {self.images:,} images")
 
-    def _prepare_folder(self) -> None:
-        """Writes the config, and drops what an earlier sitting did after the last checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(self.folder / "config.toml", self.config.dump())
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines() if self._is_past(line)]
-            checkpoint.write_atomically(metrics, "".join(f"{line}\n" for line in lines))
-        for folder in checkpoint.checkpoint_folders(self.folder / "checkpoints"):
-            if int(folder.name) > self.images:  # damaged, or it would have been resumed from
-                folder.rename(folder.with_name(f"{folder.name}.damaged"))
-
-    def _is_past(self, line: str) -> bool:
-        try:
-            return json.loads(line)["images"] <= self.images
-        except ValueError:  # the last line of a killed run may be cut
-            return False
-
     def _save(self) -> None:
-        """A checkpoint and, where the config asks for one, its grid of samples."""
-        if (
-            not self.main
-            or (self.folder / "checkpoints" / checkpoint.folder_name(self.images)).exists()
-        ):
+        if not self.main:
             return
-        state = State(self.images, self.step, self.signal, tuple(self.source.classes))
+        state = State(
+            self.images, self.step, len(self.source), self.signal, tuple(self.source.classes)
+        )
         tensors = {
             "model": self.backbone.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        saved = checkpoint.save(self.folder / "checkpoints", self.config, state, tensors)
+        saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
         self._say(f"{self.images:,} images: {saved}")
 
     def _sample_grid(self) -> None:
-        n = self.config.sampling.grid
-        if not self.main or not n:
+        """The grid of the present EMA, if the config asks for one and it is not there yet."""
+        n, path = self.config.sampling.grid, self.run.grid(self.images)
+        if not self.main or not n or path.exists():
             return
+
+        def stop_if_signalled() -> None:
+            if self.signalled:
+                raise _Stopped
+
         classes = self.signal.num_classes
         labels = [i % classes for i in range(n)] if classes else None
-        pictures = sample(self.ema, self.config, self.signal, list(range(n)), labels, self.device)
-        path = self.folder / "samples" / f"{checkpoint.folder_name(self.images)}.png"
+        seeds = list(range(n))
+        try:
+            parts = sample(
+                self.ema, self.config, self.signal, seeds, labels, self.device, stop_if_signalled
+            )
+            pictures = torch.cat(list(parts))
+        except _Stopped:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = classes if 1 < classes <= 16 else None
-        save_grid(pictures, path, columns)
+        save_grid(pictures, path, columns=classes if 1 < classes <= 16 else None)
 
     # ---- training --------------------------------------------------------------------------------
 
     def fit(self) -> bool:
         """Trains to the end of the config. Returns False if interrupted, with all saved."""
-        t = self.config.training
-        if self.main:
-            self._prepare_folder()
-        if self.images >= t.images:
+        if self.images >= self.config.training.images:
             self._say(
-                f"{self.folder}: already at its end, {self.images:,} images; "
+                f"{self.run.path}: already at its end, {self.images:,} images; "
                 "raise training.images to go on"
             )
             return True
-        log_every = t.log_every or 10 * t.batch_size
+        with self.run.locked() if self.main else nullcontext(), self._watching_signals():
+            if self.main:
+                self.run.prepare(self.config, self.images)
+            if self.images:
+                self._sample_grid()  # the run may have been killed before it was made
+            finished = self._train()
+        if not finished:
+            self._say(f"interrupted at {self.images:,} images; the same command resumes")
+        return finished
+
+    def _train(self) -> bool:
+        """Steps until the end or an interrupt, which both leave a checkpoint. Returns which."""
+        t = self.config.training
+        assert t.log_every is not None, "the config must be resolved"
         stream = batches(
             self.source, seed=t.seed, start=self.images, layout=self.layout, workers=t.workers
         )
-        loss_sum, norm, since, started = (
-            torch.zeros((), device=self.device),
-            None,
-            0,
-            time.monotonic(),
-        )
-        with self._interruptible(), Progress(self.console, t.images, self.images, self.main) as bar:
-            while self.images < t.images and not self.interrupted:
+        loss_sum, since, started = torch.zeros((), device=self.device), 0, time.monotonic()
+        with Progress(self.console, t.images, self.images, self.main) as bar:
+            while True:
                 loss, norm = self._step(stream)
                 loss_sum += loss
-                since += t.batch_size
+                since += 1
                 before, self.images = self.images, self.images + t.batch_size
                 self.step += 1
-                bar.advance(self.images)
-                self._agree_on_interrupt()
-                end = self.images >= t.images or self.interrupted
-                if end or self.images // log_every > before // log_every:
+                stop = self._agreed_to_stop()
+                last = stop or self.images >= t.images
+                save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
+                if save or self.images // t.log_every > before // t.log_every:
                     seconds = time.monotonic() - started
-                    self._log(bar, loss_sum, norm, since, seconds)
+                    mean = self._log(loss_sum / since, norm, since * t.batch_size / seconds)
+                    bar.describe(mean)
                     loss_sum, since, started = torch.zeros_like(loss_sum), 0, time.monotonic()
-                if end or self.images // t.checkpoint_every > before // t.checkpoint_every:
+                bar.advance(self.images)
+                if save:
                     paused = time.monotonic()
                     self._save()
-                    if not self.interrupted:
+                    if not stop:
                         self._sample_grid()
+                    self.accelerator.wait_for_everyone()
                     started += time.monotonic() - paused
-        if self.interrupted:
-            self._say(f"interrupted at {self.images:,} images; the same command resumes")
-        return not self.interrupted
+                if last:
+                    return not stop
 
     def _step(self, stream: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step -> (mean loss over the batch of this process, gradient norm)."""
@@ -255,7 +282,7 @@ class Trainer:
             )
         x0 = self.space.normalize(self.space.encode(images))
         noise = randomness.normal(
-            randomness.generators(t.seed, "noise", counters, self.device), self.signal.shape
+            randomness.streams(t.seed, "noise", counters, self.device), self.signal.shape
         )
         rand = randomness.uniform(t.seed, "sigma", counters)
         u = stratify(rand, torch.from_numpy(batch.position), t.batch_size)
@@ -276,58 +303,56 @@ class Trainer:
                 text = f"warning: skipped {file.path}: {file.reason}"
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _log(
-        self,
-        bar: Progress,
-        loss_sum: torch.Tensor,
-        norm: torch.Tensor,
-        since: int,
-        seconds: float,
-    ) -> None:
-        """A line of metrics.jsonl: loss is the mean over the images since the line before."""
-        t = self.config.training
-        steps = since // t.batch_size
-        loss = float(self.accelerator.reduce(loss_sum / steps, reduction="mean"))
-        if not np.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} before {self.images:,} images; the last checkpoint is "
-                "kept. Lower training.optimizer.lr, or train in fp32"
-            )
+    def _log(self, loss: torch.Tensor, norm: torch.Tensor, speed: float) -> float:
+        """A line of metrics; returns the loss, which is the mean since the line before.
+
+        Raises TrainingError where loss or gradient is not finite, before anything of it is saved.
+        """
+        skipped = torch.tensor(float(len(self.skipped)), device=self.device)
+        mean = float(self.accelerator.reduce(loss, reduction="mean"))
         line = {
             "images": self.images,
             "step": self.step,
-            "loss": loss,
+            "loss": mean,
             "grad_norm": float(norm),
-            "lr": t.optimizer.lr,
-            "ema_decay": ema_decay(self.step - 1, t.ema),
-            "images_per_second": since / seconds,
-            "skipped_files": len(self.skipped),
+            "lr": self.config.training.optimizer.lr,
+            "ema_decay": ema_decay(self.step - 1, self.config.training.ema),
+            "images_per_second": speed,
+            "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
         }
-        bar.describe(loss)
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(line[name]):
+                raise TrainingError(
+                    f"the {name} became {line[name]} before {self.images:,} images; earlier "
+                    "checkpoints are kept. Lower training.optimizer.lr, or train in fp32"
+                )
         if self.main:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(line) + "\n")
+            self.run.log(line)
+        return mean
 
     # ---- interrupts ------------------------------------------------------------------------------
 
     @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM ends the sitting after the current step; a second one at once."""
+    def _watching_signals(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM ends the sitting after the current step; a second Ctrl-C at once."""
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signalled and number == signals.SIGINT:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.signalled = True
 
-        old = {number: signals.signal(number, stop) for number in (signals.SIGINT, signals.SIGTERM)}
+        old = {number: signals.signal(number, note) for number in (signals.SIGINT, signals.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in old.items():
                 signals.signal(number, handler)
 
-    def _agree_on_interrupt(self) -> None:
-        """All processes stop at the same step, whichever of them was told to."""
-        if self.layout.processes > 1:
-            flag = torch.tensor(float(self.interrupted), device=self.device)
-            self.interrupted = bool(self.accelerator.reduce(flag, reduction="sum"))
+    def _agreed_to_stop(self) -> bool:
+        """Whether some process was told to stop: the same answer, at the same step, for all."""
+        if self.layout.processes == 1:
+            return self.signalled
+        if self.step % AGREE_EVERY:
+            return False
+        flag = torch.tensor(float(self.signalled), device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum"))

@@ -55,7 +55,8 @@ def select_backend(problem: Problem) -> str:
 
 @lru_cache(maxsize=256)
 def _log_once(problem: Problem, name: str) -> None:
-    log.info("neighborhood attention: backend %r for %s", name, problem)
+    grid = f"{problem.height} x {problem.width}"
+    log.info("neighborhood attention on %s: backend %r (%s)", grid, name, problem.device)
 
 
 def neighborhood_attention(

@@ -16,7 +16,7 @@ def save(tiny, tmp_path):
     root = tmp_path / "checkpoints"
 
     def write(images: int):
-        state = State(images, images // 16, SIGNAL, tuple("0123456789"))
+        state = State(images, images // 16, 1498, SIGNAL, tuple("0123456789"))
         tensors = {"model": {"w": torch.full((100,), float(images))}, "ema": {"w": torch.ones(3)}}
         return checkpoint.save(root, config.load(tiny), state, tensors)
 
@@ -30,7 +30,7 @@ def fail(text):
 def test_checkpoint_reads_back(save, tiny):
     found = checkpoint.open_checkpoint(save(32))
     assert found.config == config.load(tiny)
-    assert found.state == State(32, 2, SIGNAL, tuple("0123456789"))
+    assert found.state == State(32, 2, 1498, SIGNAL, tuple("0123456789"))
     assert torch.equal(found.tensors("model")["w"], torch.full((100,), 32.0))
 
 

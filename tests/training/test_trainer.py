@@ -13,6 +13,7 @@ from safetensors.torch import load, load_file
 
 from hdit import config
 from hdit.data.batches import Batch, Layout, batches
+from hdit.protocols import UserError
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError
 from hdit.training.trainer import Trainer, TrainingError
@@ -258,6 +259,88 @@ def test_loss_that_is_not_finite_ends_the_run_with_its_reason(tiny, tmp_path):
     with pytest.raises(TrainingError, match="the loss became nan"):
         trainer.fit()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("log_every", [16, 1000])
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, log_every):
+    """NaN between a checkpoint and the next one, whether or not a line of metrics falls between."""
+    trainer = Trainer(config.load(tiny, [f"training.log_every={log_every}"]), tmp_path)
+    step = trainer._step
+
+    def poisoned(stream):
+        if trainer.images == 48:
+            with torch.no_grad():
+                trainer.backbone.patch_out.proj.weight.fill_(float("nan"))
+        return step(stream)
+
+    trainer._step = poisoned
+    with pytest.raises(TrainingError, match="became nan"):
+        trainer.fit()
+    assert checkpoint.find(tmp_path, print).state.images == 32
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "000000000032\n"
+
+
+def test_signal_at_any_moment_of_a_step_leaves_a_checkpoint(tiny, tmp_path):
+    """Here it comes while the metrics of a step are written, after the step asked for signals."""
+    trainer = Trainer(config.load(tiny), tmp_path)
+    log = trainer._log
+
+    def signalled(*arguments):
+        trainer.signalled = trainer.signalled or trainer.images == 48
+        return log(*arguments)
+
+    trainer._log = signalled
+    assert not trainer.fit()
+    assert checkpoint.find(tmp_path, print).state.images == trainer.images == 64
+
+
+def test_run_that_another_process_trains_is_refused(tiny, tmp_path):
+    trainer = Trainer(config.load(tiny), tmp_path)
+    with trainer.run.locked(), pytest.raises(UserError, match="another process is training"):
+        Trainer(config.load(tiny), tmp_path).fit()
+
+
+def test_resume_clears_unfinished_checkpoints_and_keeps_each_damaged_one(tiny, tmp_path):
+    for _ in range(2):
+        Trainer(config.load(tiny), tmp_path).fit()
+        (tmp_path / "checkpoints" / LAST / "model.safetensors").write_bytes(b"")
+        (tmp_path / "checkpoints" / ".000000000064.part").mkdir()
+    Trainer(config.load(tiny), tmp_path).fit()
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    damaged = [f"{LAST}.damaged", f"{LAST}.damaged.2"]
+    assert names == ["000000000032", "000000000064", LAST, *damaged, "latest"]
+
+
+def test_resume_makes_the_grid_that_a_kill_prevented(tiny, tmp_path):
+    Trainer(config.load(tiny, ["training.images=32"]), tmp_path).fit()
+    grid = tmp_path / "samples" / "000000000032.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    Trainer(config.load(tiny), tmp_path).fit()
+    assert grid.read_bytes() == before
+
+
+def test_folder_without_a_readable_image_is_refused_before_training(tiny, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"none")
+    overrides = [f'data={{kind="folder", path="{folder}", size=8}}', "training.workers=1"]
+    with pytest.raises(UserError, match=r"none of the 1 files"):
+        Trainer(config.load(tiny, overrides), tmp_path / "run")
+
+
+def test_resume_with_renamed_classes_names_them(tiny, tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(tmp_path / "images" / name / "0.png")
+    data = f'data={{kind="folder", path="{tmp_path / "images"}", size=8}}'
+    settings = config.load(tiny, [data, "training.images=32"])
+    Trainer(settings, tmp_path / "run").fit()
+    (tmp_path / "images" / "dog").rename(tmp_path / "images" / "eel")
+    with pytest.raises(CheckpointError, match="'dog' is 'eel' now"):
+        Trainer(settings, tmp_path / "run")
 
 
 def test_bf16_keeps_weights_ema_and_optimizer_in_float32(tiny, tmp_path):

@@ -1,0 +1,78 @@
+"""The folder of a run: config.toml, metrics.jsonl, samples/ and checkpoints/."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hdit.config import RunConfig
+from hdit.protocols import UserError
+from hdit.training import checkpoint
+
+
+class RunFolder:
+    """Where one sitting of training writes; only the main process does."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder; while the block runs, another trainer is refused."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another process is training this run; wait for its end, or name "
+                    "another --run"
+                ) from None
+            yield
+
+    def prepare(self, config: RunConfig, images: int) -> None:
+        """Writes the config, and sets aside what came after the checkpoint at `images`."""
+        checkpoint.write_atomically(self.path / "config.toml", config.dump())
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if _at(line) <= images]
+            checkpoint.write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
+        if not self.checkpoints.is_dir():
+            return
+        for part in self.checkpoints.glob(".*.part"):  # of a killed run
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        later = [p for p in checkpoint.checkpoint_folders(self.checkpoints) if int(p.name) > images]
+        for folder in later:  # damaged, or the run would have resumed from it
+            folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
+        if later and images:
+            newest = checkpoint.folder_name(images)
+            checkpoint.write_atomically(self.checkpoints / "latest", newest + "\n")
+
+    def log(self, line: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def grid(self, images: int) -> Path:
+        return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
+
+
+def _at(line: str) -> float:
+    """Images of a line of metrics; the last one of a killed run may be cut."""
+    try:
+        return json.loads(line)["images"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of path.2, path.3, ... that is not taken."""
+    candidate, n = path, 2
+    while candidate.exists():
+        candidate, n = path.with_name(f"{path.name}.{n}"), n + 1
+    return candidate
