@@ -6,8 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -18,6 +17,7 @@ from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrizati
 from hdit.diffusion.samplers import DPMpp3MSDE, Karras, Ladder, Sampler
 from hdit.diffusion.vp import LinearSchedule
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
+from hdit.explain import explain
 from hdit.models import BackboneSpec, HDiTSpec
 from hdit.protocols import Signal, Spec, SpecError, UserError
 from hdit.spaces.pixel import PixelSpace
@@ -247,7 +247,7 @@ def parse(raw: dict[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         # An array whose entries are wrong is also reported as too short: those entries say more.
         errors = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
-        raise ConfigError(_report(origin, [_explain(e) for e in errors])) from None
+        raise ConfigError(_report(origin, [explain(RunConfig, e) for e in errors])) from None
     try:
         config.check()
     except SpecError as error:
@@ -343,109 +343,3 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     else:
         return [] if old == new else [(path, old, new)]
     return [d for key, a, b in pairs for d in differences(a, b, f"{path}.{key}".lstrip("."))]
-
-
-# ---- errors --------------------------------------------------------------------------------------
-
-
-def _specs(annotation: Any) -> list[type[Spec]]:
-    """The Spec classes that an annotation allows, through unions, Annotated and tuples."""
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
-        return [spec for part in get_args(annotation) for spec in _specs(part)]
-    return []
-
-
-def _kind(spec: type[Spec]) -> str | None:
-    field = spec.model_fields.get("kind")
-    return None if field is None else field.default
-
-
-class _Place(NamedTuple):
-    path: str
-    holder: type[Spec] | None  # the Spec that holds the last key
-    others: list[type[Spec]]  # the members of its union, if it is of one
-    description: str | None
-
-
-def _locate(loc: tuple[int | str, ...]) -> _Place:
-    """Where pydantic says an error is; its path also holds the `kind` of each union member."""
-    path: list[str] = []
-    options: list[type[Spec]] = [RunConfig]
-    holder: type[Spec] | None = None
-    union: list[type[Spec]] = []
-    others: list[type[Spec]] = []
-    description = None
-    for part in loc:
-        tagged = [spec for spec in options if _kind(spec) == part]
-        if len(options) > 1 and tagged:
-            union, options = options, tagged
-            continue
-        path.append(str(part))
-        if isinstance(part, int):
-            continue
-        others, union = union, []
-        holder = options[0] if options else None
-        field = holder.model_fields.get(part) if holder else None
-        description = field.description if field else None
-        options = _specs(field.annotation) if field else []
-    return _Place(".".join(path), holder, others, description)
-
-
-def _all_keys(spec: type[Spec] = RunConfig, prefix: str = "") -> Iterator[str]:
-    for name, field in spec.model_fields.items():
-        yield prefix + name
-        for inner in _specs(field.annotation):
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-def _nearest(place: _Place) -> str:
-    *parents, last = place.path.split(".")
-    siblings = list(place.holder.model_fields) if place.holder else []
-    if kinds := [_kind(other) for other in place.others if last in other.model_fields]:
-        return f"; it belongs to kind {' or '.join(map(repr, kinds))}"
-    if close := difflib.get_close_matches(last, siblings, n=1):
-        return f"; did you mean {'.'.join([*parents, close[0]])}?"
-    here = ".".join(part for part in parents if not part.isdecimal())
-    elsewhere = [key for key in _all_keys() if key.rpartition(".")[0] != here]
-    by_leaf = {key.rpartition(".")[2]: key for key in reversed(elsewhere)}
-    if close := difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.8):
-        return f"; did you mean {by_leaf[close[0]]}?"
-    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
-
-
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors."""
-    place = _locate(error["loc"])
-    path, holder, description = place.path, place.holder, place.description
-    got = _show(error["input"])
-    about = f" ({description})" if description else ""
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{path}: unknown key (set to {got}){_nearest(place)}"
-        case "missing":
-            return f"{path}: required, but not set{about}"
-        case "union_tag_invalid":
-            tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-            close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            return f"{path}.kind: must be one of {tags}, got {error['ctx']['tag']!r}{hint}"
-        case "union_tag_not_found":
-            key = path.rpartition(".")[2]
-            members = _specs(holder.model_fields[key].annotation) if holder else []
-            kinds = [_kind(member) for member in members]
-            return f"{path}.kind: required, but not set; one of {kinds}"
-        case "model_type" | "model_attributes_type":
-            return f"{path}: must be a table, got {got}"
-        case _:
-            message = error["msg"].removeprefix("Value error, ")
-            message = message.replace("Input should be", "must be", 1)
-            if error["type"] == "string_type":
-                about += f"; to set it on the command line, quote it: {path}='\"{got}\"'"
-            return f"{path}: {message[0].lower()}{message[1:]}, got {got}{about}"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

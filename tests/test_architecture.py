@@ -20,7 +20,8 @@ BELOW = {
     "spaces": {"protocols"},
     "data": {"protocols", "randomness"},
     "report": {"protocols"},
-    "config": {"protocols", "diffusion", "models", "spaces", "data"},
+    "explain": {"protocols"},
+    "config": {"protocols", "explain", "diffusion", "models", "spaces", "data"},
     "sampling": {"config", "protocols", "randomness", "diffusion"},
 }
 """What each room may import of the house, besides itself; rooms that are not listed, anything."""
