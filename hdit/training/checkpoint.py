@@ -134,9 +134,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if found["sha256"] != wanted["sha256"]:
             raise CheckpointError(f"{path}: damaged: its checksum is not the manifest's")
     raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state = State(
-        raw["images"], raw["step"], raw["data_size"], Signal(**raw["signal"]), tuple(raw["classes"])
-    )
+    try:
+        signal, classes = Signal(**raw.pop("signal")), tuple(raw.pop("classes"))
+        state = State(**raw, signal=signal, classes=classes)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'}: of another version: {error}") from None
     return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
 
 

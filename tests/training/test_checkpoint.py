@@ -120,3 +120,16 @@ def test_find_names_what_is_no_run(tmp_path):
         checkpoint.find(tmp_path / "absent", fail)
     with pytest.raises(CheckpointError, match="neither a run"):
         checkpoint.find(tmp_path, fail)
+
+
+def test_checkpoint_of_another_version_is_refused(save):
+    """Intact by its checksums, but with other facts than this version writes."""
+    folder = save(16)
+    state = json.loads((folder / "state.json").read_text())
+    for changed in (state | {"more": 1}, {k: v for k, v in state.items() if k != "classes"}):
+        (folder / "state.json").write_text(json.dumps(changed))
+        manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+        manifest["files"]["state.json"] = checkpoint._fingerprint(folder / "state.json")
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=r"state\.json: of another version"):
+            checkpoint.open_checkpoint(folder)
