@@ -208,11 +208,18 @@ def _remove_old_samples(folder: Path) -> None:
     """Deletes the pictures that an earlier samples.json lists, and it, so that no two sets mix."""
     import json
 
+    from hdit.protocols import UserError
+
     record = folder / "samples.json"
-    if record.exists():
-        for entry in json.loads(record.read_text(encoding="utf-8"))["samples"]:
-            (folder / entry["file"]).unlink(missing_ok=True)
-        record.unlink()
+    if not record.exists():
+        return
+    try:
+        names = [entry["file"] for entry in json.loads(record.read_text("utf-8"))["samples"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: cannot tell what to replace: {error}; remove it") from None
+    for name in names:
+        (folder / Path(name).name).unlink(missing_ok=True)
+    record.unlink()
 
 
 def _only_sampling(override: str) -> None:

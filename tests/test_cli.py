@@ -187,6 +187,10 @@ def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
     assert hdit("sample", run, "-n", 2, "--out", out, "--overwrite")[0] == 0
     names = sorted(p.name for p in out.iterdir())
     assert names == ["000000.png", "000001.png", "grid.png", "mine.png", "samples.json"]
+    (out / "samples.json").write_text("{")
+    status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--overwrite")
+    assert status == 1
+    assert "samples.json: cannot tell what to replace" in err
 
 
 def test_sample_of_a_checkpoint_elsewhere_stays_beside_it(run, hdit, tmp_path, monkeypatch):
