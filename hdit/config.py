@@ -19,7 +19,7 @@ from hdit.diffusion.vp import LinearSchedule
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.explain import explain
 from hdit.models import BackboneSpec, HDiTSpec
-from hdit.protocols import Signal, Spec, SpecError, UserError
+from hdit.protocols import Signal, Space, Spec, SpecError, UserError
 from hdit.spaces.pixel import PixelSpace
 
 LADDER_MIN, LADDER_MAX = 1e-2, 160.0
@@ -111,7 +111,7 @@ class RunConfig(Spec):
     def signal(self, num_classes: int) -> Signal:
         """What the backbone sees; the number of classes is known once the data is open."""
         c, h, w = self.data.shape
-        return Signal(c, h, w, num_classes, PixelSpace.sigma_data)
+        return Signal(c, h, w, num_classes, self.space.sigma_data)
 
     @property
     def schedule(self) -> LinearSchedule:
@@ -126,7 +126,8 @@ class RunConfig(Spec):
         )
 
     @property
-    def space(self) -> PixelSpace:
+    def space(self) -> Space:
+        """Between the data's images and the x0 that the diffusion sees."""
         return PixelSpace()
 
     def resolved(self) -> RunConfig:
