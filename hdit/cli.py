@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdit.config import RunConfig
+    from hdit.models import DiT, HDiT
     from hdit.training.checkpoint import Checkpoint
 
 GRID_LIMIT = 100  # images in the grid of `hdit sample`
@@ -80,10 +81,20 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="euler, heun, dpmpp_2m, dpmpp_2m_sde or dpmpp_3m_sde."),
+        typer.Option(metavar="NAME", help="euler, heun, dpmpp_2m, dpmpp_3m_sde, ddim, ddpm, ..."),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
+    ] = None,
+    weak: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_OR_CHECKPOINT", help="Guide away from this weaker model (autoguidance)."
+        ),
+    ] = None,
+    weak_scale: Annotated[
+        float | None,
+        typer.Option(min=0, help="Scale of the guidance away from it.  [default: 2]"),
     ] = None,
     labels: Annotated[
         str | None,
@@ -114,23 +125,30 @@ def sample(
     What is not given comes from the run's own [sampling] settings, which --set can change.
     """
 
-    from hdit.config import parse, set_key
+    from hdit.config import apply, parse, set_key
+    from hdit.protocols import UserError
     from hdit.training.checkpoint import find
 
     found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
     settings = found.config.model_dump(mode="json", exclude_none=True)
-    given = {"steps": steps, "guidance": guidance, "batch_size": batch_size}
-    for key, value in given.items():
+    for key, value in {"steps": steps, "batch_size": batch_size}.items():
         if value is not None:
             settings["sampling"][key] = value
+    if guidance is not None:
+        settings["sampling"]["guidance"]["scale"] = guidance
     if sampler is not None:
         set_key(settings, f'sampling.sampler={{kind="{sampler}"}}')
     for override in overrides or []:
         _only_sampling(override)
-        set_key(settings, override)
+    apply(settings, overrides or [])
     config = parse(settings, str(source))
     chosen = _labels(labels, number, found)
-    _write_samples(found, config, chosen, list(range(seed, seed + number)), out, raw, overwrite)
+    if weak_scale is not None and weak is None:
+        raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
+    weak_scale = 2.0 if weak_scale is None else weak_scale
+    worse = _find_weak(weak, found) if weak else None
+    seeds = list(range(seed, seed + number))
+    _write_samples(found, config, chosen, seeds, out, raw, overwrite, worse, weak_scale)
 
 
 def _write_samples(
@@ -141,6 +159,8 @@ def _write_samples(
     out: Path | None,
     raw: bool,
     overwrite: bool,
+    weak: Checkpoint | None,
+    weak_scale: float,
 ) -> None:
     import json
     from time import monotonic
@@ -148,10 +168,9 @@ def _write_samples(
     import torch
     from rich.progress import Progress
 
-    from hdit import models
     from hdit.protocols import NULL_LABEL, UserError
     from hdit.report.grid import save_grid, save_png
-    from hdit.sampling import check_guidance
+    from hdit.sampling import WeakModel, check_guidance
     from hdit.sampling import sample as sample_images
 
     check_guidance(config, found.state.signal)
@@ -161,7 +180,8 @@ def _write_samples(
         folder = found.folder.resolve()
         in_run = folder.parent.name == "checkpoints"
         home = folder.parent.parent / "samples" if in_run else folder.with_name("samples")
-        name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance:g}"
+        name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance.scale:g}"
+        name += f"-weak{weak_scale:g}" if weak else ""
         out = home / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
@@ -169,9 +189,8 @@ def _write_samples(
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal, classes = found.state.signal, found.state.classes
-    backbone = models.build(config.model, signal)
-    backbone.load_state_dict(found.tensors(weights))
-    backbone.to(device)
+    backbone = _network(found, weights).to(device)
+    guide = WeakModel(_network(weak, weights).to(device), weak.config, weak_scale) if weak else None
     out.mkdir(parents=True, exist_ok=True)
     _remove_old_samples(out)
     digits = max(6, len(str(seeds[-1])))
@@ -181,15 +200,17 @@ def _write_samples(
     with Progress(console=_console(), transient=True) as bar:
         task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
         parts = sample_images(
-            backbone, config, signal, seeds, labels, device, on_step=lambda: bar.advance(task)
+            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide
         )
-        for i, picture in enumerate(picture for part in parts for picture in part):
-            name = f"{seeds[i]:0{digits}d}.png"
-            save_png(picture, out / name)
-            label = None if labels is None or labels[i] == NULL_LABEL else labels[i]
-            kind = None if label is None else classes[label]
-            entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
-            shown += [picture] if len(shown) < GRID_LIMIT else []
+        for part in parts:
+            for picture in part.images:
+                i = len(entries)
+                name = f"{seeds[i]:0{digits}d}.png"
+                save_png(picture, out / name)
+                label = None if labels is None or labels[i] == NULL_LABEL else labels[i]
+                kind = None if label is None else classes[label]
+                entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
+                shown += [picture] if len(shown) < GRID_LIMIT else []
     seconds = monotonic() - started
     save_grid(torch.stack(shown), out / "grid.png")
     record = {
@@ -198,10 +219,41 @@ def _write_samples(
         "weights": weights,
         "sampling": spec.model_dump(mode="json", exclude_none=True),
         "sigma_range": config.sigma_range(),
+        "evaluations": part.evaluations,
+        "weak": {"checkpoint": str(weak.folder), "scale": weak_scale} if weak else None,
         "samples": entries,
     }
     (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    typer.echo(f"{len(seeds)} images in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})")
+    typer.echo(
+        f"{len(seeds)} images of {part.evaluations} network evaluations each in {seconds:.1f} s: "
+        f"{out} (grid: {out / 'grid.png'})"
+    )
+
+
+def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
+    """The backbone of a checkpoint: its "ema" or its "model" weights."""
+    from hdit import models
+
+    signal = found.state.signal
+    backbone = models.build(found.config.model, signal, found.config.output_channels(signal))
+    backbone.load_state_dict(found.tensors(weights))
+    return backbone
+
+
+def _find_weak(source: Path, strong: Checkpoint) -> Checkpoint:
+    """Raises UserError where its images or classes are not those of the stronger model."""
+    from hdit.protocols import UserError
+    from hdit.training.checkpoint import find
+
+    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
+    for what, theirs, ours in (
+        ("images", found.state.signal.shape, strong.state.signal.shape),
+        ("classes", found.state.classes, strong.state.classes),
+        ("sigma_data", found.state.signal.sigma_data, strong.state.signal.sigma_data),
+    ):
+        if theirs != ours:
+            raise UserError(f"--weak: {source} has other {what}: {theirs}, and the model {ours}")
+    return found
 
 
 def _remove_old_samples(folder: Path) -> None:
@@ -273,7 +325,7 @@ def info(config: ConfigFile, overrides: Overrides = None) -> None:
     except DataError as error:
         classes, note = 0, f"counted without classes, because the data cannot be read: {error}"
     signal = settings.signal(classes)
-    rows = cost(settings.model, signal)
+    rows = cost(settings.model, signal, settings.output_channels(signal))
     table = Table(
         title=f"{config.stem}: {settings.model.kind} at {signal.channels} x {signal.height} x "
         f"{signal.width}, {classes} classes",

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from hdit.data import DataSpec
-from hdit.diffusion.noise import CosineInterpolated, Density, UniformVP
+from hdit.diffusion.ladders import Karras, Ladder, LinearT
+from hdit.diffusion.noise import CosineInterpolated, Density, LogLogistic, UniformVP
 from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrization
-from hdit.diffusion.samplers import DPMpp3MSDE, Karras, Ladder, Sampler
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
+from hdit.diffusion.vp import CosineSchedule, LinearSchedule, Schedule
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.explain import explain
 from hdit.models import BackboneSpec, HDiTSpec
 from hdit.protocols import Signal, Space, Spec, SpecError, UserError
 from hdit.spaces.pixel import PixelSpace
-
-LADDER_MIN, LADDER_MAX = 1e-2, 160.0
 
 
 class ConfigError(UserError):
@@ -40,10 +41,12 @@ class DiffusionSpec(Spec):
         None, description="what the backbone is told of sigma; by the kind of model if absent"
     )
     weighting: Weighting = SoftMinSNR()
+    loss_scales: int = Field(1, ge=0, description="octaves of the multi-scale loss; 1 is plain")
     density: Density = CosineInterpolated()
-    schedule: LinearSchedule | None = Field(
+    schedule: Schedule | None = Field(
         None, description="timesteps of eps_vp and uniform_vp; linear with 1000 steps if absent"
     )
+    learned_variance: bool = Field(False, description="of the reverse process, as in iDDPM")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -86,15 +89,36 @@ class TrainingSpec(Spec):
     ema: EMASpec = EMASpec()
 
 
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= interval[0] < interval[1]:
+        raise ValueError("must be two noise levels, the lower first")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
+
+
+class GuidanceSpec(Spec):
+    """Classifier-free guidance."""
+
+    scale: float = Field(1.0, ge=0, description="1 is no guidance")
+    interval: Interval | None = Field(
+        None, description="noise levels that are guided: above the first, up to the second"
+    )
+    channels: int | None = Field(None, gt=0, description="how many are guided; all if absent")
+    rescale: float = Field(0.0, ge=0, le=1, description="of the guided image's contrast")
+    batched: bool = Field(True, description="one call of double batch, or two calls")
+
+
 class SamplingSpec(Spec):
     """How images are sampled: in the grid of each checkpoint, and by `hdit sample` if not told."""
 
     sampler: Sampler = DPMpp3MSDE()
     ladder: Ladder = Karras()
     steps: int = Field(50, gt=0)
-    sigma_min: float | None = Field(None, gt=0, description="0.01 if absent, within the range")
-    sigma_max: float | None = Field(None, gt=0, description="160 if absent, within the range")
-    guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance; 1 is none")
+    sigma_min: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 0.01")
+    sigma_max: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 160")
+    guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
     batch_size: int = Field(64, gt=0, description="images that are sampled at once")
     grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
 
@@ -114,16 +138,35 @@ class RunConfig(Spec):
         return Signal(c, h, w, num_classes, self.space.sigma_data)
 
     @property
-    def schedule(self) -> LinearSchedule:
+    def schedule(self) -> LinearSchedule | CosineSchedule:
+        """Of the VP components, whether the denoiser goes by it or not."""
         return self.diffusion.schedule or LinearSchedule()
 
+    def valid_range(self) -> tuple[float, float, str]:
+        """The noise levels that the denoiser is defined at, and what bounds them."""
+        d = self.diffusion
+        low, high = d.parametrization.sigma_range(self.schedule)
+        by = f"parametrization {d.parametrization.kind!r}"
+        first, last = self.schedule.sigma_range()
+        if (low, high) != (first, last):
+            if d.learned_variance:
+                return max(low, first), min(high, last), "the timesteps of learned_variance"
+            if d.schedule and d.noise_label == "timestep":
+                return max(low, first), min(high, last), "the timesteps of noise_label 'timestep'"
+        return low, high, by
+
     def sigma_range(self) -> tuple[float, float]:
-        """Highest and lowest noise level of the sampling ladder, ascending."""
-        low, high = self.diffusion.parametrization.sigma_range(self.schedule)
+        """Lowest and highest noise level of the sampling ladder."""
+        start, end = self.sampling.ladder.sigma_range(self.schedule)
+        low, high, _ = self.valid_range()
         return (
-            self.sampling.sigma_min or max(LADDER_MIN, low),
-            self.sampling.sigma_max or min(LADDER_MAX, high),
+            self.sampling.sigma_min or max(start, low),
+            self.sampling.sigma_max or min(end, high),
         )
+
+    def output_channels(self, signal: Signal) -> int:
+        """Of the backbone: what it predicts, and a variance if it learns one."""
+        return signal.channels * (2 if self.diffusion.learned_variance else 1)
 
     @property
     def space(self) -> Space:
@@ -136,7 +179,11 @@ class RunConfig(Spec):
         model, label = self.model, "timestep"
         if isinstance(model, HDiTSpec):
             model, label = _filled_widths(model), "log_quarter"
-        timesteps = isinstance(d.parametrization, EpsVP) or isinstance(d.density, UniformVP)
+        timesteps = (
+            isinstance(d.parametrization, EpsVP)
+            or isinstance(d.density, UniformVP)
+            or d.learned_variance
+        )
         diffusion = _filled(
             d,
             noise_label=label,
@@ -147,17 +194,23 @@ class RunConfig(Spec):
             weighting = _filled(weighting, gamma=signal.sigma_data**-2)
         if isinstance(density, CosineInterpolated):
             density = _filled(density, noise_d_low=float(min(32, size)), noise_d_high=float(size))
-        low, high = self.sigma_range()
-        return self.model_copy(
+        if isinstance(density, LogLogistic):
+            density = _filled(density, loc=math.log(signal.sigma_data))
+        sampler = self.sampling.sampler
+        if isinstance(sampler, DDPM):
+            sampler = _filled(sampler, variance="learned" if d.learned_variance else "lower")
+        update = {"weighting": weighting, "density": density}
+        config = self.model_copy(
             update={
                 "model": model,
-                "diffusion": diffusion.model_copy(
-                    update={"weighting": weighting, "density": density}
-                ),
+                "diffusion": diffusion.model_copy(update=update),
                 "training": _filled(self.training, log_every=10 * self.training.batch_size),
-                "sampling": _filled(self.sampling, sigma_min=low, sigma_max=high),
+                "sampling": self.sampling.model_copy(update={"sampler": sampler}),
             }
         )
+        low, high = config.sigma_range()
+        sampling = _filled(config.sampling, sigma_min=low, sigma_max=high)
+        return config.model_copy(update={"sampling": sampling})
 
     def check(self) -> None:
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
@@ -167,6 +220,7 @@ class RunConfig(Spec):
         except SpecError as error:
             problems += [(f"model.{path}", text) for path, text in error.problems]
         problems += self._check_ranges()
+        problems += self._check_sampling()
         if isinstance(self.model, HDiTSpec) and self.model.vector_width:
             problems.append(("model.vector_width", "must be 0: no data brings such vectors yet"))
         if self.training.batch_size % self.training.accumulate:
@@ -180,31 +234,57 @@ class RunConfig(Spec):
         if problems:
             raise SpecError(problems)
 
+    def _check_sampling(self) -> Iterator[tuple[str, str]]:
+        s = self.sampling
+        learned = self.diffusion.learned_variance
+        if isinstance(s.sampler, DDPM) and s.sampler.variance == "learned" and not learned:
+            yield (
+                "sampling.sampler.variance",
+                "must be 'lower' or 'upper', got 'learned': the model learns none "
+                "(diffusion.learned_variance)",
+            )
+        channels = self.signal(0).channels
+        if s.guidance.channels is not None and s.guidance.channels > channels:
+            yield (
+                "sampling.guidance.channels",
+                f"must be at most {channels}, the image's channels, got {s.guidance.channels}",
+            )
+        low, high = self.sigma_range()
+        if low < high:
+            try:
+                s.ladder(s.steps, low, high, self.schedule)
+            except ValueError as error:
+                yield "sampling.ladder", f"has no {s.steps} steps: {error}"
+
     def _check_ranges(self) -> Iterator[tuple[str, str]]:
         d = self.diffusion
-        if (
-            d.schedule
-            and not isinstance(d.parametrization, EpsVP)
-            and not isinstance(d.density, UniformVP)
+        if d.schedule and not (
+            isinstance(d.parametrization, EpsVP)
+            or isinstance(d.density, UniformVP)
+            or d.noise_label == "timestep"
+            or d.learned_variance
+            or isinstance(self.sampling.ladder, LinearT)
         ):
             yield (
                 "diffusion.schedule",
-                "has no effect: the parametrization is not 'eps_vp', nor the density 'uniform_vp'",
+                "has no effect: nothing here goes by timesteps (parametrization 'eps_vp', density "
+                "'uniform_vp', noise_label 'timestep', learned_variance, ladder 'linear_t')",
             )
-        low, high = d.parametrization.sigma_range(self.schedule)
+        low, high, by = self.valid_range()
+        bounded = "sigma_min" in type(d.density).model_fields
         ranges = {
-            "diffusion.density": d.density.sigma_range(self.schedule),
-            "sampling": self.sigma_range(),
+            "diffusion.density": (d.density.sigma_range(self.signal(0), self.schedule), bounded),
+            "sampling": (self.sigma_range(), True),
         }
-        for path, (start, end) in ranges.items():
-            if start >= end:
+        for path, ((start, end), bounded) in ranges.items():
+            if not start < end:
                 yield path, f"sigma_min must be below sigma_max, got {start:.5g} and {end:.5g}"
             if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
+                fix = "set sigma_min and sigma_max within it" if bounded else "take another density"
                 yield (
                     path,
-                    f"noise levels {start:.5g} to {end:.5g} leave the range of "
-                    f"{d.parametrization.kind!r}, {low:.5g} to {high:.5g}; set sigma_min and "
-                    "sigma_max within it, or take another parametrization",
+                    f"noise levels {start:.5g} to {end:.5g} leave the range of {by}, "
+                    f"{low:.5g} to {high:.5g}; {fix}",
                 )
 
     def dump(self) -> str:
@@ -236,8 +316,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, which names every key that is wrong, what arrived and the nearest valid key.
     """
     raw = read_toml(Path(path))
-    for override in overrides:
-        set_key(raw, override)
+    apply(raw, overrides)
     return parse(raw, str(path))
 
 
@@ -304,8 +383,20 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def apply(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Applies each "a.b=value" in order, but kinds first: they take the place of their tables."""
+    for override in sorted(overrides, key=lambda text: not _KIND.match(text)):
+        set_key(raw, override)
+
+
+_KIND = re.compile(r"[^=]*\.kind\s*=")
+
+
 def set_key(raw: dict[str, Any], override: str) -> None:
-    """Applies "a.b.0.c=value"; the value is read as TOML, or as a string where it is none."""
+    """Applies "a.b.0.c=value"; the value is read as TOML, or as a string where it is none.
+
+    Another `kind` leaves nothing of the table that it is set in.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: must read KEY=VALUE, as in training.batch_size=64")
@@ -327,6 +418,8 @@ def set_key(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {where} is a value, not a table")
         index: Any = int(part) if isinstance(node, list) else part
         if i == len(parents):
+            if part == "kind" and isinstance(node, dict) and node.get("kind", value) != value:
+                node.clear()
             old = node.get(index) if isinstance(node, dict) else node[index]
             node[index] = merge({"": old}, {"": value})[""]
         else:

@@ -99,10 +99,11 @@ def explain(root: type[Spec], error: Any) -> str:
             kinds = [_kind(member) for member in members]
             return f"{path}.kind: required, but not set; one of {kinds}"
         case "model_type" | "model_attributes_type":
-            return f"{path}: must be a table, got {got}"
+            return f"{path}: must be a table, got {got}{about}"
         case _:
             message = error["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "must be", 1)
+            message = message.replace("Tuple should", "must").replace("tuple", "array")
             if error["type"] == "string_type":
                 about += f"; to set it on the command line, quote it: {path}='\"{got}\"'"
             return f"{path}: {message[0].lower()}{message[1:]}, got {got}{about}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,10 @@ class SpecError(UserError):
     def __init__(self, problems: list[tuple[str, str]]):
         self.problems = problems
         super().__init__("\n".join(f"{path}: {message}" for path, message in problems))
+
+
+class SolverError(UserError):
+    """A sampler or solver that cannot go on."""
 
 
 class Spec(BaseModel):
@@ -77,6 +81,12 @@ class Cond:
             vector = vector.masked_fill(mask[:, None], 0)
         return replace(self, labels=labels, vector=vector)
 
+    def cat(self, other: Cond) -> Cond:
+        """Both batches, one after the other; they must have the same parts."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        assert all((a is None) == (b is None) for a, b in pairs), "the parts of both must match"
+        return Cond(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
     def null(self) -> Cond:
         """The unconditional counterpart: class and vector dropped for every image."""
         labels = None if self.labels is None else torch.full_like(self.labels, NULL_LABEL)
@@ -90,8 +100,19 @@ class Denoise(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class DenoiseWithVariance(Denoise, Protocol):
+    """A denoiser whose network learns the variance of the reverse process too."""
+
+    def moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (x0, v), both (b c h w); v is -1 to 1 from the lower to the upper variance."""
+
+
 class Backbone(Protocol):
-    """A network: x (b c h w), c_noise (b,), cond -> (b c h w). It never sees sigma."""
+    """A network: x (b c h w), c_noise (b,), cond -> (b c h w). It never sees sigma.
+
+    Where it learns a variance, the output has 2c channels: what it predicts, then v.
+    """
 
     def __call__(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor: ...
 

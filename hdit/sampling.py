@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from hdit import randomness
 from hdit.config import RunConfig
+from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import cfg
 from hdit.protocols import Backbone, Cond, Signal, UserError
@@ -19,26 +22,56 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 def make_denoiser(backbone: Backbone, config: RunConfig, signal: Signal) -> Denoiser:
     """The denoiser that a config makes of a backbone."""
-    assert config.diffusion.noise_label is not None, "the config must be resolved"
+    d = config.diffusion
+    assert d.noise_label is not None, "the config must be resolved"
     return Denoiser(
         backbone,
-        config.diffusion.parametrization,
-        config.diffusion.noise_label,
+        d.parametrization,
+        d.noise_label,
         signal.sigma_data,
-        config.schedule,
-        AUTOCAST[config.training.precision],
+        table=d.schedule,
+        learned_variance=d.learned_variance,
+        autocast=AUTOCAST[config.training.precision],
     )
 
 
 def check_guidance(config: RunConfig, signal: Signal) -> None:
     """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
-    if config.sampling.guidance == 1:
+    scale = config.sampling.guidance.scale
+    if scale == 1:
         return
-    got = f"sampling.guidance: {config.sampling.guidance:g} has no meaning here: "
+    got = f"sampling.guidance: {scale:g} has no meaning here: "
     if signal.num_classes == 0:
         raise UserError(got + "the model has no classes; leave it at 1")
     if config.training.label_dropout == 0:
         raise UserError(got + "training.label_dropout is 0, so it never saw images without a class")
+
+
+@dataclass(frozen=True)
+class WeakModel:
+    """A worse model of the same images, to be guided away from (Karras et al., 2024)."""
+
+    backbone: nn.Module
+    config: RunConfig
+    scale: float
+
+
+class Samples(NamedTuple):
+    """A batch: images (b c h w) uint8 on the CPU, and how often networks saw each of them."""
+
+    images: Tensor
+    evaluations: int
+
+
+class _Counted:
+    """A backbone, and the number of images that it was evaluated on."""
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.images = backbone, 0
+
+    def __call__(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        self.images += len(x)
+        return self.backbone(x, c_noise, cond)
 
 
 def sample(
@@ -49,30 +82,53 @@ def sample(
     labels: list[int] | None,
     device: torch.device,
     on_step: Callable[[], None] | None = None,
-) -> Iterator[Tensor]:
-    """One image for each seed (and label), by config.sampling: batches (b c h w) uint8, on the CPU.
+    weak: WeakModel | None = None,
+) -> Iterator[Samples]:
+    """One image for each seed (and label), by config.sampling, in batches.
 
-    The image of a seed does not depend on the others, nor on the batch size, to float tolerance.
-    `on_step` is called after each step of each batch.
+    The image of a seed does not depend on the others, nor on the batch size, to float tolerance;
+    and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
+    is called after each step of each batch.
     """
-    spec = config.sampling
-    denoiser = make_denoiser(backbone, config, signal)
-    sigmas = spec.ladder(spec.steps, *config.sigma_range())
+    spec, guidance = config.sampling, config.sampling.guidance
+    networks = [_Counted(backbone)]
+    denoiser = make_denoiser(networks[0], config, signal)
+    if weak:
+        networks.append(_Counted(weak.backbone.eval()))
+        weak_denoiser = make_denoiser(networks[1], weak.config, signal)
+    sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
+    start = config.diffusion.parametrization.start(sigmas[0].item())
 
     @torch.inference_mode()
-    def batch(seeds: list[int], labels: list[int] | None) -> Tensor:
-        streams = randomness.streams(0, "sampling", np.array(seeds), device)
+    def batch(seeds: list[int], labels: list[int] | None) -> Samples:
+        counters = np.array(seeds)
+
+        def normal(purpose: str, i: int = 0) -> Tensor:
+            streams = randomness.streams(i, purpose, counters, device)
+            return randomness.normal(streams, signal.shape)
+
         cond = Cond(None if labels is None else torch.tensor(labels, device=device))
+        denoise = denoiser.bind(cond)
+        if weak:
+            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale)
+        denoise = cfg(
+            denoise,
+            denoiser.bind(cond.null()),
+            guidance.scale,
+            **guidance.model_dump(exclude={"scale"}),
+        )
+        before = sum(network.images for network in networks)
         x0 = spec.sampler(
-            cfg(denoiser.bind(cond), denoiser.bind(cond.null()), spec.guidance),
-            sigmas[0].item() * randomness.normal(streams, signal.shape),
+            denoise,
+            start * normal("sampling"),
             sigmas,
-            noise=lambda sigma, sigma_next: randomness.normal(streams, signal.shape),
+            noise=BrownianPath(lambda i: normal("sampling path", i), sigmas[0].item()),
             on_step=None if on_step is None else lambda *_: on_step(),
         )
-        return config.space.decode(x0).cpu()
+        seen = sum(network.images for network in networks) - before
+        return Samples(config.space.decode(x0).cpu(), seen // len(seeds))
 
     backbone.eval()
-    for start in range(0, len(seeds), spec.batch_size):
-        part = slice(start, start + spec.batch_size)
+    for first in range(0, len(seeds), spec.batch_size):
+        part = slice(first, first + spec.batch_size)
         yield batch(seeds[part], None if labels is None else labels[part])

@@ -3,16 +3,26 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
 
+from hdit import config
 from hdit.training.checkpoint import find
+from hdit.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the tiny config, which every test gets a copy of."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(TINY)
+    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
+    return folder / "run"
 
 
 @pytest.fixture
-def run(tiny, tmp_path, hdit):
-    folder = tmp_path / "run"
-    assert hdit("train", tiny, "--run", folder)[0] == 0
-    return folder
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_train_resumes_and_default_run_is_named_after_the_config(tiny, hdit, monkeypatch, tmp_path):
@@ -46,8 +56,11 @@ def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     assert names == [*[f"{seed:06d}.png" for seed in range(7, 12)], "grid.png", "samples.json"]
     record = json.loads((out / "samples.json").read_text())
     assert record["sampling"]["steps"] == 3
-    assert record["sampling"]["sampler"] == {"kind": "euler"}
-    assert record["sampling"]["guidance"] == 2
+    assert record["sampling"]["sampler"]["kind"] == "euler"
+    assert record["sampling"]["guidance"]["scale"] == 2
+    assert record["evaluations"] == 6  # 3 steps, and each with and without the class
+    assert "5 images of 6 network evaluations each" in said
+    assert record["weak"] is None
     assert [s["label"] for s in record["samples"]] == [3, None, 3, None, 3]
     assert [s["seed"] for s in record["samples"]] == [7, 8, 9, 10, 11]
     assert np.asarray(Image.open(out / "000007.png")).shape == (8, 8)
@@ -150,7 +163,15 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--sampler", "dpmpp_2n"], "did you mean 'dpmpp_2m'?"),
         (["--set", "training.seed=3"], "sampling can change [sampling] settings only"),
         (["--set", "sampling.step=3"], "did you mean sampling.steps?"),
-        (["--set", "sampling.guidance=-1.0"], "sampling.guidance: must be greater than or equal"),
+        (
+            ["--set", "sampling.guidance.scale=-1"],
+            "sampling.guidance.scale: must be greater than or",
+        ),
+        (["--set", "sampling.guidance=2"], "sampling.guidance: must be a table, got 2"),
+        (["--set", "sampling.guidance.interval=[3, 1]"], "the lower first, got [3, 1]"),
+        (["--set", "sampling.sampler={kind='ddpm', variance='learned'}"], "the model learns none"),
+        (["--set", "sampling.ladder={kind='linear_t', sections=[3]}"], "add up to 3 timesteps"),
+        (["--weak", "nowhere"], "nowhere: no such run or checkpoint"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
     ],
 )
@@ -160,6 +181,127 @@ def test_sample_with_bad_input_is_one_message(run, hdit, tmp_path, arguments, wa
     assert err.startswith("error: ")
     assert wanted in err
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_of_more_steps_than_the_path_of_noise_can_tell_apart_is_one_message(run, hdit):
+    status, _, err = hdit("sample", run, "-n", 1, "--steps", 500_000)
+    assert status == 1
+    assert err.strip().startswith("error: noise levels 160 and 159.998")
+    assert "take fewer steps" in err
+
+
+def test_sample_refuses_a_weak_scale_without_a_weak_model(run, hdit):
+    """A setting that takes no effect is an error."""
+    status, _, err = hdit("sample", run, "-n", 1, "--weak-scale", 3)
+    assert status == 1
+    assert err.startswith("error: --weak-scale: ")
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_sde", "heun"])
+def test_sample_with_guidance_keeps_to_the_settings_of_the_run(run, hdit, tmp_path, sampler):
+    """--guidance sets the scale alone. From 160 to 0.01, dpmpp_sde looks at 1.26 on its way."""
+    options = ["--guidance", 2, "--sampler", sampler, "--set", "sampling.guidance.interval=[1, 9]"]
+    assert hdit("sample", run, "-n", 1, "--out", tmp_path / "out", *options)[0] == 0
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["sampling"]["guidance"]["interval"] == [1, 9]
+    assert record["sampling"]["guidance"]["scale"] == 2
+    assert record["evaluations"] == (4 if sampler == "dpmpp_sde" else 3)
+
+
+def test_sample_with_a_weak_model_guides_away_from_it(run, hdit, tmp_path):
+    """The weak one here is an earlier checkpoint."""
+    weak = run / "checkpoints" / "000000000032"
+
+    def sampled(name, *options):
+        status, _, err = hdit("sample", run, "-n", 3, "--out", tmp_path / name, *options)
+        assert status == 0, err
+        record = json.loads((tmp_path / name / "samples.json").read_text())
+        return pictures(tmp_path / name), record
+
+    plain, alone = sampled("plain")
+    same, _ = sampled("same", "--weak", weak, "--weak-scale", 1)
+    guided, record = sampled("guided", "--weak", weak, "--weak-scale", 40)
+    _, by_default = sampled("default", "--weak", weak)
+    assert all((same[name] == plain[name]).all() for name in plain)
+    assert any((guided[name] != plain[name]).any() for name in plain)
+    assert alone["evaluations"] == 2
+    assert record["evaluations"] == 4
+    assert record["weak"] == {"checkpoint": str(weak), "scale": 40}
+    assert by_default["weak"]["scale"] == 2
+
+
+def test_sample_with_a_weak_model_is_named_by_its_scale(run, hdit):
+    assert hdit("sample", run, "-n", 1, "--weak", run, "--weak-scale", 1.5)[0] == 0
+    (folder,) = [p for p in (run / "samples").iterdir() if p.is_dir()]
+    assert folder.name == "96-dpmpp_3m_sde-2-cfg1-weak1.5-seed0"
+
+
+def test_sample_records_the_checkpoint_of_the_weak_model(run, hdit, tmp_path):
+    """And not its run, which may be trained on."""
+    out = tmp_path / "out"
+    assert hdit("sample", run, "-n", 1, "--out", out, "--weak", run)[0] == 0
+    record = json.loads((out / "samples.json").read_text())
+    assert record["checkpoint"].endswith("000000000096")
+    assert record["weak"]["checkpoint"] == record["checkpoint"]
+
+
+@pytest.mark.parametrize("what", ["images", "classes"])
+def test_sample_refuses_a_weak_model_of_other_images_or_classes(run, tiny, hdit, tmp_path, what):
+    data = "data={kind='shapes', size=8}"
+    if what == "classes":
+        folder = tmp_path / "pictures" / "cat"
+        folder.mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(folder / "0.png")
+        data = f"data={{kind='folder', path='{folder.parent}', size=8, channels=1}}"
+    options = ["--set", data, "--set", "training.images=16", "--set", "sampling.grid=0"]
+    assert hdit("train", tiny, "--run", tmp_path / "other", *options)[0] == 0
+    out = tmp_path / "out"
+    status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--weak", tmp_path / "other")
+    assert status == 1
+    assert err.startswith(f"error: --weak: {tmp_path / 'other'} has other {what}: ")
+    assert ("(3, 8, 8), and the model (1, 8, 8)" if what == "images" else "('cat',)") in err
+    assert not out.exists()
+
+
+LEARNED = [
+    "--set",
+    "diffusion={learned_variance=true, density={kind='uniform_vp'}}",
+    "--set",
+    "training.images=32",
+    "--set",
+    "sampling.grid=0",
+]
+
+
+def test_sample_draws_ddpm_noise_of_the_variance_that_the_model_learnt(tiny, hdit, tmp_path):
+    assert hdit("train", tiny, "--run", tmp_path / "run", *LEARNED)[0] == 0
+
+    def sampled(name, *options):
+        some = ["--sampler", "ddpm", "--steps", 5, *options]
+        status, _, err = hdit("sample", tmp_path / "run", "-n", 2, "--out", tmp_path / name, *some)
+        assert status == 0, err
+        record = json.loads((tmp_path / name / "samples.json").read_text())
+        return pictures(tmp_path / name), record["sampling"]["sampler"]["variance"]
+
+    learned, variance = sampled("learned")
+    assert variance == "learned"
+    for other in ("lower", "upper"):
+        fixed, variance = sampled(other, "--set", f"sampling.sampler.variance={other}")
+        assert variance == other
+        assert any((fixed[name] != learned[name]).any() for name in learned)
+    assert sampled("guided", "--guidance", 2)[1] == "learned"
+
+
+def test_info_counts_the_channels_of_a_learned_variance(tiny, hdit):
+    def patch_out(*options):
+        status, out, _ = hdit("info", tiny, *options)
+        assert status == 0
+        (line,) = [line for line in out.splitlines() if "patch out" in line]
+        return [cell.strip() for cell in line.split("│")][-4:-1]
+
+    # parameters, MACs, FLOPs of 8 x 8 tokens of width 32 to 1 channel, or 2; a norm has 32 more
+    assert patch_out() == ["64", "2.048 k", "4.096 k"]
+    assert patch_out(*LEARNED) == ["96", "4.096 k", "8.192 k"]
 
 
 def test_sample_of_something_else_says_what_it_needs(hdit, tmp_path):

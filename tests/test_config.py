@@ -1,9 +1,14 @@
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from hdit.config import ConfigError, RunConfig, differences, load, merge, parse, set_key
+from hdit.diffusion.ladders import Ladder
+from hdit.diffusion.noise import Density
+from hdit.diffusion.parametrization import Parametrization
+from hdit.diffusion.samplers import Sampler
 from hdit.protocols import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -117,6 +122,56 @@ def test_config_with_unusual_settings_reads_back_from_its_dump(override):
     assert parse(tomllib.loads(config.dump()), "dump") == config
 
 
+UNIONS = {
+    "diffusion.parametrization": Parametrization,
+    "diffusion.density": Density,
+    "sampling.ladder": Ladder,
+    "sampling.sampler": Sampler,
+}
+KINDS = [
+    (key, spec.model_fields["kind"].default)
+    for key, union in UNIONS.items()
+    for spec in get_args(get_args(union)[0])
+]
+
+
+@pytest.mark.parametrize(("key", "kind"), KINDS)
+def test_config_takes_every_kind_and_reads_it_back(key, kind):
+    table, _, leaf = key.partition(".")
+    # every parametrization is defined at these noise levels
+    density = "diffusion.density={kind='lognormal', sigma_min=0.02, sigma_max=150}"
+    config = changed(density, f"{key}={{kind='{kind}'}}")
+    assert getattr(getattr(config, table), leaf).kind == kind
+    assert config == config.resolved(), "resolving is done once"
+    assert parse(tomllib.loads(config.dump()), "dump") == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "diffusion.density={kind='split_lognormal', mode=0.1, std_low=2, std_high=0.5}",
+        "diffusion.density={kind='loglogistic', loc=0.5, scale=0.3, sigma_max=99}",
+        "diffusion.density={kind='logit_normal_flow', mean=0.1, sigma_min=0.03}",
+        "diffusion={learned_variance=true, density={kind='uniform_vp'}, loss_scales=3}",
+        "diffusion={schedule={kind='cosine', steps=300}, density={kind='uniform_vp'}}",
+        "sampling={sampler={kind='heun', s_churn=40, s_tmin=0.05, s_tmax=50, s_noise=1.003}}",
+        "sampling={sampler={kind='lms', order=3}, ladder={kind='polyexponential', rho=0.5}}",
+        "sampling={sampler={kind='ddpm', variance='upper'}, ladder={kind='vp', beta_d=10}}",
+        "sampling={sampler={kind='dpmpp_sde', r=0.3}, ladder={kind='flow', shift=3}}",
+        "sampling={ladder={kind='linear_t', sections=[10, 15, 25]}}",
+        "sampling={ladder={kind='linear_t', stride=true}, sampler={kind='ddim', eta=0.5}}",
+        "sampling={guidance={scale=2, interval=[0, 3], channels=2, rescale=0.7, batched=false}}",
+    ],
+)
+def test_config_with_settings_of_a_kind_reads_back_from_its_dump(override):
+    config = changed(override)
+    assert config != changed()
+    assert parse(tomllib.loads(config.dump()), "dump") == config
+
+
+# ---- what follows from other settings ------------------------------------------------------------
+
+
 def test_config_resolves_the_noise_label_by_the_kind_of_model():
     assert changed().diffusion.noise_label == "log_quarter"
     assert changed(base=DIT).diffusion.noise_label == "timestep"
@@ -130,6 +185,51 @@ def test_config_sampling_range_is_that_of_the_ladder_within_the_parametrization(
     # Ho et al., 2020: abar runs from 1 - 1e-4 to 4.0358e-5, of which 5 digits are known
     assert low == pytest.approx((1e-4 / (1 - 1e-4)) ** 0.5, rel=1e-9)
     assert high == pytest.approx((1 / 4.0358e-5 - 1) ** 0.5, rel=1e-5)
+
+
+UNIFORM_VP = "diffusion.density={kind='uniform_vp'}"
+LEARNED = "diffusion.learned_variance=true"
+
+
+def test_config_sampling_range_of_a_ladder_by_time_is_its_own():
+    def range_of(*overrides: str) -> tuple[float, float]:
+        return changed(*overrides).sigma_range()
+
+    # Karras et al., 2022, table 1: VP from t = 1 to 1e-3
+    assert range_of("sampling.ladder={kind='vp'}") == pytest.approx((0.010486, 152.17), rel=1e-4)
+    linear_t = "sampling.ladder={kind='linear_t'}"
+    assert range_of(linear_t) == pytest.approx((0.0100, 157.41), rel=1e-4)
+    cosine = changed(linear_t, "diffusion.schedule={kind='cosine', steps=100}")
+    assert cosine.sigma_range() == cosine.schedule.sigma_range()
+
+
+@pytest.mark.parametrize("base", [HDIT, DIT], ids=["hdit", "dit"])
+@pytest.mark.parametrize(("learned", "variance"), [(True, "learned"), (False, "lower")])
+def test_config_resolves_the_variance_of_ddpm_by_what_the_model_learns(base, learned, variance):
+    overrides = [f"diffusion.learned_variance={str(learned).lower()}", UNIFORM_VP]
+    config = changed(*overrides, "sampling.sampler={kind='ddpm'}", base=base)
+    assert config.sampling.sampler.variance == variance
+    channels = config.signal(0).channels
+    assert config.output_channels(config.signal(0)) == channels * (2 if learned else 1)
+    upper = changed(*overrides, "sampling.sampler={kind='ddpm', variance='upper'}", base=base)
+    assert upper.sampling.sampler.variance == "upper"
+
+
+def test_config_learned_variance_brings_a_schedule_and_its_range():
+    density = "diffusion.density={kind='lognormal', sigma_min=0.02, sigma_max=100}"
+    config = changed(LEARNED, density)
+    assert (config.diffusion.schedule.kind, config.diffusion.schedule.steps) == ("linear", 1000)
+    assert config.sigma_range() == config.schedule.sigma_range()
+    own = changed(LEARNED, UNIFORM_VP, "diffusion.schedule={kind='cosine', steps=50}")
+    assert own.diffusion.schedule.kind == "cosine"
+
+
+def test_config_timestep_label_with_a_schedule_keeps_to_its_range():
+    density = "diffusion.density={kind='lognormal', sigma_min=0.02, sigma_max=100}"
+    free = changed("diffusion.noise_label=timestep", "diffusion.density={kind='lognormal'}")
+    assert (free.diffusion.schedule, free.sigma_range()) == (None, (0.01, 160))
+    bound = changed("diffusion.noise_label=timestep", "diffusion.schedule={}", density)
+    assert bound.sigma_range() == bound.schedule.sigma_range()
 
 
 def test_config_error_is_for_the_user():
@@ -224,6 +324,20 @@ def test_config_of_one_kind_refuses_the_keys_of_another():
         ("model.levels.1.attention.d_head=0.5", "model.levels.1.attention.d_head", "0.5"),
         ("sampling.sampler.kind=3", "sampling.sampler.kind", "'3'"),
         ("diffusion.noise_label=sigma", "diffusion.noise_label", "'sigma'"),
+        ("diffusion.learned_variance=1", "diffusion.learned_variance", "1"),
+        ("diffusion.loss_scales=-1", "diffusion.loss_scales", "-1"),
+        ("diffusion.loss_scales=1.5", "diffusion.loss_scales", "1.5"),
+        ("sampling.guidance.scale=-1", "sampling.guidance.scale", "-1"),
+        ("sampling.guidance.scale=nan", "sampling.guidance.scale", "nan"),
+        ("sampling.guidance={rescale=1.1}", "sampling.guidance.rescale", "1.1"),
+        ("sampling.guidance={channels=0}", "sampling.guidance.channels", "0"),
+        ("sampling.guidance={interval=[0, 'x']}", "sampling.guidance.interval.1", "'x'"),
+        ("sampling.guidance={interval=[0, inf]}", "sampling.guidance.interval.1", "inf"),
+        ("sampling.sampler={kind='lms', order=5}", "sampling.sampler.order", "5"),
+        ("sampling.sampler={kind='ddim', eta=2}", "sampling.sampler.eta", "2"),
+        ("sampling.sampler={kind='dpmpp_sde', r=1}", "sampling.sampler.r", "1"),
+        ("sampling.sampler={kind='ddpm', variance='x'}", "sampling.sampler.variance", "'x'"),
+        ("sampling.ladder={kind='linear_t', stride=20}", "sampling.ladder.stride", "20"),
         ("training.optimizer.kind=sgd", "training.optimizer.kind", "'sgd'"),
     ],
 )
@@ -262,7 +376,8 @@ def test_config_section_that_is_missing_is_named():
 
 def test_config_kind_that_is_missing_lists_the_kinds():
     assert complaints("sampling.ladder={rho=5}") == [
-        "sampling.ladder.kind: required, but not set; one of ['karras', 'exponential']"
+        "sampling.ladder.kind: required, but not set; one of "
+        "['karras', 'exponential', 'polyexponential', 'vp', 'linear_t', 'flow']"
     ]
 
 
@@ -274,6 +389,9 @@ def test_config_kind_that_is_missing_lists_the_kinds():
         ("model.levels.0.attention", "neighbourhood", "neighborhood"),
         ("diffusion.weighting", "soft-min-snr", "soft_min_snr"),
         ("diffusion.parametrization", "epsvp", "eps_vp"),
+        ("diffusion.density", "log_uniform", "loguniform"),
+        ("diffusion.schedule", "cosin", "cosine"),
+        ("sampling.ladder", "linear", "linear_t"),
         ("sampling.sampler", "huen", "heun"),
     ],
 )
@@ -428,7 +546,7 @@ def test_config_accumulate_that_does_not_divide_the_batch_is_named():
 def test_config_noise_levels_beyond_the_parametrization_are_named(override, key):
     [line] = complaints(override, base=DIT)
     assert line.startswith(f"{key}: noise levels ")
-    assert " leave the range of 'eps_vp', " in line
+    assert " leave the range of parametrization 'eps_vp', " in line
 
 
 def test_config_noise_levels_within_the_parametrization_are_valid():
@@ -456,6 +574,21 @@ def test_config_schedule_without_effect_is_an_error():
     assert line.startswith("diffusion.schedule: has no effect: ")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        UNIFORM_VP,
+        "diffusion={noise_label='timestep', density={kind='loguniform', sigma_min=0.1}}",
+        "diffusion={learned_variance=true, density={kind='loguniform', sigma_min=0.1}}",
+        "sampling.ladder={kind='linear_t'}",
+    ],
+)
+def test_config_schedule_has_an_effect_where_something_goes_by_timesteps(override):
+    schedule = "diffusion.schedule={kind='cosine', steps=100}"
+    assert changed(override, schedule).schedule.steps == 100
+    assert changed(override, schedule).schedule.kind == "cosine"
+
+
 @pytest.mark.parametrize("parametrization", ["edm", "eps_vp"])
 def test_config_schedule_of_a_vp_density_has_an_effect(parametrization):
     config = changed(
@@ -464,6 +597,167 @@ def test_config_schedule_of_a_vp_density_has_an_effect(parametrization):
         f"diffusion.parametrization.kind={parametrization}",
     )
     assert config.schedule.steps == 100
+
+
+FLOW = "diffusion.parametrization={kind='flow'}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("diffusion.density={kind='uniform_flow', sigma_max=1000}", "diffusion.density"),
+        ("diffusion.density={kind='v_diffusion'}", "diffusion.density"),
+        ("sampling.sigma_max=1000", "sampling"),
+    ],
+)
+def test_config_noise_levels_beyond_the_time_of_flow_are_named(override, key):
+    density = "diffusion.density={kind='logit_normal_flow'}"
+    [line] = complaints(FLOW, density, override)
+    assert line.startswith(f"{key}: noise levels ")
+    assert " to 1000 leave the range of parametrization 'flow', 0 to 999; " in line
+    limit = "diffusion.density={kind='uniform_flow', sigma_max=999}"
+    assert changed(FLOW, limit, "sampling.sigma_max=999").sigma_range() == (0.01, 999)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0, 1), (-0.3, 1), (0.5, 0.6), (-0.5, 0.6)])
+def test_config_flow_takes_the_logit_normal_densities_of_the_paper(mean, std):
+    """Esser et al., 2024, compare means and widths like these; sigma_max is 999 where not set."""
+    density = f"diffusion.density={{kind='logit_normal_flow', mean={mean}, std={std}}}"
+    assert changed(FLOW, density).diffusion.density.sigma_max == 999
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [LEARNED],
+        [LEARNED, "diffusion.density={kind='lognormal', sigma_min=0.001, sigma_max=100}"],
+        ["diffusion.noise_label=timestep", "diffusion.schedule={}"],
+    ],
+)
+def test_config_noise_levels_beyond_the_timesteps_are_named(overrides):
+    [line] = complaints(*overrides)
+    assert line.startswith("diffusion.density: noise levels 0.001 to ")
+    assert "0.010001 to 157.41" in line
+
+
+def test_config_noise_levels_beyond_the_timesteps_are_blamed_on_what_goes_by_them():
+    """EDM has no range of its own: another parametrization would not mend it."""
+    [line] = complaints(LEARNED)
+    assert "learned_variance" in line
+    assert "another parametrization" not in line
+    [line] = complaints("diffusion.noise_label=timestep", "diffusion.schedule={}")
+    assert "noise_label" in line
+
+
+def test_config_range_of_a_density_without_bounds_has_another_fix():
+    """uniform_vp has no sigma_min and sigma_max to set."""
+    [line] = complaints(FLOW, UNIFORM_VP, "diffusion.schedule={kind='cosine'}")
+    assert line.startswith("diffusion.density: noise levels 0.0064254 to 20291 leave the range of")
+    assert "set sigma_min" not in line
+
+
+def test_config_learned_variance_that_the_model_has_not_is_named():
+    [line] = complaints("sampling.sampler={kind='ddpm', variance='learned'}")
+    assert line.startswith("sampling.sampler.variance: must be 'lower' or 'upper', got 'learned': ")
+    assert "diffusion.learned_variance" in line
+
+
+@pytest.mark.parametrize("interval", ["[2, 1]", "[1, 1]", "[-1, 1]"])
+def test_config_interval_of_guidance_out_of_order_is_named(interval):
+    [line] = complaints(f"sampling.guidance={{scale=2, interval={interval}}}")
+    assert line.startswith(
+        f"sampling.guidance.interval: must be two noise levels, the lower first, got {interval}"
+    )
+    assert line.count("got") == 1
+
+
+@pytest.mark.parametrize("value", ["1.5", "'strong'", "[2]"])
+def test_config_guidance_that_is_no_table_is_shown_one(value):
+    [line] = complaints(f"sampling.guidance={value}")
+    assert line == f"sampling.guidance: must be a table, got {value} (as in {{ scale = 1.5 }})"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sampling.guidance={interval=3}", "sampling.guidance.interval"),
+        ("sampling.guidance={interval=[1, 2, 3]}", "sampling.guidance.interval"),
+        ("sampling.ladder={kind='linear_t', sections=3}", "sampling.ladder.sections"),
+    ],
+)
+def test_config_value_that_should_be_an_array_is_not_called_a_tuple(override, key):
+    [line] = complaints(override)
+    assert line.startswith(f"{key}: ")
+    assert "tuple" not in line
+
+
+def test_config_guidance_of_more_channels_than_the_image_has_is_named():
+    assert complaints("sampling.guidance={channels=4, scale=2}") == [
+        "sampling.guidance.channels: must be at most 3, the image's channels, got 4"
+    ]
+    assert changed("sampling.guidance={channels=3, scale=2}")
+    [line] = complaints("sampling.guidance.channels=2", base=DIT)  # digits have one
+    assert line.startswith("sampling.guidance.channels: must be at most 1")
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "complaint"),
+    [
+        (
+            50,
+            "sections=[10, 20]",
+            "sampling.ladder: has no 50 steps: "
+            "sections: [10, 20] add up to 30 timesteps, but there are 50 steps",
+        ),
+        (
+            400,
+            "stride=true",
+            "sampling.ladder: has no 400 steps: "
+            "no whole stride through 1000 timesteps gives 400 of them",
+        ),
+        (
+            620,
+            "sections=[600, 20]",
+            "sampling.ladder: has no 620 steps: cannot take 600 timesteps of a section of 500 "
+            "(1000 timesteps in 2 sections)",
+        ),
+        (
+            1001,
+            "stride=false",
+            "sampling.ladder: has no 1001 steps: cannot take 1001 timesteps of a section of 1000 "
+            "(1000 timesteps in 1 sections)",
+        ),
+    ],
+)
+def test_config_timesteps_that_the_schedule_cannot_give_are_named(steps, settings, complaint):
+    ladder = f"sampling.ladder={{kind='linear_t', {settings}}}"
+    assert complaints(f"sampling.steps={steps}", ladder) == [complaint]
+
+
+def test_config_sections_with_stride_are_refused():
+    ladder = "sampling.ladder={kind='linear_t', sections=[25, 25], stride=true}"
+    [line] = complaints(ladder)
+    assert line.startswith("sampling.ladder")
+    assert "sections have no effect with stride = true; give one of the two" in line
+
+
+def test_config_of_one_timestep_samples_from_the_highest_noise():
+    """As every other ladder does; from the lowest there would be nothing to denoise."""
+    config = changed("sampling.ladder={kind='linear_t'}", "sampling.steps=1")
+    ladder = config.sampling.ladder(1, *config.sigma_range(), config.schedule)
+    assert ladder.tolist() == pytest.approx([157.41, 0], rel=1e-4)
+
+
+@pytest.mark.parametrize("density", ["loguniform", "v_diffusion", "uniform_flow", "lognormal"])
+def test_config_density_of_a_single_noise_level_is_refused(density):
+    [line] = complaints(f"diffusion.density={{kind='{density}', sigma_min=3, sigma_max=3}}")
+    assert line.startswith("diffusion.density: sigma_min must be below sigma_max, got 3 and 3")
+
+
+@pytest.mark.parametrize("loc", [1000, -1000])
+def test_config_density_that_no_number_can_hold_is_named_by_its_setting(loc):
+    [line] = complaints(f"diffusion.density={{kind='loglogistic', loc={loc}}}")
+    assert line.startswith("diffusion.density.loc: ")
 
 
 # ---- files and extends ---------------------------------------------------------------------------
@@ -747,7 +1041,7 @@ def test_differences_descend_into_tables_and_arrays_of_equal_length(old, new, ex
         ('diffusion.density={kind="lognormal", mean=1000}', "diffusion.density.mean: must be less"),
         (
             'sampling.sampler={kind="euler", eta=1}',
-            "sampling.sampler.eta: unknown key (set to 1); it belongs to kind 'dpmpp_2m_sde' or",
+            "sampling.sampler.eta: unknown key (set to 1); it belongs to kind 'euler_ancestral' or",
         ),
         (
             "model.levels.1.attention.kernel_size=3",
@@ -777,6 +1071,8 @@ def test_resolved_config_writes_out_what_follows_from_other_settings():
     assert config.diffusion.noise_label == "log_quarter"
     assert config.diffusion.schedule is None
     assert config.diffusion.weighting.gamma == 4
+    logistic = changed("diffusion.density={kind='loglogistic'}").diffusion.density
+    assert logistic.loc == pytest.approx(-0.6931471805599453)  # ln of sigma_data 0.5
     assert (density.noise_d_low, density.noise_d_high) == (32, 32)
     assert all(level.d_ff == 3 * level.width for level in config.model.levels)
     assert config.training.log_every == 10 * config.training.batch_size

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hdit.diffusion.parametrization import NOISE_LABELS, EpsVP, Parametrization, Scales
-from hdit.diffusion.vp import LinearSchedule
-from hdit.diffusion.weighting import Weighting
+from hdit.diffusion.parametrization import NOISE_LABELS, Parametrization, Scales
+from hdit.diffusion.vlb import vlb
+from hdit.diffusion.vp import VPTable
+from hdit.diffusion.weighting import Weighting, mean_square
 from hdit.protocols import Backbone, Cond, Denoise
 
 
@@ -22,7 +24,9 @@ class Denoiser:
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), and its loss.
 
     Coefficients are computed in float64 and applied in x's dtype, float32 in training; only the
-    call of the backbone runs under `autocast`, where a dtype is given.
+    call of the backbone runs under `autocast`, where a dtype is given. `table` is the schedule
+    whose timesteps the noise label tells and the learned variance goes by, if there is one. With
+    `learned_variance` the backbone gives 2c channels, F and then v.
     """
 
     def __init__(
@@ -31,49 +35,95 @@ class Denoiser:
         parametrization: Parametrization,
         noise_label: str,
         sigma_data: float,
-        schedule: LinearSchedule,
+        table: VPTable | None = None,
+        learned_variance: bool = False,
         autocast: torch.dtype | None = None,
     ):
+        assert table or not learned_variance, "a learned variance goes by a table"
         self.backbone, self.parametrization, self.sigma_data = backbone, parametrization, sigma_data
         self.label = NOISE_LABELS[noise_label]
-        self.table = schedule if isinstance(parametrization, EpsVP) else None
-        self.autocast = autocast
+        self.table, self.learned_variance, self.autocast = table, learned_variance, autocast
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (b c h w) = x0 + sigma * noise, sigma (b,) -> estimate of x0 (b c h w)."""
+        return self.moments(x, sigma, cond)[0]
+
+    def moments(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+        """-> (estimate of x0, v of the learned variance or None), each (b c h w)."""
         scales = self.parametrization(sigma.double(), self.sigma_data)
-        f = self._network(x, sigma, scales, cond)
-        return per_image(scales.c_skip, x) * x + per_image(scales.c_out, x) * f
+        f, v = self._network(x, sigma, scales, cond)
+        return self._denoised(x, f, scales), v
 
     def bind(self, cond: Cond) -> Denoise:
         """The denoiser of these conditions, as samplers and guidance take it."""
-        return lambda x, sigma: self(x, sigma, cond)
+        return (BoundWithVariance if self.learned_variance else Bound)(self, cond)
 
     def loss(
-        self, x0: Tensor, noise: Tensor, sigma: Tensor, cond: Cond, weighting: Weighting
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        cond: Cond,
+        weighting: Weighting,
+        scales: int = 1,
     ) -> Tensor:
         """lambda(sigma) * mean |D(x0 + sigma * noise; sigma) - x0|^2 of each image -> (b,).
 
-        Computed as lambda c_out^2 |F - target|^2, so that nothing cancels at small sigma.
+        Computed as lambda c_out^2 |F - target|^2, so that nothing cancels at small sigma. `scales`
+        other than 1 takes the multi-scale mean. A learned variance adds its bound, in bits per
+        dimension, which moves v alone.
         """
         sigma = sigma.double()
-        scales = self.parametrization(sigma, self.sigma_data)
+        c = self.parametrization(sigma, self.sigma_data)
         x = x0 + per_image(sigma, x0) * noise
-        of_x0 = per_image((1 - scales.c_skip) / scales.c_out, x0)
-        of_noise = per_image(scales.c_skip * sigma / scales.c_out, x0)
-        target = of_x0 * x0 - of_noise * noise
-        error = (self._network(x, sigma, scales, cond) - target).square().mean(dim=(1, 2, 3))
-        weight = weighting(sigma, self.sigma_data) * scales.c_out.square()
-        return weight.to(error.dtype) * error
+        of_x0 = per_image((1 - c.c_skip) / c.c_out, x0)
+        of_noise = per_image(c.c_skip * sigma / c.c_out, x0)
+        f, v = self._network(x, sigma, c, cond)
+        error = mean_square(f - (of_x0 * x0 - of_noise * noise), scales)
+        weight = weighting(sigma, self.sigma_data) * c.c_out.square()
+        loss = weight.to(error.dtype) * error
+        if v is None or self.table is None:
+            return loss
+        denoised = self._denoised(x, f.detach(), c)
+        return loss + vlb(x0, sigma, denoised, v, self.table)
 
-    def _network(self, x: Tensor, sigma: Tensor, scales: Scales, cond: Cond) -> Tensor:
-        """F(c_in x, c_noise) in x's dtype."""
+    def _denoised(self, x: Tensor, f: Tensor, scales: Scales) -> Tensor:
+        return per_image(scales.c_skip, x) * x + per_image(scales.c_out, x) * f
+
+    def _network(
+        self, x: Tensor, sigma: Tensor, scales: Scales, cond: Cond
+    ) -> tuple[Tensor, Tensor | None]:
+        """F(c_in x, c_noise), and v where the variance is learned, in x's dtype."""
         c_noise = self.label(sigma.double(), self.sigma_data, self.table).to(x.dtype)
         with self._precision(x.device.type):
-            f = self.backbone(per_image(scales.c_in, x) * x, c_noise, cond)
-        return f.to(x.dtype)
+            out = self.backbone(per_image(scales.c_in, x) * x, c_noise, cond)
+        out = out.to(x.dtype)
+        if not self.learned_variance:
+            return out, None
+        f, v = out.chunk(2, dim=1)
+        return f, v
 
     def _precision(self, device: str) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device, dtype=self.autocast)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A denoiser with its conditions: a Denoise."""
+
+    denoiser: Denoiser
+    cond: Cond
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.denoiser(x, sigma, self.cond)
+
+
+class BoundWithVariance(Bound):
+    """One whose network learns a variance: a DenoiseWithVariance."""
+
+    def moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        denoised, v = self.denoiser.moments(x, sigma, self.cond)
+        assert v is not None, "bound by Denoiser.bind"
+        return denoised, v

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
+from hdit.diffusion.vp import VPTable
 from hdit.protocols import Signal, Spec
 
-TAIL = 1e-7  # probability cut off at each end of a lognormal without bounds
+TAIL = 1e-7  # probability cut off where a density has an end without a bound
 
 
 def stratify(rand: Tensor, position: Tensor, total: int) -> Tensor:
@@ -23,10 +24,190 @@ def stratify(rand: Tensor, position: Tensor, total: int) -> Tensor:
     return (position + rand) / total
 
 
-class CosineInterpolated(Spec):
+class DensitySpec(Spec):
+    """Base of the densities."""
+
+    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+        """u (b,) in [0, 1] -> sigma (b,) float64, increasing in u."""
+        raise NotImplementedError
+
+    def sigma_range(self, signal: Signal, schedule: VPTable) -> tuple[float, float]:
+        """The lowest and the highest noise level that it gives."""
+        low, high = self(torch.tensor([0.0, 1.0]), signal, schedule).tolist()
+        return low, high
+
+
+class Bounded(DensitySpec):
+    """Base of the densities that are a distribution F cut at sigma_min and sigma_max.
+
+    sigma is the quantile of a probability that goes from F(sigma_min) to F(sigma_max). Where a
+    bound is absent, a probability of 1e-7 is cut off instead. Every probability comes with its
+    complement, so that a bound far out in either tail is kept to the last digits.
+    """
+
+    sigma_min: float | None = Field(None, gt=0)
+    sigma_max: float | None = Field(None, gt=0)
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """-> (that of a noise level below sigma, that of one above)."""
+        raise NotImplementedError
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """The inverse of `probabilities`."""
+        raise NotImplementedError
+
+    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+        u = u.double()
+        tail = u.new_tensor([TAIL, 1 - TAIL])
+        low, high = tail, tail.flip(0)  # (below, above) at each end
+        if self.sigma_min is not None:
+            sigma = u.new_tensor(self.sigma_min)
+            low = torch.stack(self.probabilities(sigma, signal.sigma_data))
+        if self.sigma_max is not None:
+            sigma = u.new_tensor(self.sigma_max)
+            high = torch.stack(self.probabilities(sigma, signal.sigma_data))
+        below, above = (torch.lerp(a, b, u) for a, b in zip(low, high, strict=True))
+        return self.quantile(below, above, signal.sigma_data)
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    """torch.special.ndtr keeps four digits at -7, this all of them."""
+    return torch.erfc(-z / math.sqrt(2)) / 2
+
+
+def _normal_quantile(below: Tensor, above: Tensor) -> Tensor:
+    """From the smaller of the two, which has its digits."""
+    z = torch.special.ndtri(torch.minimum(below, above))
+    return torch.where(below < above, z, -z)
+
+
+class Lognormal(Bounded):
+    """ln sigma is normal (Karras et al., 2022)."""
+
+    kind: Literal["lognormal"] = "lognormal"
+    mean: float = Field(-1.2, ge=-20, le=20, description="of ln sigma")
+    std: float = Field(1.2, gt=0, le=20, description="of ln sigma")
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        z = (sigma.log() - self.mean) / self.std
+        return _normal_cdf(z), _normal_cdf(-z)
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        return torch.exp(self.mean + self.std * _normal_quantile(below, above))
+
+
+class SplitLognormal(Bounded):
+    """ln sigma is normal with one standard deviation below its mode and another above it.
+
+    k-diffusion: "split-lognormal".
+    """
+
+    kind: Literal["split_lognormal"] = "split_lognormal"
+    mode: float = Field(-1.2, ge=-20, le=20, description='of ln sigma; k-diffusion: "loc"')
+    std_low: float = Field(1.2, gt=0, le=20, description='below the mode; k-diffusion: "scale_1"')
+    std_high: float = Field(1.2, gt=0, le=20, description='above the mode; k-diffusion: "scale_2"')
+
+    def _twice_halves(self) -> tuple[float, float]:
+        """Twice the probability below the mode, and above it."""
+        total = self.std_low + self.std_high
+        return 2 * self.std_low / total, 2 * self.std_high / total
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        twice_low, twice_high = self._twice_halves()
+        x = sigma.log() - self.mode
+        low = twice_low * _normal_cdf(x / self.std_low)
+        high = twice_high * _normal_cdf(-x / self.std_high)
+        return torch.where(x < 0, low, 1 - high), torch.where(x < 0, 1 - low, high)
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        twice_low, twice_high = self._twice_halves()
+        low = self.std_low * torch.special.ndtri((below / twice_low).clamp(max=0.5))
+        high = self.std_high * torch.special.ndtri((above / twice_high).clamp(max=0.5))
+        return torch.exp(self.mode + low - high)  # one of the two is 0
+
+
+class LogLogistic(Bounded):
+    """ln sigma is logistic."""
+
+    kind: Literal["loglogistic"] = "loglogistic"
+    loc: float | None = Field(
+        None, ge=-20, le=20, description="of ln sigma; ln sigma_data if absent"
+    )
+    scale: float = Field(0.5, gt=0, le=20, description="of ln sigma")
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        z = (sigma.log() - self._loc(sigma_data)) / self.scale
+        return torch.sigmoid(z), torch.sigmoid(-z)
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        return torch.exp(self._loc(sigma_data) + self.scale * (below / above).log())
+
+    def _loc(self, sigma_data: float) -> float:
+        return math.log(sigma_data) if self.loc is None else self.loc
+
+
+class LogUniform(DensitySpec):
+    """ln sigma is uniform."""
+
+    kind: Literal["loguniform"] = "loguniform"
+    sigma_min: float = Field(1e-2, gt=0)
+    sigma_max: float = Field(160.0, gt=0)
+
+    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return torch.exp(low + u.double() * (high - low))
+
+
+class VDiffusion(Bounded):
+    """atan(sigma/sd) is uniform: the cosine schedule (Salimans & Ho, 2022).
+
+    k-diffusion: "v-diffusion" and "cosine".
+    """
+
+    kind: Literal["v_diffusion"] = "v_diffusion"
+    sigma_min: float = Field(1e-3, gt=0)
+    sigma_max: float = Field(1e3, gt=0)
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        below, above = torch.atan(sigma / sigma_data), torch.atan(sigma_data / sigma)
+        return below * (2 / math.pi), above * (2 / math.pi)
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        below, above = (p * (math.pi / 2) for p in (below, above))
+        return sigma_data * torch.where(below < above, below.tan(), 1 / above.tan())
+
+
+class UniformFlow(Bounded):
+    """The time t = sigma/(1 + sigma) of rectified flow is uniform (Liu et al., 2023)."""
+
+    kind: Literal["uniform_flow"] = "uniform_flow"
+    sigma_min: float = Field(1e-3, gt=0)
+    sigma_max: float = Field(FLOW_SIGMA_MAX, gt=0)
+
+    def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        return sigma / (1 + sigma), 1 / (1 + sigma)
+
+    def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        return below / above
+
+
+class LogitNormalFlow(Lognormal):
+    """The logit of the time t of rectified flow is normal (Esser et al., 2024, equation 19).
+
+    As sigma = t/(1 - t), ln sigma is that logit: this is a lognormal with other defaults.
+    """
+
+    kind: Literal["logit_normal_flow"] = "logit_normal_flow"  # type: ignore[assignment]
+    mean: float = Field(0.0, ge=-20, le=20, description="of logit t")
+    std: float = Field(1.0, gt=0, le=20, description="of logit t")
+    sigma_max: float | None = Field(FLOW_SIGMA_MAX, gt=0)
+
+
+class CosineInterpolated(DensitySpec):
     """Shifted cosine schedules: that of noise_d_low at high noise, of noise_d_high at low noise.
 
     Source: Hoogeboom et al., 2023, equation 5; with sigma_data as in Crowson et al., 2024.
+    k-diffusion: "cosine-interpolated".
     """
 
     kind: Literal["cosine_interpolated"] = "cosine_interpolated"
@@ -35,7 +216,7 @@ class CosineInterpolated(Spec):
     noise_d_low: float | None = Field(None, gt=0, description="pixels; min(32, image) if absent")
     noise_d_high: float | None = Field(None, gt=0, description="pixels; the image's side if absent")
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: LinearSchedule) -> Tensor:
+    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
         size = max(signal.height, signal.width)
         low, high = self.noise_d_low or min(32, size), self.noise_d_high or size
         return signal.sigma_data * torch.exp(
@@ -49,50 +230,26 @@ class CosineInterpolated(Spec):
         end = math.atan(r * self.sigma_max / sigma_data)
         return torch.log(torch.tan(start + u.double() * (end - start)) / r)
 
-    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
 
-
-class Lognormal(Spec):
-    """ln sigma is normal (Karras et al., 2022), cut at the bounds where there are any."""
-
-    kind: Literal["lognormal"] = "lognormal"
-    mean: float = Field(-1.2, ge=-20, le=20, description="of ln sigma")
-    std: float = Field(1.2, gt=0, le=20, description="of ln sigma")
-    sigma_min: float | None = Field(None, gt=0)
-    sigma_max: float | None = Field(None, gt=0)
-
-    def __call__(self, u: Tensor, signal: Signal, schedule: LinearSchedule) -> Tensor:
-        low, high = (
-            self._probability(self.sigma_min, TAIL),
-            self._probability(self.sigma_max, 1 - TAIL),
-        )
-        z = torch.special.ndtri(low + u.double() * (high - low))
-        return torch.exp(self.mean + self.std * z)
-
-    def _probability(self, sigma: float | None, default: float) -> float:
-        if sigma is None:
-            return default
-        return 0.5 * math.erfc((self.mean - math.log(sigma)) / (self.std * math.sqrt(2)))
-
-    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
-        z = float(torch.special.ndtri(torch.tensor(1 - TAIL, dtype=torch.float64)))
-        low = math.exp(self.mean - self.std * z) if self.sigma_min is None else self.sigma_min
-        high = math.exp(self.mean + self.std * z) if self.sigma_max is None else self.sigma_max
-        return low, high
-
-
-class UniformVP(Spec):
+class UniformVP(DensitySpec):
     """Each timestep of the schedule with equal probability (Ho et al., 2020)."""
 
     kind: Literal["uniform_vp"] = "uniform_vp"
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: LinearSchedule) -> Tensor:
+    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
         t = (u.double() * schedule.steps).long().clamp(max=schedule.steps - 1)
         return schedule.sigmas(u.device)[t]
 
-    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
-        return schedule.sigma_range()
 
-
-Density = Annotated[CosineInterpolated | Lognormal | UniformVP, Field(discriminator="kind")]
+Density = Annotated[
+    CosineInterpolated
+    | Lognormal
+    | SplitLognormal
+    | LogLogistic
+    | LogUniform
+    | VDiffusion
+    | UniformFlow
+    | LogitNormalFlow
+    | UniformVP,
+    Field(discriminator="kind"),
+]

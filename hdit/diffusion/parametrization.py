@@ -13,8 +13,10 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.vp import VPTable
 from hdit.protocols import Spec
+
+FLOW_SIGMA_MAX = 999.0  # at time 0.999
 
 
 class Scales(NamedTuple):
@@ -25,7 +27,19 @@ class Scales(NamedTuple):
     c_in: Tensor
 
 
-class EDM(Spec):
+class Predicts(Spec):
+    """Base of the parametrizations."""
+
+    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+        """The noise levels at which the parametrization is defined."""
+        return 0.0, math.inf
+
+    def start(self, sigma_max: float) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return sigma_max
+
+
+class EDM(Predicts):
     """Karras et al., 2022, table 1: F has unit variance in and out at every sigma."""
 
     kind: Literal["edm"] = "edm"
@@ -34,12 +48,18 @@ class EDM(Spec):
         r = (sigma.square() + sigma_data**2).sqrt()
         return Scales((sigma_data / r).square(), sigma * sigma_data / r, 1 / r)
 
-    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
-        """The noise levels at which the parametrization is defined."""
-        return 0.0, math.inf
+
+class V(Predicts):
+    """F predicts v (Salimans & Ho, 2022): EDM with the sign of F turned; VP's own v at sd 1."""
+
+    kind: Literal["v"] = "v"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
+        c_skip, c_out, c_in = EDM()(sigma, sigma_data)
+        return Scales(c_skip, -c_out, c_in)
 
 
-class EpsVP(Spec):
+class EpsVP(Predicts):
     """F predicts the noise from the variance-preserving x / sqrt(1 + sigma^2) (Ho et al., 2020)."""
 
     kind: Literal["eps_vp"] = "eps_vp"
@@ -47,38 +67,66 @@ class EpsVP(Spec):
     def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
         return Scales(sigma.new_ones(sigma.shape), -sigma, 1 / (sigma.square() + 1).sqrt())
 
-    def sigma_range(self, schedule: LinearSchedule) -> tuple[float, float]:
-        """The noise levels at which the parametrization is defined."""
+    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
         return schedule.sigma_range()
 
+    def start(self, sigma_max: float) -> float:
+        return math.sqrt(sigma_max**2 + 1)  # VP's own x has unit variance there
 
-Parametrization = Annotated[EDM | EpsVP, Field(discriminator="kind")]
+
+class X0(Predicts):
+    """F predicts x0 itself."""
+
+    kind: Literal["x0"] = "x0"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
+        one = sigma.new_ones(sigma.shape)
+        return Scales(0 * one, one, 1 / (sigma.square() + sigma_data**2).sqrt())
 
 
-def log_quarter(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+class Flow(Predicts):
+    """F predicts the velocity noise - x0 of rectified flow (Liu et al., 2023).
+
+    Its input is (1 - t) x0 + t noise, with time t = sigma/(1 + sigma) up to 0.999.
+    """
+
+    kind: Literal["flow"] = "flow"
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
+        c = 1 / (1 + sigma)
+        return Scales(c, -sigma * c, c)
+
+    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+        return 0.0, FLOW_SIGMA_MAX
+
+
+Parametrization = Annotated[EDM | V | EpsVP | X0 | Flow, Field(discriminator="kind")]
+
+
+def log_quarter(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
     """ln(sigma)/4 (Karras et al., 2022)."""
     return sigma.log() / 4
 
 
-def timestep(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+def timestep(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
     """t(sigma) of the table, scaled to 0..999; without a table 999 (2/pi) atan(sigma/sd)."""
     if table is None:
         return 999 * atan(sigma, sigma_data, table)
     return table.t(sigma) * (999 / (table.steps - 1))
 
 
-def atan(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+def atan(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
     """(2/pi) atan(sigma/sd), in 0..1."""
     return (sigma / sigma_data).atan() * (2 / math.pi)
 
 
-def flow_t(sigma: Tensor, sigma_data: float, table: LinearSchedule | None) -> Tensor:
+def flow_t(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
     """sigma/(1 + sigma), the time of rectified flow, in 0..1."""
     return sigma / (1 + sigma)
 
 
 NoiseLabel = Literal["log_quarter", "timestep", "atan", "flow_t"]
-NOISE_LABELS: dict[str, Callable[[Tensor, float, LinearSchedule | None], Tensor]] = {
+NOISE_LABELS: dict[str, Callable[[Tensor, float, VPTable | None], Tensor]] = {
     "log_quarter": log_quarter,
     "timestep": timestep,
     "atan": atan,

@@ -93,6 +93,38 @@ class Flow(Spec):
         return (1 + 1 / sigma).square()
 
 
+def mean_square(error: Tensor, scales: int = 1) -> Tensor:
+    """Mean square of each image's error (b c h w) -> (b,); by frequency if `scales` is not 1.
+
+    The multi-scale loss takes the squares in the frequencies of the orthonormal 2-D DCT-II, and
+    weights low ones more: the highest by 1, one an octave lower by 2, and so on up to `scales`
+    octaves, without end if it is 0. k-diffusion: "loss_scales" (after Hoogeboom et al., 2023).
+    """
+    if scales == 1:
+        return error.square().mean(dim=(1, 2, 3))
+    h, w = error.shape[2:]
+    spectrum = _dct(h, error) @ error @ _dct(w, error).T  # (b c h w)
+    weight = torch.minimum(
+        frequency_weight(h, scales, error)[:, None], frequency_weight(w, scales, error)
+    )
+    return (spectrum.square() * weight).mean(dim=(1, 2, 3))
+
+
+def frequency_weight(n: int, scales: int, like: Tensor) -> Tensor:
+    """(n,) how many octaves each DCT frequency lies below twice the highest, up to `scales`."""
+    frequency = torch.linspace(0.5 / n, 0.5, n, dtype=torch.float64, device=like.device)
+    weight = -frequency.log2()
+    return (weight.clamp(max=scales) if scales else weight).to(like.dtype)
+
+
+def _dct(n: int, like: Tensor) -> Tensor:
+    """(n n) the orthonormal DCT-II: its product with a column is the column's spectrum."""
+    i = torch.arange(n, dtype=torch.float64, device=like.device)
+    matrix = torch.cos(torch.pi / n * i[:, None] * (i + 0.5)) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(like.dtype)
+
+
 Weighting = Annotated[
     Eps | EDMWeight | V | X0 | MinSNR | SoftMinSNR | Sigmoid | Flow, Field(discriminator="kind")
 ]

@@ -13,9 +13,13 @@ from hdit.protocols import Signal
 BackboneSpec = Annotated[HDiTSpec | DiTSpec, Field(discriminator="kind")]
 
 
-def build(spec: HDiTSpec | DiTSpec, signal: Signal) -> HDiT | DiT:
-    """The network that a spec describes, freshly initialised. Raises SpecError where they clash."""
-    return HDiT(spec, signal) if isinstance(spec, HDiTSpec) else DiT(spec, signal)
+def build(spec: HDiTSpec | DiTSpec, signal: Signal, out_channels: int | None = None) -> HDiT | DiT:
+    """The network that a spec describes, freshly initialised. Raises SpecError where they clash.
+
+    `out_channels` is the signal's channels, or more where a variance is predicted beside x.
+    """
+    model = HDiT if isinstance(spec, HDiTSpec) else DiT
+    return model(spec, signal, out_channels)  # type: ignore[arg-type]
 
 
 __all__ = ["BackboneSpec", "DiT", "DiTSpec", "HDiT", "HDiTSpec", "build"]

@@ -27,13 +27,14 @@ class Row:
     macs: int
 
 
-def cost(spec: HDiTSpec | DiTSpec, signal: Signal) -> list[Row]:
+def cost(spec: HDiTSpec | DiTSpec, signal: Signal, out_channels: int | None = None) -> list[Row]:
     """The parts of the model in the order of the forward pass; their sums are the model's."""
+    out = out_channels or signal.channels
     with torch.device("meta"):
-        model = build(spec, signal)
+        model = build(spec, signal, out)
     if isinstance(spec, HDiTSpec):
-        return _hdit(spec, signal, model)
-    return _dit(spec, signal, model)
+        return _hdit(spec, signal, out, model)
+    return _dit(spec, signal, out, model)
 
 
 def _params(model: HDiT | DiT, *prefixes: str) -> int:
@@ -49,7 +50,7 @@ def _layer(level: Level, h: int, w: int, mapping_width: int) -> int:
     return h * w * (projections + attention) + 2 * mapping_width * d
 
 
-def _hdit(spec: HDiTSpec, signal: Signal, model: HDiT | DiT) -> list[Row]:
+def _hdit(spec: HDiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[Row]:
     m, d_ff = spec.mapping.width, spec.mapping.d_ff or 3 * spec.mapping.width
     features = (1 + AUG_WIDTH) * (m // 2)
     mapping = features + 2 * m * m + spec.vector_width * m + spec.mapping.depth * 3 * m * d_ff
@@ -57,8 +58,9 @@ def _hdit(spec: HDiTSpec, signal: Signal, model: HDiT | DiT) -> list[Row]:
     rows = [Row("mapping network", None, _params(model, *inputs), mapping)]
     grids = spec.grids(signal)
     h, w = grids[0]
-    patch = h * w * spec.patch_size**2 * signal.channels * spec.levels[0].width
-    rows.append(Row("patch in", grids[0], _params(model, "patch_in."), patch))
+    patch = h * w * spec.patch_size**2 * spec.levels[0].width  # of one channel
+    patch_in = patch * signal.channels
+    rows.append(Row("patch in", grids[0], _params(model, "patch_in."), patch_in))
     last = len(spec.levels) - 1
     for i, (level, (h, w)) in enumerate(zip(spec.levels, grids, strict=True)):
         kind = level.attention.kind
@@ -71,19 +73,20 @@ def _hdit(spec: HDiTSpec, signal: Signal, model: HDiT | DiT) -> list[Row]:
         moves = 2 * h * w * level.width * spec.levels[i + 1].width  # a merge and a split
         ends = (f"merges.{i}.", f"splits.{i}.")
         rows.append(Row(f"merge and split {i}-{i + 1}", grids[i + 1], _params(model, *ends), moves))
-    rows.append(Row("patch out", grids[0], _params(model, "out_norm.", "patch_out."), patch))
+    patch_out = patch * out
+    rows.append(Row("patch out", grids[0], _params(model, "out_norm.", "patch_out."), patch_out))
     return rows
 
 
-def _dit(spec: DiTSpec, signal: Signal, model: HDiT | DiT) -> list[Row]:
+def _dit(spec: DiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[Row]:
     d, (h, w) = spec.width, spec.grid(signal)
-    patch = h * w * spec.patch_size**2 * signal.channels * d
+    patch = h * w * spec.patch_size**2 * d  # of one channel
     projections = 4 * d * d + 2 * d * int(d * spec.mlp_ratio)
     block = h * w * (projections + 2 * d * h * w) + 6 * d * d
     embed = TIME_FEATURES * d + d * d
     return [
         Row("conditioning", None, _params(model, "t_embedder.", "y_embedder."), embed),
-        Row("patch in", (h, w), _params(model, "x_embedder."), patch),
+        Row("patch in", (h, w), _params(model, "x_embedder."), patch * signal.channels),
         Row("blocks, global", (h, w), _params(model, "blocks."), spec.depth * block),
-        Row("patch out", (h, w), _params(model, "final_layer."), patch + 2 * d * d),
+        Row("patch out", (h, w), _params(model, "final_layer."), patch * out + 2 * d * d),
     ]

@@ -223,12 +223,13 @@ class LerpSplit(TokenSplit):
 
 
 class HDiT(nn.Module):
-    """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b c H W); zero at initialisation.
+    """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b out H W); zero at initialisation.
 
-    H and W need not be those of `signal`: any size that the levels divide will do.
+    H and W need not be those of `signal`: any size that the levels divide will do. `out_channels`
+    is the signal's channels, or more where a variance is predicted beside x.
     """
 
-    def __init__(self, spec: HDiTSpec, signal: Signal):
+    def __init__(self, spec: HDiTSpec, signal: Signal, out_channels: int | None = None):
         super().__init__()
         spec.check(signal)
         self.spec, self.num_classes = spec, signal.num_classes
@@ -251,7 +252,7 @@ class HDiT(nn.Module):
         self.merges = nn.ModuleList(TokenMerge(fine, coarse) for fine, coarse in steps)
         self.splits = nn.ModuleList(LerpSplit(coarse, fine) for fine, coarse in steps)
         self.out_norm = RMSNorm(widths[0])
-        self.patch_out = TokenSplit(widths[0], signal.channels, spec.patch_size)
+        self.patch_out = TokenSplit(widths[0], out_channels or signal.channels, spec.patch_size)
         self.initialize()
 
     @torch.no_grad()

@@ -36,7 +36,13 @@ from hdit.training.optim import (
 from hdit.training.progress import Progress
 from hdit.training.run_folder import RunFolder
 
-FIXED = ("model.", "diffusion.parametrization", "diffusion.noise_label", "diffusion.schedule")
+FIXED = (
+    "model.",
+    "diffusion.parametrization",
+    "diffusion.noise_label",
+    "diffusion.schedule",
+    "diffusion.learned_variance",
+)
 """Settings that make the model what it is: a run never goes on with others."""
 
 AGREE_EVERY = 8  # steps between two questions of several processes whether to stop
@@ -90,7 +96,8 @@ class Trainer:
             self._refuse_another_model(found)
 
         torch.manual_seed(t.seed)
-        self.backbone = models.build(config.model, self.signal).to(self.device)
+        out_channels = config.output_channels(self.signal)
+        self.backbone = models.build(config.model, self.signal, out_channels).to(self.device)
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
@@ -194,7 +201,7 @@ class Trainer:
             parts = sample(
                 self.ema, self.config, self.signal, seeds, labels, self.device, stop_if_signalled
             )
-            pictures = torch.cat(list(parts))
+            pictures = torch.cat([part.images for part in parts])
         except _Stopped:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +300,7 @@ class Trainer:
             cond = Cond(batch.labels.to(self.device)).drop(dropped.to(self.device))
         # Dropout within the network draws from the global generator.
         torch.manual_seed(int(randomness.bits(t.seed, "dropout", counters[:1])[0] >> np.uint64(1)))
-        return self.denoiser.loss(x0, noise, sigma, cond, d.weighting).mean()
+        return self.denoiser.loss(x0, noise, sigma, cond, d.weighting, d.loss_scales).mean()
 
     def _name_skipped(self, skipped: list[Skipped]) -> None:
         for file in skipped:

@@ -1,28 +1,28 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known_answers import hfill, load
-from models.test_hdit import reference_model, reference_name
+from known_answers import check_record, hfill, load
+from reference_models import reference_model, reference_name
 
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.guidance import cfg
-from hdit.diffusion.parametrization import EDM, EpsVP
-from hdit.diffusion.vp import LinearSchedule
-from hdit.diffusion.weighting import (
-    X0,
-    EDMWeight,
-    Eps,
-    Flow,
-    MinSNR,
-    Sigmoid,
-    SoftMinSNR,
-    V,
-)
-from hdit.protocols import Cond
+from hdit.diffusion.parametrization import EDM, X0, EpsVP, Flow, V
+from hdit.diffusion.vp import CosineSchedule, LinearSchedule
+from hdit.diffusion.weighting import X0 as X0Weight
+from hdit.diffusion.weighting import EDMWeight, Eps, MinSNR, Sigmoid, SoftMinSNR, mean_square
+from hdit.diffusion.weighting import Flow as FlowWeight
+from hdit.diffusion.weighting import V as VWeight
+from hdit.protocols import Cond, DenoiseWithVariance
 
 REFERENCE_NAMES = {"karras": EDMWeight(), "soft-min-snr": SoftMinSNR(), "snr": Eps()}
-WEIGHTINGS = [Eps(), EDMWeight(), V(), X0(), MinSNR(), SoftMinSNR(gamma=3), Sigmoid(bias=1), Flow()]
+WEIGHTINGS = [
+    *(Eps(), EDMWeight(), VWeight(), X0Weight(), FlowWeight()),
+    *(MinSNR(), SoftMinSNR(gamma=3), SoftMinSNR(), Sigmoid(bias=1)),
+]
+PARAMETRIZATIONS = [EDM(), V(), EpsVP(), X0(), Flow()]
+RTOL = {"float32": 1e-5, "float64": 1e-9}
 
 
 def toy(x, c_noise, cond):
@@ -30,29 +30,58 @@ def toy(x, c_noise, cond):
     return 0.7 * x.tanh() + 0.2 * c_noise[:, None, None, None]
 
 
-def denoiser(
-    backbone=toy, parametrization=None, label="log_quarter", sigma_data=0.5, autocast=None
-):
-    return Denoiser(
-        backbone, parametrization or EDM(), label, sigma_data, LinearSchedule(), autocast
-    )
+def denoiser(backbone=toy, parametrization=None, label="log_quarter", sigma_data=0.5, **options):
+    return Denoiser(backbone, parametrization or EDM(), label, sigma_data, **options)
 
 
-def loss_cases():
+def per_image(values):
+    return values[:, None, None, None]
+
+
+# ---- against k-diffusion -------------------------------------------------------------------------
+
+
+def reference_inputs(dtype):
+    x0, noise = hfill((3, 3, 8, 8), 4000), hfill((3, 3, 8, 8), 4001, 1.7)
+    return x0.to(dtype), noise.to(dtype), torch.tensor([0.05, 0.5, 5.0], dtype=dtype)
+
+
+def cases(of_scalings):
     data = load("denoiser_loss.json")["cases"]
-    plain = [c for c in data if c.get("scales") == 1 and c["weighting"] in REFERENCE_NAMES]
-    return [pytest.param(c, id=f"{c['dtype']}-{c['sigma_data']}-{c['weighting']}") for c in plain]
+    keys = "dtype", "sigma_data", "weighting", "loss_config", "scales"
+    return [
+        pytest.param(case, id="-".join(str(case[key]) for key in keys if key in case))
+        for case in data
+        if ("scalings" in case) == of_scalings
+    ]
 
 
-@pytest.mark.parametrize("case", loss_cases())
+@pytest.mark.parametrize("case", cases(of_scalings=False))
 def test_loss_matches_the_reference(case):
-    dtype = getattr(torch, case["dtype"])
-    x0, noise = hfill((3, 3, 8, 8), 4000).to(dtype), hfill((3, 3, 8, 8), 4001, 1.7).to(dtype)
-    sigma = torch.tensor([0.05, 0.5, 5.0], dtype=dtype)
+    """Its `simple` loss, the error of the noise that D implies, is our Eps weighting."""
+    weighting = Eps() if "loss_config" in case else REFERENCE_NAMES[case["weighting"]]
+    x0, noise, sigma = reference_inputs(getattr(torch, case["dtype"]))
     model = denoiser(sigma_data=case["sigma_data"])
-    loss = model.loss(x0, noise, sigma, Cond(), REFERENCE_NAMES[case["weighting"]])
-    rtol = 1e-5 if dtype == torch.float32 else 1e-9
-    torch.testing.assert_close(loss, torch.tensor(case["loss"], dtype=dtype), rtol=rtol, atol=0)
+    loss = model.loss(x0, noise, sigma, Cond(), weighting, case.get("scales", 1))
+    expected = torch.tensor(case["loss"], dtype=x0.dtype)
+    torch.testing.assert_close(loss, expected, rtol=RTOL[case["dtype"]], atol=0)
+
+
+@pytest.mark.parametrize("case", cases(of_scalings=True))
+def test_coefficients_and_denoised_match_the_reference(case):
+    dtype, rtol = getattr(torch, case["dtype"]), RTOL[case["dtype"]]
+    x, _, sigma = reference_inputs(dtype)
+    scales = EDM()(sigma, case["sigma_data"])
+    of_network = scales.c_out.square()  # takes lambda to the weight on the network's own error
+    actual = scales._asdict() | {
+        "w_soft_min_snr": SoftMinSNR()(sigma, case["sigma_data"]) * of_network,
+        "w_snr": Eps()(sigma, case["sigma_data"]) * of_network,
+    }
+    for name, value in actual.items():
+        expected = torch.tensor(case[name], dtype=dtype)
+        torch.testing.assert_close(value, expected, rtol=rtol, atol=0)
+    denoised = denoiser(sigma_data=case["sigma_data"])(x, sigma, Cond())
+    check_record(denoised, case["denoised"], atol=rtol)
 
 
 def test_loss_and_gradients_of_a_network_match_the_reference():
@@ -75,54 +104,92 @@ def test_loss_and_gradients_of_a_network_match_the_reference():
         assert norm == pytest.approx(wanted[name], rel=2e-4, abs=1e-6), name
 
 
+# ---- parametrizations ----------------------------------------------------------------------------
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     weighting=st.sampled_from(WEIGHTINGS),
+    scales=st.integers(0, 3),
+    sigma_data=st.floats(0.2, 2),
     log_sigma=st.lists(st.floats(-4.0, 4.5), min_size=3, max_size=3),
 )
-def test_weighting_gives_the_same_x0_gradient_under_edm_and_eps_vp(weighting, log_sigma):
-    """A network that outputs what makes D equal has the same loss, and the same dLoss/dD."""
+def test_loss_depends_on_the_denoised_alone(weighting, scales, sigma_data, log_sigma):
+    """Networks that output what makes D equal have equal losses, and equal dLoss/dD."""
     sigma = torch.tensor(log_sigma, dtype=torch.float64).exp()
-    x0, noise = hfill((3, 1, 4, 4), 1).double(), hfill((3, 1, 4, 4), 2, 1.7).double()
-    results = []
-    for parametrization in (EDM(), EpsVP()):
-        c_skip, c_out, _ = (c[:, None, None, None] for c in parametrization(sigma, 0.5))
-        x = x0 + sigma[:, None, None, None] * noise
-        d = hfill((3, 1, 4, 4), 3).double().requires_grad_()
-        model = denoiser(
-            lambda *_, d=d, s=c_skip, o=c_out, x=x: (d - s * x) / o,
-            parametrization,
-            "log_quarter",
-        )
-        loss = model.loss(x0, noise, sigma, Cond(), weighting)
-        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), d)))
-    (loss, gradient), (loss_vp, gradient_vp) = results
-    torch.testing.assert_close(loss, loss_vp, rtol=1e-9, atol=0)
-    torch.testing.assert_close(gradient, gradient_vp, rtol=1e-9, atol=1e-12)
-    weight = weighting(sigma, 0.5)
-    torch.testing.assert_close(
-        loss, weight * (hfill((3, 1, 4, 4), 3) - x0).square().mean((1, 2, 3)), rtol=1e-9, atol=0
+    x0, noise = hfill((3, 1, 4, 2), 1).double(), hfill((3, 1, 4, 2), 2, 1.7).double()
+    x = x0 + per_image(sigma) * noise
+    d = hfill((3, 1, 4, 2), 3).double().requires_grad_()
+    expected = weighting(sigma, sigma_data) * mean_square(d - x0, scales)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), d)
+    for parametrization in PARAMETRIZATIONS:
+        c_skip, c_out, _ = map(per_image, parametrization(sigma, sigma_data))
+        f = (d - c_skip * x) / c_out
+        model = denoiser(lambda *_, f=f: f, parametrization, sigma_data=sigma_data)
+        loss = model.loss(x0, noise, sigma, Cond(), weighting, scales)
+        (gradient,) = torch.autograd.grad(loss.sum(), d)
+        # F is 1/c_out times a difference of numbers near 1, or near sigma: 1e-9 has room.
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+def edm_target(x0, noise, sigma, sd):
+    """The rotation of the unit vectors x0/sd and noise by the angle atan(sigma/sd)."""
+    angle = torch.atan(sigma / sd)
+    return (
+        angle.cos() * x0 / sd + angle.sin() * noise,
+        angle.sin() * x0 / sd - angle.cos() * noise,
     )
 
 
+def v_target(x0, noise, sigma, sd):
+    """v = alpha noise - sigma x0 of Salimans & Ho, where alpha^2 + sigma^2 = 1, for x0/sd."""
+    alpha = (1 + (sigma / sd) ** 2) ** -0.5
+    sigma_vp = (1 - alpha**2).sqrt()
+    return alpha * x0 / sd + sigma_vp * noise, alpha * noise - sigma_vp * x0 / sd
+
+
+def eps_target(x0, noise, sigma, sd):
+    alpha_bar = 1 / (1 + sigma**2)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise
+
+
+def x0_target(x0, noise, sigma, sd):
+    return (x0 + sigma * noise) / (sigma**2 + sd**2).sqrt(), x0
+
+
+def flow_target(x0, noise, sigma, sd):
+    time = sigma / (1 + sigma)
+    return (1 - time) * x0 + time * noise, noise - x0
+
+
 @pytest.mark.parametrize(
-    ("weighting", "formula"),
+    ("parametrization", "of_paper"),
     [
-        (Eps(), lambda s, sd: 1 / s**2),
-        (EDMWeight(), lambda s, sd: (s**2 + sd**2) / (s * sd) ** 2),
-        (V(), lambda s, sd: (1 + s**2) / s**2),
-        (X0(), lambda s, sd: 1.0),
-        (MinSNR(gamma=4), lambda s, sd: min(1 / s**2, 4)),
-        (SoftMinSNR(), lambda s, sd: 1 / (s**2 + sd**2)),
-        (SoftMinSNR(gamma=2), lambda s, sd: (1 / s**2) * 2 / (1 / s**2 + 2)),
-        (Sigmoid(bias=2), lambda s, sd: (1 / s**2) / (1 + (1 / s**2) / torch.e**2)),
-        (Flow(), lambda s, sd: ((1 + s) / s) ** 2),
+        (EDM(), edm_target),
+        (V(), v_target),
+        (EpsVP(), eps_target),
+        (X0(), x0_target),
+        (Flow(), flow_target),
     ],
+    ids=lambda value: getattr(value, "kind", ""),
 )
-def test_weighting_is_the_formula_of_its_paper(weighting, formula):
-    for s in (0.01, 0.4, 3.0, 90.0):
-        actual = weighting(torch.tensor([s], dtype=torch.float64), 0.6).item()
-        assert actual == pytest.approx(formula(s, 0.6), rel=1e-12)
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_network_that_outputs_its_target_denoises_exactly(parametrization, of_paper, sigma_data):
+    """Its input and target are those of the paper, in the paper's own coordinates."""
+    x0, noise = hfill((3, 3, 4, 4), 1).double(), hfill((3, 3, 4, 4), 2, 1.7).double()
+    sigma = torch.tensor([0.02, 0.6, 120.0], dtype=torch.float64)
+    expected, target = of_paper(x0, noise, per_image(sigma), sigma_data)
+
+    def network(x, c_noise, cond):
+        torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+        return target
+
+    model = denoiser(network, parametrization, sigma_data=sigma_data)
+    x = x0 + per_image(sigma) * noise
+    # Two numbers near sigma = 120 cancel: 1e-12 is 50 times their rounding.
+    torch.testing.assert_close(model(x, sigma, Cond()), x0, rtol=0, atol=1e-12)
+    assert model.loss(x0, noise, sigma, Cond(), EDMWeight()).abs().max() < 1e-20
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
@@ -135,27 +202,49 @@ def test_edm_has_unit_variance_in_and_out(sigma):
     assert target == pytest.approx(1, rel=1e-9)
 
 
-def test_eps_vp_predicts_the_noise():
-    """A network that returns the noise itself denoises perfectly, and has no loss."""
-    x0, noise = hfill((2, 3, 4, 4), 1).double(), hfill((2, 3, 4, 4), 2).double()
-    sigma = torch.tensor([0.02, 120.0], dtype=torch.float64)
-    model = denoiser(lambda *_: noise, EpsVP(), "timestep")
-    x = x0 + sigma[:, None, None, None] * noise
-    torch.testing.assert_close(model(x, sigma, Cond()), x0, atol=1e-12, rtol=1e-12)
-    assert model.loss(x0, noise, sigma, Cond(), Eps()).abs().max() < 1e-20
+@pytest.mark.parametrize(
+    ("parametrization", "low", "high"),
+    [
+        (EDM(), 0, math.inf),
+        (V(), 0, math.inf),
+        (X0(), 0, math.inf),
+        (EpsVP(), 0.0100, 157.41),
+        (Flow(), 0, 0.999 / (1 - 0.999)),
+    ],
+)
+def test_sigma_range_is_where_the_parametrization_is_defined(parametrization, low, high):
+    actual = parametrization.sigma_range(LinearSchedule())
+    assert actual == (pytest.approx(low, rel=1e-4), pytest.approx(high, rel=1e-4))
+
+
+def test_sigma_range_of_eps_vp_is_that_of_its_schedule():
+    schedule = CosineSchedule(steps=50)
+    assert EpsVP().sigma_range(schedule) == schedule.sigma_range() != LinearSchedule().sigma_range()
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS, ids=lambda p: p.kind)
+def test_sampling_starts_from_sigma_max_and_eps_vp_from_unit_variance_of_its_input(parametrization):
+    start = parametrization.start(3.0)
+    c_in = EpsVP()(torch.tensor([3.0], dtype=torch.float64), 0.5).c_in.item()
+    assert start == pytest.approx(1 / c_in if parametrization.kind == "eps_vp" else 3.0, rel=1e-12)
+
+
+# ---- the call of the backbone --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("label", "parametrization", "formula"),
+    ("label", "table", "formula"),
     [
-        ("log_quarter", EDM(), lambda s: s.log() / 4),
-        ("atan", EDM(), lambda s: torch.atan(s / 0.5) * 2 / torch.pi),
-        ("flow_t", EDM(), lambda s: s / (1 + s)),
-        ("timestep", EDM(), lambda s: 999 * torch.atan(s / 0.5) * 2 / torch.pi),
-        ("timestep", EpsVP(), lambda s: LinearSchedule().t(s)),
+        ("log_quarter", None, lambda s: s.log() / 4),
+        ("atan", None, lambda s: torch.atan(s / 0.5) * 2 / torch.pi),
+        ("flow_t", None, lambda s: s / (1 + s)),
+        ("timestep", None, lambda s: 999 * torch.atan(s / 0.5) * 2 / torch.pi),
+        ("timestep", LinearSchedule(), lambda s: LinearSchedule().t(s)),
+        ("timestep", CosineSchedule(steps=112), lambda s: CosineSchedule(steps=112).t(s) * 9),
     ],
 )
-def test_backbone_gets_the_noise_label_and_the_scaled_input(label, parametrization, formula):
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS, ids=lambda p: p.kind)
+def test_backbone_gets_the_noise_label_and_the_scaled_input(parametrization, label, table, formula):
     seen = []
 
     def network(x, c_noise, cond):
@@ -163,12 +252,23 @@ def test_backbone_gets_the_noise_label_and_the_scaled_input(label, parametrizati
         return x
 
     x, sigma = hfill((2, 1, 4, 4), 1), torch.tensor([0.3, 20.0])
-    denoiser(network, parametrization, label)(x, sigma, Cond())
-    (scaled, c_noise) = seen[0]
+    denoiser(network, parametrization, label, table=table)(x, sigma, Cond())
+    ((scaled, c_noise),) = seen
     torch.testing.assert_close(c_noise, formula(sigma.double()).float(), rtol=1e-6, atol=0)
-    norm = {"edm": 0.25, "eps_vp": 1.0}[parametrization.kind]
-    expected = x / (sigma**2 + norm).sqrt()[:, None, None, None]
-    torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=1e-7)
+    norm = {
+        "eps_vp": (sigma**2 + 1).sqrt(),
+        "flow": sigma + 1,
+    }.get(parametrization.kind, (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(scaled, x / per_image(norm), rtol=1e-6, atol=1e-7)
+
+
+def test_timestep_label_is_the_index_in_the_table():
+    """0..999, and as many parts of it as a shorter table has steps, whatever the dtype."""
+    seen = []
+    for table, t in ((LinearSchedule(), [0, 1, 500, 999]), (LinearSchedule(steps=100), [0, 99])):
+        model = denoiser(lambda x, c, _: seen.append(c) or x, EpsVP(), "timestep", table=table)
+        model(torch.zeros(len(t), 1, 1, 1), table.sigmas()[t], Cond())
+    assert [c.tolist() for c in seen] == [[0, 1, 500, 999], [0, 999]]
 
 
 def test_autocast_wraps_the_backbone_alone():
@@ -180,8 +280,11 @@ def test_autocast_wraps_the_backbone_alone():
 
     model = denoiser(network, autocast=torch.bfloat16)
     out = model(hfill((1, 1, 4, 4), 1), torch.tensor([1.0]), Cond())
-    assert seen == [(True, torch.float32, torch.float32)]
-    assert out.dtype == torch.float32
+    loss = model.loss(
+        hfill((1, 1, 4, 4), 1), hfill((1, 1, 4, 4), 2), torch.tensor([1.0]), Cond(), Eps()
+    )
+    assert seen == [(True, torch.float32, torch.float32)] * 2
+    assert out.dtype == loss.dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -196,15 +299,49 @@ def test_loss_is_accurate_at_tiny_sigma_in_float32():
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
-def test_cfg_extrapolates_from_the_unconditional_denoiser():
-    x, sigma = hfill((2, 1, 2, 2), 1), torch.tensor([1.0, 2.0])
-    guided = cfg(lambda x, s: 3 * x, lambda x, s: x, scale=2.5)
-    torch.testing.assert_close(guided(x, sigma), (1 + 2.5 * 2) * x)
+# ---- learned variance ----------------------------------------------------------------------------
 
 
-def test_cfg_at_scale_one_is_the_conditional_denoiser():
-    conditional = lambda x, s: 3 * x  # noqa: E731
-    assert cfg(conditional, lambda x, s: 1 / 0, scale=1) is conditional
+def toy_with_variance(x, c_noise, cond):
+    return torch.cat([toy(x, c_noise, cond), torch.sin(x) + cond.vector[:, :, None, None]], dim=1)
+
+
+def test_learned_variance_is_the_second_half_of_the_channels():
+    x, sigma = hfill((2, 3, 4, 4), 1), torch.tensor([0.3, 7.0])
+    cond = Cond(vector=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+    model = denoiser(toy_with_variance, table=LinearSchedule(), learned_variance=True)
+    d, v = model.moments(x, sigma, cond)
+    assert torch.equal(d, denoiser()(x, sigma, cond))
+    assert torch.equal(d, model(x, sigma, cond))
+    expected = torch.sin(x / per_image(sigma**2 + 0.25).sqrt()) + cond.vector[:, :, None, None]
+    torch.testing.assert_close(v, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_bound_denoiser_has_moments_only_where_the_variance_is_learned(learned):
+    x, sigma = hfill((2, 3, 4, 4), 1), torch.tensor([0.3, 7.0])
+    cond = Cond(vector=torch.ones(2, 3))
+    model = denoiser(
+        toy_with_variance if learned else toy, table=LinearSchedule(), learned_variance=learned
+    )
+    bound = model.bind(cond)
+    assert isinstance(bound, DenoiseWithVariance) == learned
+    assert torch.equal(bound(x, sigma), model(x, sigma, cond))
+    if learned:
+        for actual, expected in zip(
+            bound.moments(x, sigma), model.moments(x, sigma, cond), strict=True
+        ):
+            assert torch.equal(actual, expected)
+    else:
+        assert model.moments(x, sigma, cond)[1] is None
+
+
+def test_learned_variance_needs_a_table():
+    with pytest.raises(AssertionError, match="table"):
+        denoiser(learned_variance=True)
+
+
+# ---- conditions ----------------------------------------------------------------------------------
 
 
 def test_cond_drop_and_null_leave_augmentation():

@@ -31,18 +31,22 @@ SMALL = {
 }
 
 
-def total(spec: HDiTSpec | DiTSpec, signal: Signal) -> tuple[int, int]:
+def total(
+    spec: HDiTSpec | DiTSpec, signal: Signal, out_channels: int | None = None
+) -> tuple[int, int]:
     """Parameters and MACs."""
-    rows = cost(spec, signal)
+    rows = cost(spec, signal, out_channels)
     return sum(row.params for row in rows), sum(row.macs for row in rows)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (24, 40)])
+@pytest.mark.parametrize(
+    ("size", "out_channels"), [((24, 24), None), ((24, 40), None), ((24, 24), 6)]
+)
 @pytest.mark.parametrize("name", SMALL)
-def test_cost_is_what_a_forward_pass_does(name, size):
+def test_cost_is_what_a_forward_pass_does(name, size, out_channels):
     spec, num_classes = SMALL[name]
     signal = Signal(3, *size, num_classes, 0.5)
-    model = build(spec, signal)
+    model = build(spec, signal, out_channels)
     vector_width = getattr(spec, "vector_width", 0)
     cond = Cond(
         labels=torch.tensor([1]) if num_classes else None,
@@ -50,10 +54,23 @@ def test_cost_is_what_a_forward_pass_does(name, size):
     )
     # The fused attention of a CPU is opaque to the counter; that of the formula is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, *size), torch.tensor([1.0]), cond)
-    params, macs = total(spec, signal)
+        out = model(torch.zeros(1, 3, *size), torch.tensor([1.0]), cond)
+    assert out.shape == (1, out_channels or 3, *size)
+    params, macs = total(spec, signal, out_channels)
     assert counter.get_total_flops() == 2 * macs
     assert params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "width", "biases"), [("hdit", 16, 0), ("dit", 24, 1)])
+def test_cost_of_a_learned_variance_is_in_patch_out_alone(name, width, biases):
+    """3 more channels of 2 x 2 patches, on 12 x 12 tokens."""
+    spec, signal = SMALL[name][0], Signal(3, 24, 24, 0, 0.5)
+    *plain, out = cost(spec, signal)
+    *others, more = cost(spec, signal, out_channels=6)
+    assert others == plain
+    assert (more.name, more.grid) == (out.name, out.grid) == ("patch out", (12, 12))
+    assert more.macs - out.macs == 12 * 12 * width * 3 * 4
+    assert more.params - out.params == (width + biases) * 3 * 4
 
 
 def test_cost_rows_follow_the_hourglass():
@@ -128,10 +145,8 @@ def test_cost_counts_the_parameters_of_the_published_sweep(size, millions):
 
 
 @pytest.mark.parametrize("row", PAPER_MODELS, ids=lambda row: f"{row['model']}-{row['latent']}")
-def test_cost_of_dit_is_the_published_one_without_its_variance(row):
-    spec = dit_spec(row["model"])
-    params, macs = total(spec, Signal(4, row["latent"], row["latent"], 1000, 1.0))
-    # The paper's models predict 4 channels of variance too, and cost() has the signal's 4 only.
-    variance = 4 * spec.patch_size**2
-    assert macs + row["tokens"] * variance * spec.width == row["flop_counter"] / 2
-    assert params + variance * (spec.width + 1) == row["params_excl_pos_embed"]
+def test_cost_of_dit_with_its_variance_is_the_published_one(row):
+    signal = Signal(4, row["latent"], row["latent"], 1000, 1.0)
+    params, macs = total(dit_spec(row["model"]), signal, out_channels=8)
+    assert macs == row["flop_counter"] / 2
+    assert params == row["params_excl_pos_embed"]

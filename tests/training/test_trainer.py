@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file
 
 from hdit import config
 from hdit.data.batches import Batch, Layout, batches
-from hdit.protocols import UserError
+from hdit.protocols import Cond, UserError
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError
 from hdit.training.trainer import Trainer, TrainingError
@@ -214,7 +214,7 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
     )
     seen = []
 
-    def record(x0, noise, sigma, cond, weighting):
+    def record(x0, noise, sigma, cond, weighting, scales):
         seen.append((x0, noise, sigma, cond))
         return torch.zeros(len(x0))
 
@@ -232,15 +232,17 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
 
 
 def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch):
-    """What process 1 of 2 draws at its second accumulation step is what one process draws."""
+    """What 2 processes draw in 2 accumulation steps each is what one process draws at once."""
     trainer = Trainer(config.load(tiny), tmp_path)
     seen = []
     monkeypatch.setattr(
         trainer.denoiser, "loss", lambda *a: seen.append(a[:4]) or torch.zeros(len(a[0]))
     )
     trainer._loss(trainer_batch(trainer, Layout(16)))
-    stream = batches(trainer.source, seed=0, start=0, layout=Layout(16, 2, 2, 1))
-    parts = [next(stream), next(stream)]
+    parts = []
+    for rank in (0, 1):
+        stream = batches(trainer.source, seed=0, start=0, layout=Layout(16, 2, 2, rank))
+        parts += [next(stream), next(stream)]
     for part in parts:
         trainer._loss(part)
     whole = seen[0]
@@ -250,6 +252,78 @@ def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch)
         assert torch.equal(noise, whole[1][index])
         assert torch.equal(sigma, whole[2][index])
         assert torch.equal(cond.labels, whole[3].labels[index])
+    u = torch.linspace(0, 1, 17, dtype=torch.float64)
+    edges = trainer.config.diffusion.density(u, trainer.signal, trainer.config.schedule)
+    drawn = torch.cat([sigma for _, _, sigma, _ in seen[1:]]).sort().values
+    assert ((edges[:-1] <= drawn) & (drawn <= edges[1:])).all(), "one sigma in each stratum"
+
+
+# ---- learned variance, loss by frequency ---------------------------------------------------------
+
+LEARNED = ["diffusion={learned_variance=true, density={kind='uniform_vp'}}", "sampling.grid=0"]
+TINY_DIT = ["model={kind='dit', patch_size=2, depth=1, width=32, num_heads=2}"]
+
+
+@pytest.mark.parametrize("model", [[], TINY_DIT], ids=["hdit", "dit"])
+def test_model_with_a_learned_variance_trains_all_of_its_2c_channels(tiny, tmp_path, model):
+    run = tmp_path / "run"
+    trainer = Trainer(config.load(tiny, [*model, *LEARNED, "training.images=48"]), run)
+    x, t = torch.randn(2, *trainer.signal.shape), torch.tensor([1.0, 900.0])
+    labels = torch.tensor([3, -1])
+    assert not trainer.backbone.eval()(x, t, Cond(labels)).any(), "zero at initialisation"
+    trainer.backbone.train()
+    assert trainer.fit()
+    out = trainer.backbone.eval()(x, t, Cond(labels))
+    assert out.shape == (2, 2, 8, 8)
+    f, v = out.chunk(2, dim=1)
+    assert f.any()
+    assert v.any()
+    assert all(line["loss"] > 0 for line in metrics(run))
+    assert checkpoint.find(run, print).config.diffusion.learned_variance
+
+
+def test_learned_variance_adds_bits_to_the_loss_that_move_it_alone(tiny, tmp_path):
+    """At zero output the other loss is as without it, and so is its gradient."""
+    losses, gradients = [], []
+    for variance in ("false", "true"):
+        overrides = [LEARNED[0], f"diffusion.learned_variance={variance}"]
+        trainer = Trainer(config.load(tiny, overrides), tmp_path)
+        loss = trainer._loss(trainer_batch(trainer, Layout(16)))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(trainer.backbone.patch_out.proj.weight.grad)
+    plain, learned = gradients
+    assert losses[1] > losses[0]
+    torch.testing.assert_close(learned[:1], plain)  # patch 1: a row for each channel
+    assert learned[1].any()
+
+
+def test_resume_with_another_variance_is_refused(tiny, tmp_path):
+    Trainer(config.load(tiny, [*LEARNED, "training.images=16"]), tmp_path).fit()
+    change = "diffusion.learned_variance: True in the run, False now"
+    with pytest.raises(CheckpointError, match=change):
+        Trainer(config.load(tiny, [*LEARNED, "diffusion.learned_variance=false"]), tmp_path)
+
+
+@pytest.mark.parametrize("scales", [1, 0, 3])
+def test_loss_scales_reach_the_loss(tiny, tmp_path, scales):
+    """By frequency, an error of white noise weighs more, by the mean of the weights."""
+    trainer = Trainer(config.load(tiny, [f"diffusion.loss_scales={scales}"]), tmp_path)
+    plain = Trainer(config.load(tiny), tmp_path)
+    batch = trainer_batch(trainer, Layout(16))
+    ratio = (trainer._loss(batch) / plain._loss(batch)).item()
+    assert (ratio == 1) if scales == 1 else (1.2 < ratio < 4)
+    seen = []
+    trainer.denoiser.loss = lambda *a: seen.append(a[5]) or torch.zeros(16)
+    trainer._loss(batch)
+    assert seen == [scales]
+
+
+def test_run_goes_on_with_another_loss_scale_and_says_so(tiny, tmp_path, capfd):
+    Trainer(config.load(tiny, ["training.images=16", "sampling.grid=0"]), tmp_path).fit()
+    overrides = ["training.images=32", "sampling.grid=0", "diffusion.loss_scales=3"]
+    assert Trainer(config.load(tiny, overrides), tmp_path).fit()
+    assert "diffusion.loss_scales: 1 in the run, 3 now" in capfd.readouterr().err
 
 
 def test_loss_that_is_not_finite_ends_the_run_with_its_reason(tiny, tmp_path):

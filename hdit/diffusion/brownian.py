@@ -1,0 +1,68 @@
+"""One Brownian path for all ladders, so that a stochastic sampler converges as its steps grow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hdit.protocols import SolverError
+
+DEPTH = 16  # the clock has 2^DEPTH ticks: some to each of 4,000 steps
+
+
+class BrownianPath:
+    """Noise for the stretches of a sampler: the increments of one Brownian path W, scaled to 1.
+
+    noise(a, b) = (W(b) - W(a)) / sqrt(|clock(b) - clock(a)|) is standard normal, independent of
+    that of any stretch that does not overlap, and changes its sign with the direction. The clock is
+    proportional to sigma^(1/7), in which common ladders are about even, and ticks 2^16 times
+    between 0 and sigma_max. W is a function of `normal` alone, and not of what was asked before: a
+    midpoint displacement (Levy's construction), descended to the tick that is asked for.
+
+    `normal(i)` gives the i-th standard normal tensor, the same each time; i is in 0..2^16 - 1.
+    """
+
+    def __init__(self, normal: Callable[[int], Tensor], sigma_max: float):
+        self.normal, self.sigma_max = normal, sigma_max
+        # The intervals that hold the tick asked for last: (node, left, right, W(left), W(right)).
+        self.path: list[tuple[int, int, int, Tensor, Tensor]] = []
+
+    def clock(self, sigma: float) -> int:
+        """Ticks from 0 to sigma."""
+        if not 0 <= sigma <= self.sigma_max * (1 + 1e-9):
+            raise ValueError(
+                f"the path reaches from 0 to sigma_max {self.sigma_max:.6g}, got sigma {sigma:.6g}"
+            )
+        return min(round((sigma / self.sigma_max) ** (1 / 7) * 2**DEPTH), 2**DEPTH)
+
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
+        start, end = self.clock(sigma), self.clock(sigma_next)
+        if start == end:
+            raise SolverError(
+                f"noise levels {sigma:.9g} and {sigma_next:.9g} are too close for the path of the "
+                f"noise, which has 2^{DEPTH} ticks; take fewer steps"
+            )
+        before = self._at(start)  # first, as it is the end of the step before
+        return (self._at(end) - before) * math.sqrt(2**DEPTH / abs(end - start))
+
+    def _at(self, tick: int) -> Tensor:
+        """W at a tick; its variance is tick / 2^DEPTH."""
+        while len(self.path) > 1 and not self.path[-1][1] <= tick <= self.path[-1][2]:
+            self.path.pop()
+        if not self.path:
+            last = self.normal(0)
+            self.path.append((1, 0, 2**DEPTH, torch.zeros_like(last), last))
+        node, left, right, at_left, at_right = self.path[-1]
+        while left < tick < right:
+            middle = (left + right) // 2
+            spread = math.sqrt((right - left) / 2**DEPTH) / 2
+            at_middle = (at_left + at_right) / 2 + spread * self.normal(node)
+            if tick >= middle:
+                node, left, at_left = 2 * node + 1, middle, at_middle
+            else:
+                node, right, at_right = 2 * node, middle, at_middle
+            self.path.append((node, left, right, at_left, at_right))
+        return at_left if tick == left else at_right

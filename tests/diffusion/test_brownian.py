@@ -1,0 +1,187 @@
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from known_answers import load
+
+from hdit.diffusion.brownian import DEPTH, BrownianPath
+from hdit.diffusion.ladders import Exponential, Karras, LinearT
+from hdit.diffusion.vp import CosineSchedule, LinearSchedule
+from hdit.protocols import SolverError
+
+TICKS = 2**DEPTH
+SIGMA_MAX = 80.0
+
+
+def normals(seed: int, *shape: int):
+    """Standard normal tensors by index."""
+
+    def normal(i: int) -> torch.Tensor:
+        assert 0 <= i < TICKS
+        generator = torch.Generator().manual_seed(seed * TICKS + i)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return normal
+
+
+def units():
+    """A dimension for each normal variable, up to 200 of them: dot products of what is linear in
+    them are exact covariances."""
+    seen = {}
+
+    def unit(i: int) -> torch.Tensor:
+        return torch.eye(200, dtype=torch.float64)[seen.setdefault(i, len(seen))]
+
+    return unit
+
+
+def sigma_at(tick: int) -> float:
+    return SIGMA_MAX * (tick / TICKS) ** 7
+
+
+levels = st.integers(0, TICKS).map(sigma_at)
+stretches = st.tuples(levels, levels).filter(lambda pair: pair[0] != pair[1])
+lightly = settings(max_examples=25, deadline=None)
+
+PAIRS = [(160.0, 50.0), (50.0, 10.0), (160.0, 10.0), (10.0, 160.0), (10.0, 0.01)]
+
+
+def reference_noise(key: str):
+    record = load("brownian_tree.json")[key]
+    noise = {tuple(json.loads(f"[{pair[1:-1]}]")): torch.tensor(v) for pair, v in record.items()}
+    assert list(noise) == PAIRS
+    return noise, lambda sigma: sigma
+
+
+def our_noise():
+    path = BrownianPath(normals(7, 2, 3), 160.0)
+    return {pair: path(*pair) for pair in PAIRS}, path.clock
+
+
+@pytest.mark.parametrize(
+    ("noise", "clock"),
+    [reference_noise("seed7"), reference_noise("seeds[7,8]"), our_noise()],
+    ids=["the reference, seed 7", "the reference, seeds 7 and 8", "ours"],
+)
+def test_noise_of_the_reference_and_ours_is_that_of_one_path(noise, clock):
+    """Antisymmetric, and additive in its own clock, which for the reference is sigma itself."""
+
+    def increment(a: float, b: float) -> torch.Tensor:
+        return noise[a, b] * math.sqrt(abs(clock(a) - clock(b)))
+
+    assert torch.equal(noise[10.0, 160.0], -noise[160.0, 10.0])
+    total = increment(160.0, 50.0) + increment(50.0, 10.0)
+    # The reference's is float32, and its tree bisects to 1e-6.
+    torch.testing.assert_close(total, increment(160.0, 10.0), rtol=1e-4, atol=1e-4)
+
+
+@lightly
+@given(a=levels, b=levels, c=levels, seed=st.integers(0, 2**20))
+def test_noise_adds_up_and_changes_its_sign_with_the_direction(a, b, c, seed):
+    assume(len({a, b, c}) == 3)
+    path = BrownianPath(normals(seed, 5), SIGMA_MAX)
+
+    def increment(a: float, b: float) -> torch.Tensor:
+        return path(a, b) * math.sqrt(abs(path.clock(a) - path.clock(b)) / TICKS)
+
+    torch.testing.assert_close(
+        increment(a, b) + increment(b, c), increment(a, c), rtol=0, atol=1e-12
+    )
+    assert torch.equal(path(a, b), -path(b, a))
+
+
+@lightly
+@given(first=stretches, second=stretches)
+def test_noise_has_the_covariance_of_a_brownian_path(first, second):
+    """Variance 1, and the share that two stretches have in common: 0 where they are disjoint."""
+    path = BrownianPath(units(), SIGMA_MAX)
+    (a, b), (c, d) = ([path.clock(s) for s in pair] for pair in (first, second))
+    common = max(0, min(max(a, b), max(c, d)) - max(min(a, b), min(c, d)))
+    sign = math.copysign(1, (b - a) * (d - c))
+    one, other = path(*first), path(*second)
+    assert one.square().sum().item() == pytest.approx(1, abs=1e-10)
+    expected = sign * common / math.sqrt(abs(b - a) * abs(d - c))
+    assert (one @ other).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_noise_of_the_steps_of_a_ladder_is_standard_normal_and_independent():
+    """20,000 elements: standard errors 0.0071 of a mean or correlation, 0.01 of a variance."""
+    path = BrownianPath(normals(3, 20_000), SIGMA_MAX)
+    sigmas = Karras()(8, 0.01, SIGMA_MAX, LinearSchedule()).tolist()
+    noise = torch.stack([path(a, b) for a, b in pairwise(sigmas)])
+    assert noise.mean(1).abs().max() < 4 * 0.0071
+    assert (noise.var(1) - 1).abs().max() < 4 * 0.01
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 4 * 0.0071
+    assert (noise.abs() < 1).double().mean().item() == pytest.approx(math.erf(0.5**0.5), abs=0.01)
+
+
+@lightly
+@given(asked=st.lists(stretches, min_size=2, max_size=6), data=st.data())
+def test_noise_does_not_depend_on_what_was_asked_before(asked, data):
+    path = BrownianPath(normals(5, 3), SIGMA_MAX)
+    for pair in data.draw(st.permutations(asked)):
+        assert torch.equal(path(*pair), BrownianPath(normals(5, 3), SIGMA_MAX)(*pair))
+
+
+def test_noise_differs_between_seeds():
+    one, other = (BrownianPath(normals(seed, 3), SIGMA_MAX)(80.0, 1.0) for seed in (1, 2))
+    assert not torch.isclose(one, other).any()
+
+
+def test_path_draws_each_normal_at_most_twice_on_the_way_down_a_ladder():
+    """What the step before has drawn is kept: each draw is of the size of the images."""
+    asked = []
+    path = BrownianPath(lambda i: asked.append(i) or torch.zeros(1), SIGMA_MAX)
+    sigmas = Karras()(50, 0.01, SIGMA_MAX, LinearSchedule()).tolist()
+    for a, b in pairwise(sigmas):
+        path(a, b)
+    assert max(asked.count(i) for i in asked) <= 2
+
+
+@lightly
+@given(sigma=st.floats(0, SIGMA_MAX))
+def test_clock_is_proportional_to_the_seventh_root_of_sigma(sigma):
+    clock = BrownianPath(units(), SIGMA_MAX).clock
+    assert isinstance(clock(sigma), int)
+    assert abs(clock(sigma) - TICKS * (sigma / SIGMA_MAX) ** (1 / 7)) <= 0.5 + 1e-9
+
+
+def test_path_reaches_from_sigma_max_to_0():
+    path = BrownianPath(normals(1, 3), SIGMA_MAX)
+    assert torch.equal(path(0.0, SIGMA_MAX), normals(1, 3)(0))  # W(0) = 0
+    assert path(0.01, 0.0).isfinite().all()
+    assert torch.equal(path(SIGMA_MAX * (1 + 1e-12), 0.0), path(SIGMA_MAX, 0.0))
+
+
+@pytest.mark.parametrize("sigma", [-1e-9, SIGMA_MAX * 1.001, math.inf, math.nan])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_path_refuses_noise_levels_out_of_its_range(sigma, swapped):
+    pair = (sigma, 1.0) if swapped else (1.0, sigma)
+    with pytest.raises(ValueError, match="the path reaches from 0 to sigma_max 80, got sigma"):
+        BrownianPath(normals(1, 3), SIGMA_MAX)(*pair)
+
+
+@pytest.mark.parametrize("pair", [(1.0, 1.0), (1.0, 1.0 - 1e-6)])
+def test_path_refuses_noise_levels_within_one_tick(pair):
+    with pytest.raises(SolverError, match=r"noise levels .* too close .* take fewer steps"):
+        BrownianPath(normals(1, 3), SIGMA_MAX)(*pair)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "n", "schedule"),
+    [
+        (Karras(), 4000, LinearSchedule()),
+        (Exponential(), 4000, LinearSchedule()),
+        (LinearT(), 1000, LinearSchedule()),
+        (LinearT(), 1000, CosineSchedule()),  # to sigma 20,291
+    ],
+    ids=["karras", "exponential", "linear betas", "cosine"],
+)
+def test_clock_ticks_in_each_step(ladder, n, schedule):
+    sigmas = ladder(n, *ladder.sigma_range(schedule), schedule).tolist()
+    clock = BrownianPath(units(), sigmas[0]).clock
+    assert all(clock(a) > clock(b) for a, b in pairwise(sigmas))
