@@ -21,6 +21,7 @@ from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
 from hdit.diffusion.vp import CosineSchedule, LinearSchedule, Schedule
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.explain import explain
+from hdit.learning_rate import ConstantLR, LearningRate
 from hdit.models import BackboneSpec, HDiTSpec
 from hdit.protocols import Signal, Space, Spec, SpecError, UserError
 from hdit.spaces.pixel import PixelSpace
@@ -57,6 +58,7 @@ class OptimizerSpec(Spec):
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(5e-4, gt=0)
+    schedule: LearningRate = ConstantLR()
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
@@ -84,6 +86,7 @@ class TrainingSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
     clip_grad_norm: float = Field(1.0, gt=0)
+    gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
@@ -223,6 +226,13 @@ class RunConfig(Spec):
         problems += self._check_sampling()
         if isinstance(self.model, HDiTSpec) and self.model.vector_width:
             problems.append(("model.vector_width", "must be 0: no data brings such vectors yet"))
+        if self.training.gradient_noise_scale and self.training.accumulate == 1:
+            problems.append(
+                (
+                    "training.gradient_noise_scale",
+                    "compares the gradients of parts of a batch: set training.accumulate above 1",
+                )
+            )
         if self.training.batch_size % self.training.accumulate:
             problems.append(
                 (

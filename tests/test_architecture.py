@@ -21,7 +21,16 @@ BELOW = {
     "data": {"protocols", "randomness"},
     "report": {"protocols"},
     "explain": {"protocols"},
-    "config": {"protocols", "explain", "diffusion", "models", "spaces", "data"},
+    "learning_rate": {"protocols"},
+    "config": {
+        "protocols",
+        "explain",
+        "learning_rate",
+        "diffusion",
+        "models",
+        "spaces",
+        "data",
+    },
     "sampling": {"config", "protocols", "randomness", "diffusion"},
 }
 """What each room may import of the house, besides itself; rooms that are not listed, anything."""

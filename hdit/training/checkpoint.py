@@ -39,6 +39,7 @@ class State:
     data_size: int  # images in the data set
     signal: Signal
     classes: tuple[str, ...]
+    noise_scale: tuple[float, float, int] = (0.0, 0.0, 0)  # of the gradient, as it is averaged
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     try:
         signal, classes = Signal(**raw.pop("signal")), tuple(raw.pop("classes"))
-        state = State(**raw, signal=signal, classes=classes)
+        noise_scale = tuple(raw.pop("noise_scale", State.noise_scale))
+        state = State(**raw, signal=signal, classes=classes, noise_scale=noise_scale)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: of another version: {error}") from None
     return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)

@@ -27,7 +27,7 @@ def adamw(backbone: HDiT | DiT, spec: OptimizerSpec) -> torch.optim.AdamW:
         [
             {
                 "params": [parameters[name] for name in names],
-                "lr": spec.lr * group.lr_scale,
+                "lr_scale": group.lr_scale,
                 "weight_decay": spec.weight_decay if group.decay else 0.0,
             }
             for group, names in parameter_groups(backbone).items()
@@ -36,6 +36,12 @@ def adamw(backbone: HDiT | DiT, spec: OptimizerSpec) -> torch.optim.AdamW:
         betas=spec.betas,
         eps=spec.eps,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, step: int) -> None:
+    """The rate of the step-th update, counted from 0, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = spec.schedule(step, spec.lr * group["lr_scale"])
 
 
 def optimizer_tensors(backbone: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

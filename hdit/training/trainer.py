@@ -26,11 +26,13 @@ from hdit.report.grid import save_grid
 from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError, State
+from hdit.training.noise_scale import GradientNoiseScale
 from hdit.training.optim import (
     adamw,
     ema_decay,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
     update_ema,
 )
 from hdit.training.progress import Progress
@@ -101,6 +103,7 @@ class Trainer:
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
+        self.noise_scale = GradientNoiseScale()
         self._introduce()
         if found:
             self._restore(found)
@@ -168,13 +171,20 @@ class Trainer:
         self.ema.load_state_dict(found.tensors("ema"))
         load_optimizer_tensors(self.backbone, self.optimizer, found.tensors("optimizer"))
         self.images, self.step = found.state.images, found.state.step
+        self.noise_scale = GradientNoiseScale(*found.state.noise_scale)
         self._say(f"resuming from {found.folder} at {self.images:,} images")
 
     def _save(self) -> None:
         if not self.main:
             return
+        scale = self.noise_scale
         state = State(
-            self.images, self.step, len(self.source), self.signal, tuple(self.source.classes)
+            self.images,
+            self.step,
+            len(self.source),
+            self.signal,
+            tuple(self.source.classes),
+            (scale.square, scale.variance, scale.updates),
         )
         tensors = {
             "model": self.backbone.state_dict(),
@@ -272,10 +282,22 @@ class Trainer:
                 loss = self._loss(next(stream)) / t.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
+            if t.gradient_noise_scale and micro == 0:
+                small = self._square_of_gradient() * t.accumulate**2
         norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.clip_grad_norm)
+        if t.gradient_noise_scale:
+            part = t.batch_size // (t.accumulate * self.layout.processes)
+            self.noise_scale.update(small, float(norm) ** 2, part, t.batch_size)
+        set_learning_rate(self.optimizer, t.optimizer, self.step)
         self.optimizer.step()
         update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema))
         return total, norm
+
+    def _square_of_gradient(self) -> float:
+        """Squared norm of the gradient that each process has by itself, averaged over them."""
+        gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).square()
+        return float(self.accelerator.reduce(square, reduction="mean"))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch; every random choice is a function of seed and image counter."""
@@ -317,16 +339,19 @@ class Trainer:
         """
         skipped = torch.tensor(float(len(self.skipped)), device=self.device)
         mean = float(self.accelerator.reduce(loss, reduction="mean"))
+        optimizer = self.config.training.optimizer
         line = {
             "images": self.images,
             "step": self.step,
             "loss": mean,
             "grad_norm": float(norm),
-            "lr": self.config.training.optimizer.lr,
+            "lr": optimizer.schedule(self.step - 1, optimizer.lr),
             "ema_decay": ema_decay(self.step - 1, self.config.training.ema),
             "images_per_second": speed,
             "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
         }
+        if self.config.training.gradient_noise_scale:
+            line["gradient_noise_scale"] = self.noise_scale.scale
         for name in ("loss", "grad_norm"):
             if not np.isfinite(line[name]):
                 raise TrainingError(

@@ -6,13 +6,18 @@ from known_answers import load
 from torch import nn
 
 from hdit.config import EMASpec, OptimizerSpec
-from hdit.models import DiT, DiTSpec
+from hdit.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
+from hdit.models.hdit import Level, Mapping
+from hdit.nn.attention import Global
 from hdit.protocols import Signal
+from hdit.training.noise_scale import GradientNoiseScale
 from hdit.training.optim import (
     adamw,
     ema_decay,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
     update_ema,
 )
 
@@ -74,3 +79,64 @@ def test_adamw_decays_matrices_only_and_scales_the_learning_rate_of_a_group():
     assert decay["blocks.0.mlp.fc1.bias"] == 0
     assert decay["y_embedder.weight"] == 0
     assert decay.keys() == set(names.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "lr"),
+    [
+        (
+            "InverseLR(base 5e-4,inv_gamma 20000,power 1,warmup .99)",
+            InverseLR(inv_gamma=20000, warmup=0.99),
+            5e-4,
+        ),
+        (
+            "InverseLR(base 5e-4,inv_gamma 1,power .5,warmup 0,min_lr 1e-5)",
+            InverseLR(inv_gamma=1, power=0.5, min_lr=1e-5),
+            5e-4,
+        ),
+        (
+            "ExponentialLR(base 5e-4,num_steps 1000,decay .5,warmup .99)",
+            ExponentialLR(steps=1000, decay=0.5, warmup=0.99),
+            5e-4,
+        ),
+        ("ConstantLRWithWarmup(base 5e-4,warmup .995)", ConstantLR(warmup=0.995), 5e-4),
+    ],
+)
+def test_learning_rate_matches_the_reference(name, schedule, lr):
+    for step, expected in load("schedules_ema_lr.json")[name].items():
+        assert schedule(int(step), lr) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_reaches_every_group_in_its_proportion():
+    model = HDiT(
+        HDiTSpec(patch_size=1, mapping=Mapping(depth=1, width=16), levels=(
+            Level(depth=1, width=16, attention=Global(d_head=8)),)),
+        Signal(1, 4, 4, 0, 0.5),
+    )  # fmt: skip
+    spec = OptimizerSpec(lr=0.3, schedule=ExponentialLR(steps=2, decay=0.25))
+    optimizer = adamw(model, spec)
+    set_learning_rate(optimizer, spec, 1)
+    assert {round(group["lr"], 12) for group in optimizer.param_groups} == {0.15, 0.05}
+
+
+def test_noise_scale_matches_the_reference():
+    name = "gns(beta .9; updates (2.0,1.5,8,32),(1.8,1.6,8,32))"
+    first, second, unbiased = load("schedules_ema_lr.json")[name]
+    scale = GradientNoiseScale(beta=0.9)
+    scale.update(2.0, 1.5, 8, 32)
+    assert scale.scale == pytest.approx(first, rel=1e-12)
+    scale.update(1.8, 1.6, 8, 32)
+    assert scale.scale == pytest.approx(second, rel=1e-12)
+    assert scale.unbiased() == pytest.approx(unbiased, rel=1e-12)
+
+
+def test_noise_scale_is_that_of_gradients_of_known_noise():
+    """Gradients of an image are N(1, 9) in 50 dimensions: the scale is 9 / 1 images."""
+    generator = torch.Generator().manual_seed(0)
+    scale = GradientNoiseScale(beta=0.999)
+    for _ in range(4000):
+        gradients = 1 + 3 * torch.randn(32, 50, generator=generator)
+        squares = (g.mean(0).square().sum().item() for g in (gradients[:8], gradients))
+        scale.update(*squares, 8, 32)
+    # an average over 1,000 updates, each with a standard deviation near 7 for the variance of 450
+    assert scale.scale == pytest.approx(9, rel=0.03)

@@ -1,0 +1,61 @@
+"""Learning rates, as functions of the optimizer's step k, counted from 0.
+
+All begin with the factor 1 - warmup^(k + 1); warmup is a rate, 0.99 takes some hundreds of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hdit.protocols import Spec
+
+
+class LRSpec(Spec):
+    """Base of the schedules."""
+
+    warmup: float = Field(0.0, ge=0, lt=1, description="rate of the exponential warm-up; 0 is none")
+
+    def __call__(self, step: int, lr: float) -> float:
+        """The rate at a step, where `lr` is the rate that it begins from."""
+        return (1 - self.warmup ** (step + 1)) * self.decayed(step, lr)
+
+    def decayed(self, step: int, lr: float) -> float:
+        raise NotImplementedError
+
+
+class ConstantLR(LRSpec):
+    """lr throughout."""
+
+    kind: Literal["constant"] = "constant"
+
+    def decayed(self, step: int, lr: float) -> float:
+        return lr
+
+
+class InverseLR(LRSpec):
+    """lr (1 + k/inv_gamma)^-power, at least min_lr."""
+
+    kind: Literal["inverse"] = "inverse"
+    inv_gamma: float = Field(20_000, gt=0, description="steps in which power 1 halves the rate")
+    power: float = Field(1.0, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+
+    def decayed(self, step: int, lr: float) -> float:
+        return max(self.min_lr, lr * (1 + step / self.inv_gamma) ** -self.power)
+
+
+class ExponentialLR(LRSpec):
+    """lr decay^(k/steps), at least min_lr."""
+
+    kind: Literal["exponential"] = "exponential"
+    steps: float = Field(gt=0, description="in which the rate falls to `decay` of itself")
+    decay: float = Field(0.5, gt=0, lt=1)
+    min_lr: float = Field(0.0, ge=0)
+
+    def decayed(self, step: int, lr: float) -> float:
+        return max(self.min_lr, lr * self.decay ** (step / self.steps))
+
+
+LearningRate = Annotated[ConstantLR | InverseLR | ExponentialLR, Field(discriminator="kind")]

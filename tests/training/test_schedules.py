@@ -1,0 +1,45 @@
+"""The learning rate and the gradient noise scale in whole runs."""
+
+import json
+
+import pytest
+
+from hdit import config
+from hdit.config import ConfigError
+from hdit.training.trainer import Trainer
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_follows_its_learning_rate_and_resumes_in_it(tiny, tmp_path):
+    schedule = "training.optimizer.schedule={kind='inverse', inv_gamma=2, warmup=0.5}"
+    Trainer(config.load(tiny, [schedule]), tmp_path / "whole").fit()
+    rates = [line["lr"] for line in lines(tmp_path / "whole")]
+    expected = [5e-4 * (1 - 0.5 ** (k + 1)) / (1 + k / 2) for k in range(6)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    for images in (32, 96):
+        settings = config.load(tiny, [schedule, f"training.images={images}"])
+        trainer = Trainer(settings, tmp_path / "parts")
+        trainer.fit()
+    assert [line["lr"] for line in lines(tmp_path / "parts")] == rates
+    used = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert max(used) == pytest.approx(expected[-1])
+    assert min(used) == pytest.approx(expected[-1] / 3)  # of the mapping network
+
+
+def test_noise_scale_is_in_the_metrics_and_survives_a_resume(tiny, tmp_path):
+    wanted = ["training.accumulate=4", "training.gradient_noise_scale=true"]
+    Trainer(config.load(tiny, wanted), tmp_path / "whole").fit()
+    scales = [line["gradient_noise_scale"] for line in lines(tmp_path / "whole")]
+    assert all(scale > 0 for scale in scales)
+    for images in (64, 96):
+        settings = config.load(tiny, [*wanted, f"training.images={images}"])
+        Trainer(settings, tmp_path / "parts").fit()
+    assert [line["gradient_noise_scale"] for line in lines(tmp_path / "parts")] == scales
+
+
+def test_noise_scale_of_a_batch_that_is_taken_whole_is_refused(tiny):
+    with pytest.raises(ConfigError, match="gradient_noise_scale: compares the gradients"):
+        config.load(tiny, ["training.gradient_noise_scale=true"])
