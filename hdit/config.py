@@ -26,6 +26,8 @@ from hdit.models import BackboneSpec, HDiTSpec
 from hdit.protocols import Signal, Space, Spec, SpecError, UserError
 from hdit.spaces.pixel import PixelSpace
 
+SMALLEST = 1e-12  # noise level whose square, and that of its inverse, float32 can hold
+
 
 class ConfigError(UserError):
     """A config that cannot be used; one line of the message for each thing that is wrong."""
@@ -85,6 +87,9 @@ class TrainingSpec(Spec):
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations within a block: less memory, a third more work"
+    )
     clip_grad_norm: float = Field(1.0, gt=0)
     gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
@@ -181,7 +186,7 @@ class RunConfig(Spec):
         signal, d = self.signal(num_classes=0), self.diffusion
         model, label = self.model, "timestep"
         if isinstance(model, HDiTSpec):
-            model, label = _filled_widths(model), "log_quarter"
+            model, label = model.resolved(), "log_quarter"
         timesteps = (
             isinstance(d.parametrization, EpsVP)
             or isinstance(d.density, UniformVP)
@@ -203,7 +208,7 @@ class RunConfig(Spec):
         if isinstance(sampler, DDPM):
             sampler = _filled(sampler, variance="learned" if d.learned_variance else "lower")
         update = {"weighting": weighting, "density": density}
-        config = self.model_copy(
+        return self.model_copy(
             update={
                 "model": model,
                 "diffusion": diffusion.model_copy(update=update),
@@ -211,9 +216,6 @@ class RunConfig(Spec):
                 "sampling": self.sampling.model_copy(update={"sampler": sampler}),
             }
         )
-        low, high = config.sigma_range()
-        sampling = _filled(config.sampling, sigma_min=low, sigma_max=high)
-        return config.model_copy(update={"sampling": sampling})
 
     def check(self) -> None:
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
@@ -260,11 +262,20 @@ class RunConfig(Spec):
                 f"must be at most {channels}, the image's channels, got {s.guidance.channels}",
             )
         low, high = self.sigma_range()
-        if low < high:
-            try:
-                s.ladder(s.steps, low, high, self.schedule)
-            except ValueError as error:
-                yield "sampling.ladder", f"has no {s.steps} steps: {error}"
+        if not low < high:
+            return
+        first, last = self.schedule.sigma_range()
+        if isinstance(s.ladder, LinearT) and (low < first * (1 - 1e-6) or high > last * (1 + 1e-6)):
+            yield (
+                "sampling.ladder",
+                f"noise levels {low:.5g} to {high:.5g} leave the timesteps' {first:.5g} to "
+                f"{last:.5g}; leave out sampling.sigma_min and sigma_max, or keep them within",
+            )
+            return
+        try:
+            s.ladder(s.steps, low, high, self.schedule)
+        except ValueError as error:
+            yield "sampling.ladder", f"cannot have sampling.steps = {s.steps}: {error}"
 
     def _check_ranges(self) -> Iterator[tuple[str, str]]:
         d = self.diffusion
@@ -289,6 +300,13 @@ class RunConfig(Spec):
         for path, ((start, end), bounded) in ranges.items():
             if not start < end:
                 yield path, f"sigma_min must be below sigma_max, got {start:.5g} and {end:.5g}"
+            if start < SMALLEST or end > 1 / SMALLEST:
+                yield (
+                    path,
+                    f"noise levels {start:.5g} to {end:.5g} are beyond float32's reach; set "
+                    "sigma_min and sigma_max",
+                )
+                continue
             if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
                 fix = "set sigma_min and sigma_max within it" if bounded else "take another density"
                 yield (
@@ -309,12 +327,6 @@ def _filled(spec: S, **defaults: Any) -> S:
     """The spec with values for those of its settings that are absent."""
     absent = {key: value for key, value in defaults.items() if getattr(spec, key) is None}
     return spec.model_copy(update=absent)
-
-
-def _filled_widths(model: HDiTSpec) -> HDiTSpec:
-    levels = tuple(_filled(level, d_ff=3 * level.width) for level in model.levels)
-    mapping = _filled(model.mapping, d_ff=3 * model.mapping.width)
-    return model.model_copy(update={"levels": levels, "mapping": mapping})
 
 
 # ---- reading -------------------------------------------------------------------------------------

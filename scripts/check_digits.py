@@ -76,13 +76,14 @@ def main() -> None:
     net = classifier(real, train.labels)
 
     found = find(arguments.run, print)
-    backbone = models.build(found.config.model, found.state.signal)
+    config, signal = found.config, found.state.signal
+    backbone = models.build(config.model, signal, config.output_channels(signal))
     backbone.load_state_dict(found.tensors("ema"))
     labels = [i % 10 for i in range(arguments.n)]
     seeds = list(range(arguments.seed, arguments.seed + arguments.n))
     device = torch.device("cpu")
-    parts = sample(backbone, found.config, found.state.signal, seeds, labels, device)
-    samples = torch.cat(list(parts)) / 255
+    parts = sample(backbone, config, signal, seeds, labels, device)
+    samples = torch.cat([part.images for part in parts]) / 255
 
     table = Table(title=f"{found.folder}: {arguments.n} samples", title_justify="left")
     table.add_column("")

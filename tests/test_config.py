@@ -362,7 +362,6 @@ def test_config_value_is_explained_by_its_description():
     [
         ("batch_size = 12", "training.batch_size"),
         ("width = 64", "model.levels.0.width"),
-        ('attention = { kind = "global", d_head = 32 }', "model.levels.1.attention"),
     ],
 )
 def test_config_key_that_is_missing_is_named(line, key):
@@ -706,26 +705,26 @@ def test_config_guidance_of_more_channels_than_the_image_has_is_named():
         (
             50,
             "sections=[10, 20]",
-            "sampling.ladder: has no 50 steps: "
+            "sampling.ladder: cannot have sampling.steps = 50: "
             "sections: [10, 20] add up to 30 timesteps, but there are 50 steps",
         ),
         (
             400,
             "stride=true",
-            "sampling.ladder: has no 400 steps: "
-            "no whole stride through 1000 timesteps gives 400 of them",
+            "sampling.ladder: cannot have sampling.steps = 400: "
+            "no whole stride through 1000 timesteps gives 400 of them; the nearest are 334 and 500",
         ),
         (
             620,
             "sections=[600, 20]",
-            "sampling.ladder: has no 620 steps: cannot take 600 timesteps of a section of 500 "
-            "(1000 timesteps in 2 sections)",
+            "sampling.ladder: cannot have sampling.steps = 620: cannot take 600 timesteps of 500, "
+            "a section of 1000",
         ),
         (
             1001,
             "stride=false",
-            "sampling.ladder: has no 1001 steps: cannot take 1001 timesteps of a section of 1000 "
-            "(1000 timesteps in 1 sections)",
+            "sampling.ladder: cannot have sampling.steps = 1001: "
+            "cannot take 1001 timesteps of 1000",
         ),
     ],
 )
@@ -1006,7 +1005,7 @@ def test_differences_name_the_keys_of_a_config_that_changed():
         ("data.size.1", 32, 64),
         ("diffusion.density.noise_d_high", 32.0, 64.0),
         ("model.levels.1.depth", 2, 3),
-        ("sampling.sigma_max", 80.0, 160.0),
+        ("sampling.sigma_max", 80.0, None),
         ("training.seed", 0, 4),
     ]
 
@@ -1076,11 +1075,27 @@ def test_resolved_config_writes_out_what_follows_from_other_settings():
     assert (density.noise_d_low, density.noise_d_high) == (32, 32)
     assert all(level.d_ff == 3 * level.width for level in config.model.levels)
     assert config.training.log_every == 10 * config.training.batch_size
-    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.01, 160)
+    assert config.sampling.sigma_max is None  # goes with the ladder, which sampling may change
 
 
 def test_resolved_config_of_a_vp_model_has_its_schedule_and_range():
     config = load(CONFIGS[0].with_name("digits-dit.toml"))
     assert config.diffusion.noise_label == "timestep"
     assert config.diffusion.schedule.steps == 1000
-    assert config.sampling.sigma_max == pytest.approx(157.41, rel=1e-4)
+    assert config.sigma_range() == pytest.approx((0.0100005, 157.41), rel=1e-4)
+
+
+def test_config_linear_t_is_within_its_timesteps():
+    """Its levels are the table's, which has none beyond its ends."""
+    ladder = "sampling.ladder={kind='linear_t'}"
+    low, high = changed(ladder).sigma_range()
+    assert (low, high) == pytest.approx((0.0100005, 157.407), rel=1e-5)
+    [line] = complaints(ladder, "sampling.sigma_max=500")
+    assert line.startswith("sampling.ladder: noise levels 0.010001 to 500 leave the timesteps' ")
+
+
+@pytest.mark.parametrize("density", ["lognormal', mean=20, std=20", "loglogistic', scale=20"])
+def test_config_density_beyond_float32_is_refused(density):
+    [line] = complaints(f"diffusion.density={{kind='{density}}}")
+    assert line.startswith("diffusion.density: noise levels ")
+    assert "beyond float32's reach; set sigma_min and sigma_max" in line

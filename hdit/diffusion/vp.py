@@ -117,8 +117,8 @@ def respaced(steps: int, counts: Sequence[int]) -> list[int]:
         length = size + (i < extra)
         if not 0 < count <= length:
             raise ValueError(
-                f"cannot take {count} timesteps of a section of {length} "
-                f"({steps} timesteps in {len(counts)} sections)"
+                f"cannot take {count} timesteps of {length}"
+                + (f", a section of {steps}" if len(counts) > 1 else "")
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
@@ -134,7 +134,11 @@ def strided(steps: int, count: int) -> list[int]:
 
     Raises ValueError where no whole stride gives that number.
     """
-    for stride in range(1, steps):
-        if len(range(0, steps, stride)) == count:
-            return list(range(0, steps, stride))
-    raise ValueError(f"no whole stride through {steps} timesteps gives {count} of them")
+    possible = {len(range(0, steps, stride)): stride for stride in range(steps - 1, 0, -1)}
+    if count in possible:
+        return list(range(0, steps, possible[count]))
+    near = sorted(possible, key=lambda n: abs(n - count))[:2]
+    raise ValueError(
+        f"no whole stride through {steps} timesteps gives {count} of them; "
+        f"the nearest are {' and '.join(map(str, sorted(near)))}"
+    )

@@ -174,10 +174,10 @@ def test_linear_t_goes_down_the_schedule_from_end_to_end(n, steps, cosine):
 @pytest.mark.parametrize(
     ("ladder", "n", "message"),
     [
-        (LinearT(), 1001, "cannot take 1001 timesteps of a section of 1000"),
+        (LinearT(), 1001, "cannot take 1001 timesteps of 1000"),
         (LinearT(sections=(10, 15, 20)), 44, "add up to 45 timesteps, but there are 44 steps"),
         (LinearT(sections=(400, 100)), 501, "add up to 500"),
-        (LinearT(sections=(501, 100)), 601, "cannot take 501 timesteps of a section of 500"),
+        (LinearT(sections=(501, 100)), 601, "cannot take 501 timesteps of 500, a section of 1000"),
         (LinearT(stride=True), 300, "no whole stride through 1000 timesteps gives 300"),
     ],
     ids=named,
