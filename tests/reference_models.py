@@ -33,7 +33,8 @@ def reference_fill(name: str, shape: tuple[int, ...], stream: int) -> torch.Tens
 
 
 def attention(spec: dict) -> dict:
-    return {"kind" if key == "type" else key: value for key, value in spec.items()}
+    kind = spec["type"].replace("-", "_")
+    return {"kind": kind, **{key: value for key, value in spec.items() if key != "type"}}
 
 
 def reference_model(case: str) -> HDiT:

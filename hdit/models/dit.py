@@ -1,20 +1,93 @@
-"""DiT, the diffusion transformer with adaLN-Zero (Peebles & Xie, ICCV 2023, arXiv 2212.09748)."""
+"""DiT, the diffusion transformer (Peebles & Xie, ICCV 2023, arXiv 2212.09748).
+
+The four ways to condition it (section 3.2) are specs of their own; adaLN-Zero is the paper's model.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from functools import reduce
+from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
 from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
+from hdit.nn.checkpointing import Run, call, recompute
 from hdit.nn.embed import ClassEmbedding, check_labels, sincos_positions, timestep_embedding
 from hdit.nn.mlp import MLP
 from hdit.protocols import Cond, Group, Signal, Spec, SpecError
 
 TIME_FEATURES = 256
+
+
+# ---- the settings --------------------------------------------------------------------------------
+
+
+class _Summed(Spec):
+    """The blocks and the final layer see one vector, from which they regress adaptive norms."""
+
+    def join(self, embeddings: list[Tensor]) -> Tensor:
+        """The embeddings of t and, with classes, y: s times (b d) -> (b d)."""
+        return reduce(torch.add, embeddings)
+
+    def final_layer(self, width: int, channels: int, p: int) -> FinalLayer:
+        return AdaLNFinalLayer(width, channels, p)
+
+
+class _Sequence(Spec):
+    """The blocks see a sequence of vectors; the final layer sees none."""
+
+    def join(self, embeddings: list[Tensor]) -> Tensor:
+        """The embeddings of t and, with classes, y: s times (b d) -> (b s d)."""
+        return torch.stack(embeddings, dim=1)
+
+    def final_layer(self, width: int, channels: int, p: int) -> FinalLayer:
+        return FinalLayer(width, channels, p)
+
+
+class AdaLNZero(_Summed):
+    """Scales and shifts of norms and gates of branches, all zero at first, come from t + y."""
+
+    kind: Literal["adaln_zero"] = "adaln_zero"
+
+    def blocks(self, spec: DiTSpec) -> Blocks:
+        return Blocks(AdaLNZeroBlock(spec) for _ in range(spec.depth))
+
+
+class AdaLN(_Summed):
+    """Scales and shifts of norms come from t + y."""
+
+    kind: Literal["adaln"] = "adaln"
+
+    def blocks(self, spec: DiTSpec) -> Blocks:
+        return Blocks(AdaLNBlock(spec) for _ in range(spec.depth))
+
+
+class CrossAttention(_Sequence):
+    """The tokens attend to the sequence of t and y after they have attended to each other."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+
+    def blocks(self, spec: DiTSpec) -> Blocks:
+        return Blocks(CrossAttentionBlock(spec) for _ in range(spec.depth))
+
+
+class InContext(_Sequence):
+    """t and y are two more tokens, until the last block is done."""
+
+    kind: Literal["in_context"] = "in_context"
+
+    def blocks(self, spec: DiTSpec) -> Blocks:
+        return InContextBlocks(Block(spec) for _ in range(spec.depth))
+
+
+Conditioning = Annotated[
+    AdaLNZero | AdaLN | CrossAttention | InContext, Field(discriminator="kind")
+]
 
 
 class DiTSpec(Spec):
@@ -26,6 +99,14 @@ class DiTSpec(Spec):
     width: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over width")
+    conditioning: Conditioning = Field(
+        AdaLNZero(), description="how the blocks are told of noise level and class"
+    )
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of an image must be multiples of."""
+        return self.patch_size
 
     def grid(self, signal: Signal) -> tuple[int, int]:
         """Tokens (h, w)."""
@@ -54,9 +135,22 @@ class DiTSpec(Spec):
             raise SpecError(problems)
 
 
+# ---- ends of the network -------------------------------------------------------------------------
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (b h w d), shift and scale (b d)."""
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def layer_norm(width: int, affine: bool) -> nn.LayerNorm:
+    """With a scale and shift of its own where none are regressed.
+
+    The paper does not say it in so many words, and the parameters that it prints for in-context and
+    cross-attention (449M, 598M) hold either way; but its in-context blocks are ViT's, unmodified,
+    and adaLN is said to regress what other norms learn.
+    """
+    return nn.LayerNorm(width, elementwise_affine=affine, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -91,17 +185,72 @@ class AdaLNModulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, n * width))
 
 
+class FinalLayer(nn.Module):
+    """x (b h w d) -> (b c H W); a token's features are ordered (row, column, channel)."""
+
+    def __init__(self, width: int, channels: int, p: int, affine: bool = True):
+        super().__init__()
+        self.p = p
+        self.norm_final = layer_norm(width, affine)
+        self.linear = nn.Linear(width, p * p * channels)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b h w (p q c) -> b c (h p) (w q)", p=self.p, q=self.p)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.unpatchify(self.linear(self.norm_final(x)))
+
+
+class AdaLNFinalLayer(FinalLayer):
+    """The same, its norm modulated by c (b d)."""
+
+    def __init__(self, width: int, channels: int, p: int):
+        super().__init__(width, channels, p, affine=False)
+        self.adaLN_modulation = AdaLNModulation(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.unpatchify(self.linear(modulate(self.norm_final(x), shift, scale)))
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
 class Block(nn.Module):
+    """x + attention(LN(x)), then the same with an MLP, as in ViT: x (b h w d); c has no effect."""
+
+    def __init__(self, spec: DiTSpec, affine: bool = True):
+        super().__init__()
+        d, e = spec.width, spec.width // spec.num_heads
+        self.norm1 = layer_norm(d, affine)
+        self.attn = SelfAttention(d, Global(d_head=e), DotQK(e), Unrotated(), bias=True)
+        self.norm2 = layer_norm(d, affine)
+        self.mlp = MLP(d, int(d * spec.mlp_ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), None)
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNBlock(Block):
+    """x + attention(adaLN(x)), then the same with an MLP: x (b h w d), c (b d)."""
+
+    def __init__(self, spec: DiTSpec):
+        super().__init__(spec, affine=False)
+        self.adaLN_modulation = AdaLNModulation(spec.width, 4)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), None)
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class AdaLNZeroBlock(Block):
     """x + gate * attention(adaLN(x)), then the same with an MLP; the identity at initialisation."""
 
     def __init__(self, spec: DiTSpec):
-        super().__init__()
-        d, e = spec.width, spec.width // spec.num_heads
-        self.norm1 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
-        self.attn = SelfAttention(d, Global(d_head=e), DotQK(e), Unrotated(), bias=True)
-        self.norm2 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(d, int(d * spec.mlp_ratio))
-        self.adaLN_modulation = AdaLNModulation(d, 6)
+        super().__init__(spec, affine=False)
+        self.adaLN_modulation = AdaLNModulation(spec.width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
@@ -110,26 +259,72 @@ class Block(nn.Module):
         return x + gate2[:, None, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class FinalLayer(nn.Module):
-    """(b h w d) -> (b c H W); a token's features are ordered (row, column, channel)."""
+class SequenceAttention(nn.Module):
+    """Multi-head attention of a grid to a sequence: x (b h w d), c (b s d) -> (b h w d)."""
 
-    def __init__(self, width: int, channels: int, p: int):
+    def __init__(self, width: int, n_heads: int):
         super().__init__()
-        self.p = p
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, p * p * channels)
-        self.adaLN_modulation = AdaLNModulation(width, 2)
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(width, width)
+        self.kv_proj = nn.Linear(width, 2 * width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        x = self.linear(modulate(self.norm_final(x), shift, scale))
-        return rearrange(x, "b h w (p q c) -> b c (h p) (w q)", p=self.p, q=self.p)
+        h, n = x.shape[1], self.n_heads
+        q = rearrange(self.q_proj(x), "b h w (n e) -> b n (h w) e", n=n)
+        k, v = rearrange(self.kv_proj(c), "b s (t n e) -> t b n s e", t=2, n=n)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(rearrange(x, "b n (h w) e -> b h w (n e)", h=h))
+
+
+class CrossAttentionBlock(Block):
+    """Attention to the grid, attention to c, MLP, each added to its input: x (b h w d), c (b s d).
+
+    Where c is a single vector (no classes), all of its queries get the same value.
+    """
+
+    def __init__(self, spec: DiTSpec):
+        super().__init__(spec)
+        self.norm_cross = layer_norm(spec.width, affine=True)
+        self.cross_attn = SequenceAttention(spec.width, spec.num_heads)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), None)
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        return x + self.mlp(self.norm2(x))
+
+
+class Blocks(nn.ModuleList):
+    """The blocks, one after the other: x (b h w d), c as they take it -> (b h w d)."""
+
+    def __init__(self, blocks: Iterable[nn.Module]):
+        super().__init__(blocks)
+        self.run: Run = call
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self:
+            x = self.run(block, x, c)
+        return x
+
+
+class InContextBlocks(Blocks):
+    """Blocks over the sequence of the grid's tokens and those of c (b s d), a grid of one row."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h, w = x.shape[1:3]
+        x = rearrange(x, "b h w d -> b 1 (h w) d")
+        x = super().forward(torch.cat([x, c[:, None]], dim=2), c)  # (b 1 h*w+s d)
+        return rearrange(x[:, :, : h * w], "b 1 (h w) d -> b h w d", h=h)
+
+
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
     """x (b c H W), c_noise (b,) in 0..999, cond -> (b out H W); zero everywhere at initialisation.
 
-    `out_channels` is the signal's channels, or more where a variance is predicted beside x.
+    H and W need not be those of `signal`: any size that the patch divides will do. `out_channels`
+    is the signal's channels, or more where a variance is predicted beside x.
     """
 
     pos_embed: Tensor
@@ -139,18 +334,24 @@ class DiT(nn.Module):
         spec.check(signal)
         self.spec, self.num_classes = spec, signal.num_classes
         self.register_buffer("pos_embed", sincos_positions(*spec.grid(signal), spec.width))
+        self._tables: dict[tuple[object, ...], Tensor] = {}  # positions of other grids
         self.x_embedder = PatchEmbed(signal.channels, spec.width, spec.patch_size)
         self.t_embedder = TimestepEmbed(spec.width)
         self.y_embedder = (
             ClassEmbedding(signal.num_classes, spec.width) if signal.num_classes else None
         )
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
-        self.final_layer = FinalLayer(spec.width, out_channels or signal.channels, spec.patch_size)
+        self.blocks = spec.conditioning.blocks(spec)
+        self.final_layer = spec.conditioning.final_layer(
+            spec.width, out_channels or signal.channels, spec.patch_size
+        )
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier, and zeros where adaLN-Zero has them (section 3.2 of the paper)."""
+        """Xavier, and zeros where adaLN-Zero has them (section 3.2 of the paper).
+
+        Norms without gates begin plain: for those of "adaln" the paper names no initialisation.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -166,21 +367,35 @@ class DiT(nn.Module):
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def checkpoint_blocks(self) -> None:
+        """From now on keeps no activations within a block, but computes them again for backward."""
+        self.blocks.run = recompute
+
     def parameter_group(self, name: str) -> Group:
-        """Weight decay, where it is asked for, is on matrices only: not on biases and classes."""
-        return Group(decay=name.endswith("weight") and not name.startswith("y_embedder."))
+        """Weight decay, where asked for, is on matrices only: not on biases, norms and classes."""
+        matrix = name.endswith("weight") and ".norm" not in name
+        return Group(decay=matrix and not name.startswith("y_embedder."))
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """(h w d): `pos_embed` on the grid that the model was built for, else one of its own."""
+        if self.pos_embed.shape[:2] == (h, w):
+            return self.pos_embed
+        key = (h, w, self.pos_embed.device, self.pos_embed.dtype)
+        if key not in self._tables:
+            self._tables[key] = sincos_positions(h, w, self.spec.width).to(self.pos_embed)
+        return self._tables[key]
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
         check_labels(cond.labels, self.num_classes)
-        p, (h, w) = self.spec.patch_size, self.pos_embed.shape[:2]
-        if x.shape[2:] != (h * p, w * p):
+        multiple = self.spec.multiple
+        if x.shape[2] % multiple or x.shape[3] % multiple:
             size = "x".join(map(str, x.shape[2:]))
-            raise ValueError(f"the model was built for images of {h * p}x{w * p}, got {size}")
-        x = self.x_embedder(x) + self.pos_embed  # (b h w d)
+            raise ValueError(f"the sides of an image must be multiples of {multiple}, got {size}")
+        x = self.x_embedder(x)  # (b h w d)
+        x = x + self.positions(*x.shape[1:3])
         with torch.autocast(x.device.type, enabled=False):
-            c = self.t_embedder(c_noise)  # (b d)
+            embeddings = [self.t_embedder(c_noise)]  # (b d)
             if self.y_embedder is not None and cond.labels is not None:
-                c = c + self.y_embedder(cond.labels)
-        for block in self.blocks:
-            x = block(x, c)
-        return self.final_layer(x, c)
+                embeddings.append(self.y_embedder(cond.labels))
+            c = self.spec.conditioning.join(embeddings)  # (b d) or (b s d)
+        return self.final_layer(self.blocks(x, c), c)

@@ -5,6 +5,7 @@ Source: Crowson et al., ICML 2024, arXiv 2401.11605.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -13,10 +14,20 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from hdit.nn.attention import Attention, CosineQK, SelfAttention
-from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels
-from hdit.nn.mlp import GEGLU
-from hdit.nn.norm import AdaRMSNorm, RMSNorm
+from hdit.nn.attention import (
+    Attention,
+    CosineQK,
+    Global,
+    Neighborhood,
+    NoAttention,
+    SelfAttention,
+    Unrotated,
+    WithHeads,
+)
+from hdit.nn.checkpointing import Run, call, recompute
+from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels, sincos_positions
+from hdit.nn.mlp import GEGLU, GELU
+from hdit.nn.norm import AdaLN, AdaRMSNorm, RMSNorm
 from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
 from hdit.protocols import Cond, Group, Signal, Spec, SpecError
 
@@ -28,9 +39,11 @@ class Level(Spec):
 
     depth: int = Field(gt=0, description="layers; on each side of the hourglass, but for the last")
     width: int = Field(gt=0, description="channels of a token")
-    attention: Attention
+    attention: Attention | None = Field(
+        None, description="local_attention if absent, but global on the last level"
+    )
     d_ff: int | None = Field(
-        None, gt=0, description="hidden width of the GEGLU; 3 x width if absent"
+        None, gt=0, description="hidden width; 3 x width for geglu, 4 x for gelu if absent"
     )
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -46,14 +59,31 @@ class Mapping(Spec):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+D_FF = {"geglu": 3, "gelu": 4}
+"""Hidden width of a feed-forward core over that of a token, by default."""
+
+
 class HDiTSpec(Spec):
-    """An HDiT: levels from finest to coarsest, each with half the grid of the one before."""
+    """An HDiT: levels from finest to coarsest, each with half the grid of the one before.
+
+    The defaults of norm, feed_forward, output_gate, positions and skip are the paper's model; the
+    others are the rows of its ablation (table 1).
+    """
 
     kind: Literal["hdit"] = "hdit"
     patch_size: int = Field(4, gt=0)
     levels: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
+    local_attention: Attention | None = Field(
+        None, description="of the levels above the last; neighborhood if absent"
+    )
     mapping: Mapping = Mapping()
     vector_width: int = Field(0, ge=0, description="width of Cond.vector; 0 where there is none")
+    norm: Literal["ada_rms_norm", "ada_ln"] = "ada_rms_norm"
+    feed_forward: Literal["geglu", "gelu"] = "geglu"
+    output_gate: bool = Field(False, description="on each residual branch, as in DiT")
+    positions: Literal["axial_rope", "additive"] = "axial_rope"
+    rotated: Literal["half", "full"] = Field("half", description="how much of a head RoPE turns")
+    skip: Literal["lerp", "add", "concat"] = "lerp"
 
     @property
     def multiple(self) -> int:
@@ -64,6 +94,24 @@ class HDiTSpec(Spec):
         """Tokens (h, w) of each level."""
         side = [self.patch_size << i for i in range(len(self.levels))]
         return [(signal.height // s, signal.width // s) for s in side]
+
+    def resolved(self) -> HDiTSpec:
+        """With the settings written out that follow from others."""
+        local = self.local_attention or Neighborhood()
+        last = len(self.levels) - 1
+        levels = tuple(
+            level.model_copy(
+                update={
+                    "attention": level.attention or (Global() if i == last else local),
+                    "d_ff": level.d_ff or D_FF[self.feed_forward] * level.width,
+                }
+            )
+            for i, level in enumerate(self.levels)
+        )
+        d_ff = self.mapping.d_ff or D_FF["geglu"] * self.mapping.width
+        mapping = self.mapping.model_copy(update={"d_ff": d_ff})
+        update = {"levels": levels, "mapping": mapping, "local_attention": None}
+        return self.model_copy(update=update)
 
     def check(self, signal: Signal) -> None:
         """Raises SpecError with all that does not fit the signal or itself."""
@@ -80,76 +128,134 @@ class HDiTSpec(Spec):
             )
         if self.mapping.width % 2:
             problems.append(("mapping.width", f"must be even, got {self.mapping.width}"))
-        for i, (level, grid) in enumerate(zip(self.levels, self.grids(signal), strict=True)):
-            d_head = level.attention.d_head
-            if d_head % 8:
+        if self.positions == "additive" and self.rotated != "half":
+            problems.append(("rotated", "has no effect with positions = 'additive'"))
+        if self.positions == "additive" and self.levels[0].width % 4:
+            width = self.levels[0].width
+            problems.append(
+                ("levels.0.width", f"must be a multiple of 4 for additive positions, got {width}")
+            )
+        levels = self.resolved().levels
+        for i, (level, grid) in enumerate(zip(levels, self.grids(signal), strict=True)):
+            problems += [
+                (f"levels.{i}.{key}", text) for key, text in self._check_level(level, grid)
+            ]
+        if problems:
+            raise SpecError(problems)
+
+    def _check_level(self, level: Level, grid: tuple[int, int]) -> list[tuple[str, str]]:
+        problems: list[tuple[str, str]] = []
+        assert level.attention is not None, "resolved"
+        if not isinstance(level.attention, NoAttention):
+            d_head, multiple = level.attention.d_head, 8 if self.rotated == "half" else 4
+            if d_head % multiple and self.positions == "axial_rope":
                 problems.append(
-                    (f"levels.{i}.attention.d_head", f"must be a multiple of 8, got {d_head}")
+                    ("attention.d_head", f"must be a multiple of {multiple}, got {d_head}")
                 )
             if level.width % d_head:
                 problems.append(
                     (
-                        f"levels.{i}.width",
+                        "width",
                         f"must be a multiple of attention.d_head ({d_head}), got {level.width}",
                     )
                 )
-            if min(grid) > 0:
-                problems += [
-                    (f"levels.{i}.attention.{key}", text)
-                    for key, text in level.attention.check(*grid)
-                ]
-        if problems:
-            raise SpecError(problems)
+        if min(grid) > 0:
+            found = level.attention.check(*grid)
+            problems += [(f"attention.{key}", text) for key, text in found]
+        return problems
+
+
+class Residual(nn.Module):
+    """x + branch."""
+
+    def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
+        return x + branch
+
+
+class GatedResidual(nn.Module):
+    """x + gate * branch, with the gate Linear(cond) of DiT (Peebles & Xie, 2023). cond (b m)."""
+
+    def __init__(self, width: int, cond_width: int):
+        super().__init__()
+        self.gate = nn.Linear(cond_width, width, bias=False)
+
+    def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
+        return x + self.gate(cond)[:, None, None] * branch
+
+
+NORMS = {"ada_rms_norm": AdaRMSNorm, "ada_ln": AdaLN}
+CORES = {"geglu": GEGLU, "gelu": GELU}
+
+
+def _residual(spec: HDiTSpec, width: int) -> Residual | GatedResidual:
+    return GatedResidual(width, spec.mapping.width) if spec.output_gate else Residual()
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(AdaRMSNorm(x))."""
+    """x + attention(norm(x)), with the layer's index within its level."""
 
-    def __init__(self, level: Level, cond_width: int):
+    def __init__(self, spec: HDiTSpec, level: Level, attention: WithHeads, index: int):
         super().__init__()
-        d_head = level.attention.d_head
+        d_head = attention.d_head
         n_heads = level.width // d_head
-        self.norm = AdaRMSNorm(level.width, cond_width)
+        rope: AxialRoPE | Unrotated = Unrotated()
+        if spec.positions == "axial_rope":
+            rope = AxialRoPE(n_heads, d_head // 2 if spec.rotated == "half" else d_head)
+        self.norm = NORMS[spec.norm](level.width, spec.mapping.width)
         self.core = SelfAttention(
             level.width,
-            level.attention,
+            attention,
             CosineQK(n_heads),
-            AxialRoPE(n_heads, d_head),
+            rope,
             bias=False,
             dropout=level.dropout,
+            index=index,
         )
+        self.residual = _residual(spec, level.width)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        return x + self.core(self.norm(x, cond), pos)
+        return self.residual(x, self.core(self.norm(x, cond), pos), cond)
 
 
 class FeedForwardBlock(nn.Module):
-    """x + GEGLU(AdaRMSNorm(x))."""
+    """x + feed_forward(norm(x))."""
 
-    def __init__(self, level: Level, cond_width: int):
+    def __init__(self, spec: HDiTSpec, level: Level):
         super().__init__()
-        self.norm = AdaRMSNorm(level.width, cond_width)
-        self.core = GEGLU(level.width, level.d_ff or 3 * level.width, level.dropout)
+        assert level.d_ff is not None, "resolved"
+        self.norm = NORMS[spec.norm](level.width, spec.mapping.width)
+        self.core = CORES[spec.feed_forward](level.width, level.d_ff, level.dropout)
+        self.residual = _residual(spec, level.width)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return x + self.core(self.norm(x, cond))
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        return self.residual(x, self.core(self.norm(x, cond)), cond)
 
 
 class Layer(nn.Module):
-    def __init__(self, level: Level, cond_width: int):
+    """Its blocks in turn; `run` calls each, or checkpoints it."""
+
+    def __init__(self, spec: HDiTSpec, level: Level, index: int):
         super().__init__()
-        self.self_attn = AttentionBlock(level, cond_width)
-        self.ff = FeedForwardBlock(level, cond_width)
+        assert level.attention is not None, "resolved"
+        if not isinstance(level.attention, NoAttention):
+            self.self_attn = AttentionBlock(spec, level, level.attention, index)
+        self.ff = FeedForwardBlock(spec, level)
+        self.run: Run = call
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        return self.ff(self.self_attn(x, pos, cond), cond)
+        for block in self.children():
+            x = self.run(block, x, pos, cond)
+        return x
 
 
 class Layers(nn.ModuleList):
-    """The layers of one level on one side: x (b h w d), pos (h w 2), cond (b m) -> (b h w d)."""
+    """The layers of one level on one side: x (b h w d), pos (h w 2), cond (b m) -> (b h w d).
 
-    def __init__(self, level: Level, cond_width: int):
-        super().__init__(Layer(level, cond_width) for _ in range(level.depth))
+    `first` is the index of the first of them within the level, whose other side has the others.
+    """
+
+    def __init__(self, spec: HDiTSpec, level: Level, first: int = 0):
+        super().__init__(Layer(spec, level, first + j) for j in range(level.depth))
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
         for layer in self:
@@ -210,6 +316,24 @@ class TokenSplit(nn.Module):
         return rearrange(self.proj(x), "b h w (p q d) -> b (h p) (w q) d", p=self.p, q=self.p)
 
 
+class AddSplit(TokenSplit):
+    """TokenSplit, added to the skip."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return skip + super().forward(x)
+
+
+class ConcatSplit(TokenSplit):
+    """TokenSplit beside the skip, projected to the level's width."""
+
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__(in_width, out_width)
+        self.skip_proj = nn.Linear(2 * out_width, out_width, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return self.skip_proj(torch.cat([super().forward(x), skip], dim=-1))
+
+
 class LerpSplit(TokenSplit):
     """TokenSplit, interpolated with the skip: `fac` weights the upsampled branch."""
 
@@ -222,6 +346,21 @@ class LerpSplit(TokenSplit):
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
+SPLITS = {"lerp": LerpSplit, "add": AddSplit, "concat": ConcatSplit}
+
+
+class AdditivePositions(nn.Module):
+    """x (b h w d) + the fixed table of DiT for its grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + _position_table(*x.shape[1:], x.device).to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def _position_table(h: int, w: int, width: int, device: torch.device) -> Tensor:
+    return sincos_positions(h, w, width).to(device)
+
+
 class HDiT(nn.Module):
     """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b out H W); zero at initialisation.
 
@@ -232,11 +371,13 @@ class HDiT(nn.Module):
     def __init__(self, spec: HDiTSpec, signal: Signal, out_channels: int | None = None):
         super().__init__()
         spec.check(signal)
+        spec = spec.resolved()
         self.spec, self.num_classes = spec, signal.num_classes
         *outer, inner = spec.levels
         m, widths = spec.mapping.width, [level.width for level in spec.levels]
         steps = list(pairwise(widths))  # (finer, coarser)
         self.patch_in = TokenMerge(signal.channels, widths[0], spec.patch_size)
+        self.positions = AdditivePositions() if spec.positions == "additive" else nn.Identity()
         self.time_emb = FourierFeatures(1, m)
         self.time_in_proj = nn.Linear(m, m, bias=False)
         self.aug_emb = FourierFeatures(AUG_WIDTH, m)
@@ -246,26 +387,40 @@ class HDiT(nn.Module):
             nn.Linear(spec.vector_width, m, bias=False) if spec.vector_width else None
         )
         self.mapping = MappingNetwork(spec.mapping)
-        self.down_levels = nn.ModuleList(Layers(level, m) for level in outer)
-        self.mid_level = Layers(inner, m)
-        self.up_levels = nn.ModuleList(Layers(level, m) for level in outer)
+        self.down_levels = nn.ModuleList(Layers(spec, level) for level in outer)
+        self.mid_level = Layers(spec, inner)
+        self.up_levels = nn.ModuleList(Layers(spec, level, first=level.depth) for level in outer)
         self.merges = nn.ModuleList(TokenMerge(fine, coarse) for fine, coarse in steps)
-        self.splits = nn.ModuleList(LerpSplit(coarse, fine) for fine, coarse in steps)
+        split = SPLITS[spec.skip]
+        self.splits = nn.ModuleList(split(coarse, fine) for fine, coarse in steps)
         self.out_norm = RMSNorm(widths[0])
         self.patch_out = TokenSplit(widths[0], out_channels or signal.channels, spec.patch_size)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Zeroes the end of each residual branch; all else keeps its modules' initialisation."""
+        """Zeroes the end of each residual branch; all else keeps its modules' initialisation.
+
+        With an output gate that is the gate; with its branch zero too, neither would ever move.
+        """
+        branch_ends = ("out_proj.weight", "down_proj.weight")
         for name, parameter in self.named_parameters():
-            if name.endswith(("norm.linear.weight", "out_proj.weight", "down_proj.weight")):
+            gated = self.spec.output_gate and not name.startswith("mapping.")
+            if name.endswith(("norm.linear.weight", "gate.weight")) or (
+                name.endswith(branch_ends) and not gated
+            ):
                 parameter.zero_()
         self.patch_out.proj.weight.zero_()
 
+    def checkpoint_blocks(self) -> None:
+        """From now on keeps no activations within a block, but computes them again for backward."""
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.run = recompute
+
     def parameter_group(self, name: str) -> Group:
         """The reference's four groups: the mapping network and what it feeds learn at lr/3."""
-        modulation = name.endswith("norm.linear.weight")
+        modulation = name.endswith(("norm.linear.weight", "gate.weight"))
         inputs = ("time_in_proj.", "aug_in_proj.", "mapping_cond_in_proj.")
         decay = modulation or (name.endswith("proj.weight") and not name.startswith(inputs))
         mapping = modulation or name.startswith("mapping.")
@@ -295,7 +450,7 @@ class HDiT(nn.Module):
             size = "x".join(map(str, x.shape[2:]))
             raise ValueError(f"the sides of an image must be multiples of {multiple}, got {size}")
         m = self.conditioning(c_noise, cond)
-        x = self.patch_in(rearrange(x, "b c h w -> b h w c"))  # (b h w d)
+        x = self.positions(self.patch_in(rearrange(x, "b c h w -> b h w c")))  # (b h w d)
         pos = axial_positions(x.shape[1], x.shape[2], x.device)  # (h w 2)
         skips = []
         for level, merge in zip(self.down_levels, self.merges, strict=True):

@@ -20,6 +20,19 @@ class GEGLU(nn.Module):
         return self.down_proj(self.dropout(value * F.gelu(gate)))
 
 
+class GELU(nn.Module):
+    """down(gelu(up(x))), exact GELU, without biases: GEGLU without its gate. (... d) -> (... d)."""
+
+    def __init__(self, width: int, d_ff: int, dropout: float = 0.0):
+        super().__init__()
+        self.up_proj = nn.Linear(width, d_ff, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = nn.Linear(d_ff, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.dropout(F.gelu(self.up_proj(x))))
+
+
 class MLP(nn.Module):
     """fc2(gelu(fc1(x))) with the tanh GELU and biases, as in ViT and DiT. (... d) -> (... d)."""
 

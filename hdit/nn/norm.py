@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,6 +28,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.scale)
+
+
+class AdaLN(nn.Module):
+    """Layer norm whose scale and shift, (1 + a) and b of Linear(cond), are one for each image.
+
+    x (b h w d), cond (b m). Source: Peebles & Xie, 2023.
+    """
+
+    def __init__(self, width: int, cond_width: int):
+        super().__init__()
+        self.linear = nn.Linear(cond_width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = at_least_float32(self.linear(cond))[:, None, None, :].chunk(2, dim=-1)
+        wide = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
+        return torch.addcmul(shift, wide, 1 + scale).to(x.dtype)
 
 
 class AdaRMSNorm(nn.Module):

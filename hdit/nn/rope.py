@@ -35,22 +35,23 @@ def rotate(x: Tensor, theta: Tensor) -> Tensor:
 
 
 class AxialRoPE(nn.Module):
-    """Rotates half of each head of q and k (b h w n e) by the cell's position pos (h w 2).
+    """Rotates each head of q and k (b h w n e) by the cell's position pos (h w 2).
 
-    Frequencies run from pi to 10 pi, log-spaced and interleaved over the heads, alike for y and x.
-    They are a buffer, so that a checkpoint's own values are kept.
+    Of a head's elements the first `rotated` turn, all or half of them. Frequencies run from pi to
+    10 pi, log-spaced and interleaved over the heads, alike for y and x. They are a buffer, so that
+    a checkpoint's own values are kept.
     """
 
     freqs: Tensor
 
-    def __init__(self, n_heads: int, d_head: int):
+    def __init__(self, n_heads: int, rotated: int):
         super().__init__()
-        n = n_heads * (d_head // 8)
+        n = n_heads * (rotated // 4)
         freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1].exp()
-        self.register_buffer("freqs", freqs.view(-1, n_heads).mT.contiguous())  # (n e/8)
+        self.register_buffer("freqs", freqs.view(-1, n_heads).mT.contiguous())  # (n rotated/4)
 
     def angles(self, pos: Tensor) -> Tensor:
-        """(h w 2) -> (h w n e/4), in float32 or wider."""
+        """(h w 2) -> (h w n rotated/2), in float32 or wider."""
         y, x = pos[:, :, None, None, 0], pos[:, :, None, None, 1]
         freqs = at_least_float32(self.freqs)
         return torch.cat([y * freqs, x * freqs], dim=-1)

@@ -101,6 +101,8 @@ class Trainer:
         out_channels = config.output_channels(self.signal)
         self.backbone = models.build(config.model, self.signal, out_channels).to(self.device)
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
+        if t.gradient_checkpointing:
+            self.backbone.checkpoint_blocks()
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
         self.noise_scale = GradientNoiseScale()
