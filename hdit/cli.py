@@ -51,6 +51,8 @@ def train(
     """
     import logging
 
+    import torch.distributed as dist
+
     from hdit.config import load
     from hdit.protocols import UserError
     from hdit.training.trainer import Trainer
@@ -63,7 +65,10 @@ def train(
             f"--run: {folder} would get its settings written over {config}; name another folder"
         )
     logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
-    if not Trainer(settings, folder).fit():
+    finished = Trainer(settings, folder).fit()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not finished:
         raise typer.Exit(130)
 
 
@@ -71,7 +76,10 @@ def train(
 def sample(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run (its newest checkpoint), or one."),
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run (its newest checkpoint), one, or a converted model.",
+        ),
     ],
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 64,
     out: Annotated[
@@ -146,7 +154,7 @@ def sample(
     if weak_scale is not None and weak is None:
         raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
     weak_scale = 2.0 if weak_scale is None else weak_scale
-    worse = _find_weak(weak, found) if weak else None
+    worse = _find_weak(weak, found, config) if weak else None
     seeds = list(range(seed, seed + number))
     _write_samples(found, config, chosen, seeds, out, raw, overwrite, worse, weak_scale)
 
@@ -172,14 +180,17 @@ def _write_samples(
     from hdit.report.grid import save_grid, save_png
     from hdit.sampling import WeakModel, check_guidance
     from hdit.sampling import sample as sample_images
+    from hdit.training.checkpoint import Export
 
     check_guidance(config, found.state.signal)
+    _check_pixels(found)
     spec = config.sampling
-    weights = "model" if raw else "ema"
+    weights = found.weights(raw)
     if out is None:
         folder = found.folder.resolve()
         in_run = folder.parent.name == "checkpoints"
         home = folder.parent.parent / "samples" if in_run else folder.with_name("samples")
+        home = folder.with_name(f"{folder.name}-samples") if isinstance(found, Export) else home
         name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance.scale:g}"
         name += f"-weak{weak_scale:g}" if weak else ""
         out = home / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
@@ -190,7 +201,10 @@ def _write_samples(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal, classes = found.state.signal, found.state.classes
     backbone = _network(found, weights).to(device)
-    guide = WeakModel(_network(weak, weights).to(device), weak.config, weak_scale) if weak else None
+    guide = None
+    if weak:
+        worse = _network(weak, weak.weights(raw)).to(device)
+        guide = WeakModel(worse, weak.config, weak_scale)
     out.mkdir(parents=True, exist_ok=True)
     _remove_old_samples(out)
     digits = max(6, len(str(seeds[-1])))
@@ -202,7 +216,9 @@ def _write_samples(
         parts = sample_images(
             backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide
         )
+        evaluations = 0
         for part in parts:
+            evaluations += part.evaluations * len(part.images)
             for picture in part.images:
                 i = len(entries)
                 name = f"{seeds[i]:0{digits}d}.png"
@@ -211,6 +227,8 @@ def _write_samples(
                 kind = None if label is None else classes[label]
                 entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
                 shown += [picture] if len(shown) < GRID_LIMIT else []
+            # A sampler with steps of its own choosing may have made fewer or more than these.
+            bar.update(task, completed=-(-len(entries) // spec.batch_size) * spec.steps)
     seconds = monotonic() - started
     save_grid(torch.stack(shown), out / "grid.png")
     record = {
@@ -219,15 +237,28 @@ def _write_samples(
         "weights": weights,
         "sampling": spec.model_dump(mode="json", exclude_none=True),
         "sigma_range": config.sigma_range(),
-        "evaluations": part.evaluations,
+        "evaluations": round(evaluations / len(seeds)),
         "weak": {"checkpoint": str(weak.folder), "scale": weak_scale} if weak else None,
         "samples": entries,
     }
     (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     typer.echo(
-        f"{len(seeds)} images of {part.evaluations} network evaluations each in {seconds:.1f} s: "
-        f"{out} (grid: {out / 'grid.png'})"
+        f"{len(seeds)} images of {round(evaluations / len(seeds))} network evaluations each "
+        f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
     )
+
+
+def _check_pixels(found: Checkpoint) -> None:
+    """Raises UserError where what the model makes is no picture."""
+    from hdit.protocols import UserError
+
+    signal = found.state.signal
+    if found.config.signal(signal.num_classes).shape != signal.shape:
+        size = " x ".join(map(str, signal.shape))
+        raise UserError(
+            f"{found.folder}: the model makes latents of {size}, and there is no VAE here yet that "
+            "decodes them; `hdit convert --to diffusers` writes it for a pipeline that has one"
+        )
 
 
 def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
@@ -240,8 +271,8 @@ def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
     return backbone
 
 
-def _find_weak(source: Path, strong: Checkpoint) -> Checkpoint:
-    """Raises UserError where its images or classes are not those of the stronger model."""
+def _find_weak(source: Path, strong: Checkpoint, config: RunConfig) -> Checkpoint:
+    """Raises UserError where it does not know the images, classes or noise levels of `config`."""
     from hdit.protocols import UserError
     from hdit.training.checkpoint import find
 
@@ -253,6 +284,12 @@ def _find_weak(source: Path, strong: Checkpoint) -> Checkpoint:
     ):
         if theirs != ours:
             raise UserError(f"--weak: {source} has other {what}: {theirs}, and the model {ours}")
+    (start, end), (low, high, by) = config.sigma_range(), found.config.valid_range()
+    if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
+        raise UserError(
+            f"--weak: {source} knows noise levels from {low:.5g} to {high:.5g} ({by}), and "
+            f"sampling goes from {end:.5g} to {start:.5g}; set sampling.sigma_min and sigma_max"
+        )
     return found
 
 
@@ -306,6 +343,49 @@ def _labels(text: str | None, number: int, found: Checkpoint) -> list[int] | Non
             raise UserError(f"--labels: {part!r} is no class of this model: {known}")
     chosen = chosen or list(range(len(classes)))
     return [chosen[i % len(chosen)] for i in range(number)]
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A run or checkpoint; a converted folder; k-diffusion's .safetensors, or .json "
+            "alone; DiT's .pt; a folder of diffusers.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="A new folder; a file for k-diffusion, facebook-dit or a config."),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="hdit, k-diffusion, facebook-dit or diffusers.  [default: hdit, a folder that "
+            "`hdit sample` reads; a config for a config]",
+        ),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights as trained, not their EMA.")
+    ] = False,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a DiT whose .pt does not tell and that is none of S, B, L, XL."
+        ),
+    ] = None,
+) -> None:
+    """Read a checkpoint of this or another project, and write it as another's.
+
+    No pickle is executed. OUT is written whole or not at all.
+    """
+    from hdit.interop import convert as convert_model
+
+    done = convert_model(source, out, to, raw=raw, num_heads=num_heads)
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{done.origin} -> {done.kind}: {done.path}")
 
 
 @app.command()

@@ -32,6 +32,16 @@ BELOW = {
         "data",
     },
     "sampling": {"config", "protocols", "randomness", "diffusion"},
+    "interop": {
+        "config",
+        "protocols",
+        "learning_rate",
+        "diffusion",
+        "models",
+        "nn",
+        "spaces",
+        "training",
+    },
 }
 """What each room may import of the house, besides itself; rooms that are not listed, anything."""
 

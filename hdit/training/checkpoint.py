@@ -2,6 +2,9 @@
 
 A checkpoint is written under a hidden name, its manifest with the checksums of all files last, and
 then renamed. `latest` beside them names the newest. What does not match its manifest is not loaded.
+
+The folder of a converted model, which `hdit convert` writes, is read here too: one set of weights
+and all that sampling needs.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hdit import models
 from hdit.config import RunConfig, parse, read_toml
 from hdit.protocols import Signal, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+EXPORT_FORMAT = 1
+EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
 
 
 class CheckpointError(UserError):
@@ -53,6 +60,67 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Those of model, ema or optimizer, on the CPU."""
         return load_file(self.folder / f"{name}.safetensors")
+
+    def weights(self, raw: bool) -> str:
+        """The name of those to sample with: as trained, or their EMA."""
+        return "model" if raw else "ema"
+
+
+@dataclass(frozen=True)
+class Export(Checkpoint):
+    """The folder of a converted model. It has one set of weights, `held`.
+
+    That is "ema", or "model" as trained, or "given" where its origin does not say.
+    """
+
+    held: str
+    origin: str  # in words
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The model's, whatever they are called, once they are those that its settings ask for."""
+        path = self.folder / EXPORT_WEIGHTS
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing from the converted model") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+        shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+        check_shapes(path, shapes, expected_shapes(self.config, self.state.signal))
+        return tensors
+
+    def weights(self, raw: bool) -> str:
+        if raw and self.held != "model":
+            raise CheckpointError(
+                f"{self.folder}: was converted with one set of weights, {self.held!r}; "
+                "leave --raw out"
+            )
+        return self.held
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_shapes(config: RunConfig, signal: Signal) -> Shapes:
+    """Names and shapes of the model's parameters and buffers, in its own order."""
+    with torch.device("meta"):
+        model = models.build(config.model, signal, config.output_channels(signal))
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def check_shapes(path: Path, found: Shapes, expected: Shapes, limit: int = 12) -> None:
+    """Raises CheckpointError with each tensor that is missing, unknown or of another shape."""
+    lines = [f"{k}: missing, {list(s)} expected" for k, s in expected.items() if k not in found]
+    lines += [f"{k}: unknown, {list(s)}" for k, s in found.items() if k not in expected]
+    lines += [
+        f"{key}: is {list(found[key])}, {list(shape)} expected"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if lines:
+        more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+        listing = "\n  ".join(lines[:limit] + more)
+        raise CheckpointError(f"{path}: its tensors are not those of the model:\n  {listing}")
 
 
 def folder_name(images: int) -> str:
@@ -144,6 +212,53 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder says of itself that it is a converted model, or looks like a damaged one."""
+    try:
+        raw = json.loads((folder / EXPORT_CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return (folder / EXPORT_WEIGHTS).is_file()
+    return isinstance(raw, dict) and "hdit_format" in raw
+
+
+def open_export(folder: Path) -> Export:
+    """The converted model in a folder, its weights not yet read. Raises CheckpointError."""
+    path = folder / EXPORT_CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    if raw["hdit_format"] != EXPORT_FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {raw['hdit_format']!r}, this version reads {EXPORT_FORMAT}"
+        )
+    try:
+        signal, classes = Signal(**raw["signal"]), tuple(raw["classes"])
+        state = State(raw["images"], 0, 0, signal, classes)
+        settings, held, origin = raw["config"], raw["weights"], raw["origin"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged, or of another version: {error}") from None
+    return Export(folder, parse(settings, str(path)), state, held, origin)
+
+
+def export_settings(
+    config: RunConfig, signal: Signal, classes: tuple[str, ...], held: str, images: int, origin: str
+) -> str:
+    """The text of config.json that `open_export` reads."""
+    raw = {
+        "hdit_format": EXPORT_FORMAT,
+        "origin": origin,
+        "weights": held,
+        "images": images,
+        "signal": asdict(signal),
+        "classes": classes,
+        "config": config.model_dump(mode="json", exclude_none=True),
+    }
+    return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
     """All that bear a checkpoint's name, newest first."""
     found = root.iterdir() if root.is_dir() else iter(())
@@ -173,14 +288,17 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint at `path`: one's own folder, or the newest complete one of a run."""
+    """The checkpoint at `path`: its own folder, a converted model's, or the newest of a run."""
     if (path / MANIFEST).is_file():
         return open_checkpoint(path)
+    if is_export(path):
+        return open_export(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint; `hdit train` makes runs")
     checkpoint = newest(path / "checkpoints", warn)
     if checkpoint is None:
         raise CheckpointError(
-            f"{path}: neither a run with checkpoints/ nor a checkpoint with {MANIFEST}"
+            f"{path}: neither a run with checkpoints/ nor a checkpoint with {MANIFEST}; "
+            "`hdit convert` reads those of other projects"
         )
     return checkpoint

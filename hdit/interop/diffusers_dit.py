@@ -1,0 +1,219 @@
+"""diffusers' DiTTransformer2DModel: a folder with config.json and its weights.
+
+Each of its blocks holds a copy of the timestep and class embedders, and q, k and v apart. Its
+frequencies of the timestep embedding are 10000^(-i/127), where DiT's, and ours, are 10000^(-i/128):
+the same weights give slightly other outputs there (up to diffusers 0.42 at least).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hdit.config import RunConfig
+from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
+from hdit.interop.files import Settings, read_json, read_pickle, read_safetensors
+from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
+from hdit.interop.model import InteropError, Model
+from hdit.models import DiTSpec
+from hdit.nn.embed import sincos_positions
+from hdit.protocols import Signal
+
+KIND = "diffusers"
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+WEIGHTS = "diffusion_pytorch_model"
+EPS = 1e-6
+MLP_RATIO = 4.0
+FREQUENCIES = (
+    "diffusers embeds timesteps with frequencies 10000^(-i/127), DiT and hdit with 10000^(-i/128); "
+    "set norm1.emb.time_proj.downscale_freq_shift = 0 in each of its blocks for the same outputs"
+)
+
+NAMES = {
+    "attn.qkv_proj": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.out_proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+"""Of the parts of a block."""
+SHARED = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder": "class_embedder.embedding_table",
+}
+"""Of what each block has a copy of, under norm1.emb."""
+ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+
+
+def layout(config: RunConfig, signal: Signal) -> Layout:
+    spec = dit_spec(config)
+    c, p, depth = signal.channels, spec.patch_size, spec.depth
+
+    def place(name: str, shape: tuple[int, ...]) -> Place:
+        if name == "pos_embed":
+            return Place((), ())
+        module, _, part = name.rpartition(".")
+        if module.startswith("blocks."):
+            _, i, inner = module.split(".", 2)
+            names = tuple(f"transformer_blocks.{i}.{n}.{part}" for n in NAMES[inner])
+            return Place(names, (shape[0] // len(names), *shape[1:]), split=len(names) > 1)
+        if module in SHARED:
+            blocks = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
+            return Place(tuple(f"{b}.{SHARED[module]}.{part}" for b in blocks), shape)
+        if name == "x_embedder.proj.weight":  # their convolution
+            shape = (shape[0], c, p, p)
+        return Place((f"{ENDS[module]}.{part}",), shape)
+
+    return make_layout(config, signal, place)
+
+
+def positions(spec: DiTSpec, signal: Signal) -> Tensor:
+    """The table that diffusers computes: (h w d)."""
+    h, w = spec.grid(signal)
+    return sincos_positions(h, w, spec.width)
+
+
+def from_config(
+    raw: dict[str, Any], schedule: dict[str, Any] | None, origin: str
+) -> tuple[RunConfig, Signal, tuple[str, ...]]:
+    """-> (our config, the signal, notes); absent settings are diffusers' defaults."""
+    s = Settings(raw, origin)
+    s.fixed("_class_name", *CLASSES)
+    s.fixed("norm_type", "ada_norm_zero")
+    s.fixed("activation_fn", "gelu-approximate")
+    s.fixed("attention_bias", True)
+    s.fixed("norm_elementwise_affine", False)
+    notes = [FREQUENCIES]
+    eps = s.get("norm_eps", 1e-5)
+    s.fixed("norm_eps", 1e-5, EPS)
+    if eps != EPS:
+        notes.append(f"norm_eps = {eps:g} of the second norms was left out: it is {EPS:g} here")
+    if s.get("dropout", 0.0):
+        notes.append(f"dropout = {s.get('dropout')} was left out: DiT has none here")
+    heads, channels = s.number("num_attention_heads", 16), s.number("in_channels", 4)
+    out_channels = s.number("out_channels", channels)
+    model = {
+        "patch_size": s.number("patch_size", 2),
+        "depth": s.number("num_layers", 28),
+        "width": heads * s.number("attention_head_dim", 72),
+        "num_heads": heads,
+        "mlp_ratio": MLP_RATIO,
+    }
+    learned = learns_variance(channels, out_channels, origin)
+    size, classes = s.number("sample_size", 32), s.number("num_embeds_ada_norm", 1000)
+    config, signal = settings(model, channels, size, classes, learned, origin, schedule)
+    return config, signal, tuple(notes)
+
+
+def _schedule(folder: Path) -> dict[str, Any] | None:
+    """Of a pipeline's scheduler, if there is one. Raises InteropError where it is not like DDPM."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    s = Settings(read_json(path), str(path))
+    s.fixed("prediction_type", "epsilon")
+    s.fixed("beta_schedule", "linear")
+    steps = s.number("num_train_timesteps", 1000)
+    scale = steps / 1000  # ours are scaled by its inverse
+    start, end = s.number("beta_start", 1e-4), s.number("beta_end", 2e-2)
+    return {
+        "kind": "linear",
+        "steps": steps,
+        "beta_start": start * scale,
+        "beta_end": end * scale,
+    }
+
+
+def find_folder(path: Path) -> Path | None:
+    """The folder of the model: this one, or transformer/ of a pipeline; None if it is neither."""
+    for folder in (path, path / "transformer"):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def read(path: Path) -> Model:
+    """The model of a folder, or of a pipeline's transformer/."""
+    folder = find_folder(path)
+    assert folder is not None, "detected before"
+    config_file = folder / "config.json"
+    pipeline = path if folder != path else path.parent
+    config, signal, notes = from_config(
+        read_json(config_file), _schedule(pipeline), str(config_file)
+    )
+    weights, tensors = _weights(folder)
+    table = {"pos_embed": positions(dit_spec(config), signal)}
+    ours = gather(weights, layout(config, signal), tensors, config, signal, computed=table)
+    classes = _classes(pipeline, signal.num_classes)
+    origin = f"{KIND} folder {path.name}"
+    return Model(config, signal, classes, ours, origin, "given", notes=notes)
+
+
+def _weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    path = folder / f"{WEIGHTS}.safetensors"
+    if path.is_file():
+        return path, read_safetensors(path)[0]
+    pickled = folder / f"{WEIGHTS}.bin"
+    if not pickled.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise InteropError(f"{folder}: has no {path.name} and no {pickled.name}, but {there}")
+    return pickled, read_pickle(pickled)
+
+
+def _classes(pipeline: Path, number: int) -> tuple[str, ...]:
+    """The first names in a pipeline's id2label, or numbers; one that comes twice has both."""
+    plain = tuple(str(i) for i in range(number))
+    index = pipeline / "model_index.json"
+    labels = read_json(index).get("id2label") if index.is_file() else None
+    if not isinstance(labels, dict) or set(labels) != set(plain):
+        return plain
+    names = [str(labels[i]).split(",")[0].strip() for i in plain]
+    count = Counter(names)
+    return tuple(n if count[n] == 1 else f"{n} ({i})" for i, n in zip(plain, names, strict=True))
+
+
+def write(model: Model, folder: Path) -> tuple[str, ...]:
+    """Writes config.json and the weights -> notes."""
+    spec = check_dit(KIND, model, {"mlp_ratio": MLP_RATIO})
+    signal = model.signal
+    table = positions(spec, signal)
+    if not torch.allclose(model.state_dict["pos_embed"].float(), table, atol=1e-3):
+        raise InteropError(
+            f"{KIND} cannot hold this model ({model.origin}): its pos_embed is not the table of "
+            "sines that is computed there"
+        )
+    tensors = scatter(layout(model.config, signal), model.state_dict)
+    raw = {
+        "_class_name": CLASSES[0],
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": spec.width // spec.num_heads,
+        "dropout": 0.0,
+        "in_channels": signal.channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": EPS,
+        "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": spec.num_heads,
+        "num_embeds_ada_norm": signal.num_classes,
+        "num_layers": spec.depth,
+        "out_channels": model.config.output_channels(signal),
+        "patch_size": spec.patch_size,
+        "sample_size": signal.height,
+        "upcast_attention": False,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+    return (FREQUENCIES,)

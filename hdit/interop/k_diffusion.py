@@ -1,0 +1,457 @@
+"""k-diffusion's image_transformer_v2: safetensors with its JSON config in the metadata.
+
+Its buffers (RoPE frequencies, Fourier features) are taken from the file: published ones are rounded
+to float16 there, and computing them anew would change the outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hdit.config import RunConfig, parse
+from hdit.diffusion.noise import (
+    CosineInterpolated,
+    Density,
+    LogLogistic,
+    Lognormal,
+    LogUniform,
+    SplitLognormal,
+    VDiffusion,
+)
+from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
+from hdit.interop.files import Settings, parse_json, read_json
+from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
+from hdit.interop.model import InteropError, Model, check_held
+from hdit.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.models import HDiTSpec
+from hdit.protocols import Signal, Spec
+from hdit.spaces.pixel import PixelSpace
+
+KIND = "k-diffusion"
+MARK = "patch_in.proj.weight"
+"""A tensor that tells its checkpoints from others."""
+
+ATTENTION = {
+    "global": ("global", ("d_head",)),
+    "neighborhood": ("neighborhood", ("d_head", "kernel_size")),
+    "shifted-window": ("shifted_window", ("d_head", "window_size")),
+    "none": ("none", ()),
+}
+"""Their type -> our kind, and its settings."""
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "karras": EDMWeight(),
+    "soft-min-snr": SoftMinSNR(),
+    "snr": Eps(),
+}
+
+DENSITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "lognormal": ("lognormal", {"mean": ("mean", "loc"), "std": ("std", "scale")}),
+    "loglogistic": ("loglogistic", {"loc": ("loc",), "scale": ("scale",)}),
+    "loguniform": ("loguniform", {}),
+    "v-diffusion": ("v_diffusion", {}),
+    "cosine": ("v_diffusion", {}),
+    "split-lognormal": (
+        "split_lognormal",
+        {
+            "mode": ("mean", "loc"),
+            "std_low": ("std_1", "scale_1"),
+            "std_high": ("std_2", "scale_2"),
+        },
+    ),
+    "cosine-interpolated": ("cosine_interpolated", {}),
+}
+"""Their type -> our kind, and our settings with their names."""
+
+SCHEDULES = {
+    "constant": ("warmup",),
+    "inverse": ("warmup", "inv_gamma", "power", "min_lr"),
+    "exponential": ("warmup", "num_steps", "decay", "min_lr"),
+}
+INERT = {
+    "model.augment_prob": 0,
+    "model.augment_wrapper": False,
+    "model.skip_stages": 0,
+    "model.has_variance": False,
+    "dataset.type": "imagefolder",
+}
+"""Settings without a counterpart that say no more than what holds here."""
+
+
+# ---- their settings -> ours ----------------------------------------------------------------------
+
+
+def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tuple[str, ...]]:
+    """-> (our config, resolved; the signal; notes on what did not map).
+
+    Takes a config as written by hand or as their loader fills it in. Raises InteropError or
+    ConfigError where the model has no counterpart.
+    """
+    top = Settings(raw, origin)
+    m = top.table("model")
+    m.fixed("type", "image_transformer_v2")
+    if m.get("has_variance"):
+        raise m.error("has_variance", "a predicted variance has no counterpart here")
+    dataset = top.table("dataset")
+    height, width = m.list("input_size", 2)
+    channels, sigma_data = m.number("input_channels"), float(m.number("sigma_data", 1.0))
+    signal = Signal(channels, height, width, dataset.number("num_classes", 0), sigma_data)
+    sigma_min, sigma_max = float(m.number("sigma_min")), float(m.number("sigma_max"))
+    notes: list[str] = []
+    diffusion: dict[str, Any] = {
+        "parametrization": {"kind": "edm"},
+        "noise_label": "log_quarter",
+        "weighting": _weighting(m, sigma_data),
+        "loss_scales": m.get("loss_scales", 1),
+    }
+    if m.raw.get("sigma_sample_density") is not None:
+        diffusion["density"] = _density(m, sigma_min, sigma_max, max(height, width), sigma_data)
+    config = parse(
+        {
+            "data": {
+                "kind": "folder",
+                "path": str(dataset.get("location", "images")),
+                "size": [height, width],
+                "channels": channels if channels in (1, 3) else 3,
+            },
+            "model": _model(m),
+            "diffusion": diffusion,
+            "training": _training(top, notes),
+            "sampling": {
+                "sampler": {"kind": "dpmpp_2m_sde", "eta": 0.0, "solver": "heun"},
+                "ladder": {"kind": "karras"},
+                "steps": 50,
+                "sigma_min": sigma_min,
+                "sigma_max": sigma_max,
+            },
+        },
+        origin,
+    )
+    for path, value in top.unread().items():
+        if path not in INERT or INERT[path] != value:
+            notes.append(f"{path} = {json.dumps(value)} has no counterpart, and was left out")
+    return config, signal, tuple(notes)
+
+
+def _model(m: Settings) -> dict[str, Any]:
+    widths = m.list("widths")
+    n = len(widths)
+    depths = m.list("depths", n)
+    d_ffs = m.list("d_ffs", n, default=[None] * n)
+    patch = m.list("patch_size", 2)
+    if patch[0] != patch[1]:
+        raise m.error("patch_size", f"must be square, got {patch}")
+    dropout = m.get("dropout_rate", 0.0)
+    rates = m.list("dropout_rate", n) if isinstance(dropout, list) else [dropout] * n
+    last = [{"type": "neighborhood"}] * (n - 1) + [{"type": "global"}]
+    levels = []
+    for i, spec in enumerate(m.list("self_attns", n, default=last)):
+        if not isinstance(spec, dict):
+            raise m.error(f"self_attns.{i}", f"must be a table, got {spec!r}")
+        table = m.of(spec, f"self_attns.{i}")
+        level = {"depth": depths[i], "width": widths[i], "attention": _attention(table)}
+        level["dropout"] = rates[i]
+        levels.append(level | ({"d_ff": d_ffs[i]} if d_ffs[i] else {}))
+    width = m.number("mapping_width", 256)
+    mapping = {"depth": m.get("mapping_depth", 2), "width": width}
+    mapping["d_ff"] = m.get("mapping_d_ff") or 3 * width
+    mapping["dropout"] = m.get("mapping_dropout_rate", 0.0)
+    return {
+        "kind": "hdit",
+        "patch_size": patch[0],
+        "levels": levels,
+        "mapping": mapping,
+        "vector_width": m.get("mapping_cond_dim", 0),
+    }
+
+
+def _attention(table: Settings) -> dict[str, Any]:
+    kind = table.need("type")
+    if kind not in ATTENTION:
+        raise table.error("type", f"must be one of {', '.join(ATTENTION)}, got {kind!r}")
+    ours, keys = ATTENTION[kind]
+    given = {key: table.get(key) for key in keys if table.get(key) is not None}
+    if "window_size" in keys:
+        table.need("window_size")
+    return {"kind": ours, **given}
+
+
+def _weighting(m: Settings, sigma_data: float) -> dict[str, Any]:
+    m.fixed("loss_config", "karras", "simple")
+    m.fixed("loss_weighting", *WEIGHTINGS)
+    name = m.get("loss_weighting", "karras")
+    if m.get("loss_config", "karras") == "simple":  # the error of eps, whatever the weighting says
+        name = "snr"
+    weighting = WEIGHTINGS[name].model_dump(exclude_none=True)
+    return weighting | ({"gamma": sigma_data**-2} if name == "soft-min-snr" else {})
+
+
+def _density(
+    m: Settings, sigma_min: float, sigma_max: float, size: int, sigma_data: float
+) -> dict[str, Any]:
+    d = m.table("sigma_sample_density")
+    kind = d.need("type")
+    if kind not in DENSITIES:
+        raise d.error("type", f"must be one of {', '.join(DENSITIES)}, got {kind!r}")
+    ours, names = DENSITIES[kind]
+    found: dict[str, Any] = {"kind": ours}
+    for key, theirs in names.items():
+        values = [value for name in theirs if (value := d.get(name)) is not None]
+        if values:
+            found[key] = values[0]
+    ends = {
+        "loglogistic": (None, None),
+        "loguniform": (sigma_min, sigma_max),
+        "v_diffusion": (1e-3, 1e3),
+        "cosine_interpolated": (min(sigma_min, 1e-3), max(sigma_max, 1e3)),
+    }
+    if ours in ends:
+        low, high = (d.get(f"{end}_value", ends[ours][i]) for i, end in enumerate(("min", "max")))
+        found |= {} if not low else {"sigma_min": low}
+        found |= {} if high is None else {"sigma_max": high}
+    if ours == "loglogistic":
+        found.setdefault("loc", math.log(sigma_data))
+    if ours == "cosine_interpolated":
+        scale = size / d.number("image_d", size)  # only the ratios matter
+        found["noise_d_low"] = float(d.number("noise_d_low", 32)) * scale
+        found["noise_d_high"] = float(d.number("noise_d_high", size)) * scale
+    return found
+
+
+def _training(top: Settings, notes: list[str]) -> dict[str, Any]:
+    optimizer: dict[str, Any] = {}
+    o, schedule, ema = top.table("optimizer"), top.table("lr_sched"), top.table("ema_sched")
+    if o.get("type", "adamw") == "adamw":
+        optimizer = {
+            "lr": float(o.number("lr", 5e-4)),
+            "betas": o.list("betas", 2, default=[0.9, 0.99]),
+            "eps": float(o.number("eps", 1e-8)),
+            "weight_decay": float(o.number("weight_decay", 1e-4)),
+        }
+    else:
+        notes.append(
+            f"optimizer.type = {o.get('type')!r} has no counterpart; adamw takes its place"
+        )
+    kind = schedule.get("type", "constant")
+    if kind in SCHEDULES:
+        given = {key: schedule.get(key) for key in SCHEDULES[kind]}
+        if kind == "exponential":
+            given["steps"] = given.pop("num_steps")
+        given = {key: value for key, value in given.items() if value is not None}
+        optimizer["schedule"] = {"kind": kind, **given}
+    else:
+        notes.append(f"lr_sched.type = {kind!r} has no counterpart; a constant takes its place")
+    averaging = {}
+    if ema.get("type", "inverse") == "inverse":
+        names = {"power": ("power", 0.6667), "inv_gamma": ("inv_gamma", 1.0)}
+        averaging = {ours: float(ema.number(name, d)) for ours, (name, d) in names.items()}
+        averaging["max_decay"] = float(ema.number("max_value", 0.9999))
+    else:
+        notes.append(
+            f"ema_sched.type = {ema.get('type')!r} has no counterpart; ours takes its place"
+        )
+    return {
+        "images": 64_000_000,
+        "checkpoint_every": 640_000,
+        "batch_size": 64,
+        "label_dropout": float(top.table("dataset").number("cond_dropout_rate", 0.1)),
+        "optimizer": optimizer,
+        "ema": averaging,
+    }
+
+
+def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """A config of ours, with what did not map in its first lines -> (text, the same as notes)."""
+    config, signal, notes = from_config(raw, str(path))
+    notes += (
+        "training.images, .checkpoint_every and .batch_size are not in their config: set them "
+        "before you train",
+    )
+    if signal.sigma_data != PixelSpace.sigma_data:
+        notes += (
+            f"model.sigma_data = {signal.sigma_data:g} was left out: pixels have "
+            f"{PixelSpace.sigma_data:g} here",
+        )
+    if config.signal(0).channels != signal.channels:
+        notes += (f"model.input_channels = {signal.channels} was left out: images have 1 or 3",)
+    head = [f"Made of k-diffusion's {path.name} by `hdit convert`.", *notes]
+    comment = "".join(f"# {line}\n" for line in head)
+    table = config.model_dump(mode="json", exclude_none=True)
+    return f"{comment}\n{tomli_w.dumps(table)}", notes
+
+
+# ---- our settings -> theirs ----------------------------------------------------------------------
+
+
+def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """-> (their config, as their loader fills it in; notes on what did not map).
+
+    Raises InteropError where their model cannot be ours.
+    """
+    spec, d, notes = model.config.model, model.config.diffusion, []
+    if not isinstance(spec, HDiTSpec):
+        raise InteropError(f"{KIND} holds HDiT only, and {model.origin} is a {spec.kind}")
+    mapping, signal = spec.mapping, model.signal
+    low, high = model.config.sigma_range()
+    kinds = {ours: (theirs, keys) for theirs, (ours, keys) in ATTENTION.items()}
+    attentions = []
+    for level in spec.levels:
+        attention = level.attention
+        assert attention is not None, "resolved"
+        theirs, keys = kinds[attention.kind]
+        attentions.append({"type": theirs, **{key: getattr(attention, key) for key in keys}})
+    raw: dict[str, Any] = {
+        "model": {
+            "sigma_data": signal.sigma_data,
+            "dropout_rate": [level.dropout for level in spec.levels],
+            "augment_prob": 0.0,
+            "loss_config": "karras",
+            "loss_weighting": _their_weighting(d.weighting, signal.sigma_data),
+            "loss_scales": d.loss_scales,
+            "mapping_width": mapping.width,
+            "mapping_depth": mapping.depth,
+            "mapping_d_ff": mapping.d_ff,
+            "mapping_cond_dim": spec.vector_width,
+            "mapping_dropout_rate": mapping.dropout,
+            "d_ffs": [level.d_ff for level in spec.levels],
+            "self_attns": attentions,
+            "augment_wrapper": False,
+            "skip_stages": 0,
+            "has_variance": False,
+            "type": "image_transformer_v2",
+            "input_channels": signal.channels,
+            "input_size": [signal.height, signal.width],
+            "patch_size": [spec.patch_size, spec.patch_size],
+            "depths": [level.depth for level in spec.levels],
+            "widths": [level.width for level in spec.levels],
+            "sigma_min": low,
+            "sigma_max": high,
+            "sigma_sample_density": _their_density(d.density),
+        },
+        "dataset": {
+            "type": "imagefolder",
+            "location": getattr(model.config.data, "path", "images"),
+            "num_classes": signal.num_classes,
+            "cond_dropout_rate": model.config.training.label_dropout,
+        },
+        **_their_training(model.config),
+    }
+    for key, ours in (("loss_weighting", d.weighting), ("sigma_sample_density", d.density)):
+        if raw["model"][key] is None:
+            del raw["model"][key]
+            notes.append(f"{ours} has no counterpart in {KIND}: its model.{key} was left out")
+    back, signal_back, _ = from_config(raw, f"{KIND} config of {model.origin}")
+    check_held(KIND, model, back, signal_back)
+    return raw, tuple(notes)
+
+
+def _their_weighting(weighting: Weighting, sigma_data: float) -> str | None:
+    if isinstance(weighting, SoftMinSNR):
+        gamma = weighting.gamma
+        same = gamma is None or math.isclose(gamma * sigma_data**2, 1, rel_tol=1e-9)
+        return "soft-min-snr" if same else None
+    return next((name for name, ours in WEIGHTINGS.items() if ours == weighting), None)
+
+
+def _their_density(density: Density) -> dict[str, Any] | None:
+    def ends(spec: Any) -> dict[str, float]:
+        pairs = {"min_value": spec.sigma_min, "max_value": spec.sigma_max}
+        return {key: value for key, value in pairs.items() if value is not None}
+
+    match density:
+        case Lognormal(kind="lognormal", mean=mean, std=std, sigma_min=None, sigma_max=None):
+            return {"type": "lognormal", "mean": mean, "std": std}
+        case SplitLognormal(mode=mode, std_low=low, std_high=high, sigma_min=None, sigma_max=None):
+            return {"type": "split-lognormal", "loc": mode, "scale_1": low, "scale_2": high}
+        case LogLogistic(loc=loc, scale=scale):
+            return {"type": "loglogistic", "loc": loc, "scale": scale, **ends(density)}
+        case LogUniform():
+            return {"type": "loguniform", **ends(density)}
+        case VDiffusion():
+            return {"type": "v-diffusion", **ends(density)}
+        case CosineInterpolated(noise_d_low=low, noise_d_high=high):
+            sizes = {"noise_d_low": low, "noise_d_high": high}
+            return {"type": "cosine-interpolated", **ends(density), **sizes}
+    return None
+
+
+def _their_training(config: RunConfig) -> dict[str, Any]:
+    o, ema = config.training.optimizer, config.training.ema
+    schedule: Spec = o.schedule
+    assert isinstance(schedule, ConstantLR | InverseLR | ExponentialLR)
+    lr = schedule.model_dump()
+    lr_sched = {"type": lr.pop("kind")} | lr
+    if "steps" in lr_sched:
+        lr_sched["num_steps"] = lr_sched.pop("steps")
+    return {
+        "optimizer": {
+            "type": "adamw",
+            "lr": o.lr,
+            "betas": list(o.betas),
+            "eps": o.eps,
+            "weight_decay": o.weight_decay,
+        },
+        "lr_sched": lr_sched,
+        "ema_sched": {
+            "type": "inverse",
+            "power": ema.power,
+            "inv_gamma": ema.inv_gamma,
+            "max_value": ema.max_decay,
+        },
+    }
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def their_name(name: str) -> str:
+    """Our name of a parameter or buffer -> theirs."""
+    for ours, theirs in (
+        (".core.qk.scale", ".scale"),
+        (".core.rope.freqs", ".pos_emb.freqs"),
+        (".core.", "."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def layout(config: RunConfig, signal: Signal) -> Layout:
+    return make_layout(config, signal, lambda name, shape: Place((their_name(name),), shape))
+
+
+def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Model:
+    """The model of a .safetensors file."""
+    if "config" not in metadata:
+        raise InteropError(
+            f"{path}: has no config in its metadata, where k-diffusion's convert_for_inference.py "
+            "writes it"
+        )
+    raw = parse_json(metadata["config"], f"{path}: config in the metadata")
+    config, signal, notes = from_config(raw, f"{path}: config in the metadata")
+    ours = gather(path, layout(config, signal), tensors, config, signal)
+    classes = tuple(str(i) for i in range(signal.num_classes))
+    origin = f"{KIND} checkpoint {path.name}"
+    return Model(config, signal, classes, ours, origin, "given", notes=notes)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Their config in a JSON file."""
+    raw = read_json(path)
+    if not isinstance(raw.get("model"), dict):
+        raise InteropError(f"{path}: is no config of k-diffusion: it has no model table")
+    return raw
+
+
+def write(model: Model, path: Path) -> tuple[str, ...]:
+    """Writes a .safetensors file with its config -> notes."""
+    raw, notes = to_config(model)
+    tensors = scatter(layout(model.config, model.signal), model.state_dict)
+    save_file(tensors, path, metadata={"config": json.dumps(raw, indent=4)})
+    return notes

@@ -1,0 +1,215 @@
+"""To our folder and back: names, dtypes and values of a checkpoint come through bitwise."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from known_answers import FOLDER, load
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hdit import config, interop
+from hdit.interop import k_diffusion
+from hdit.interop.model import Model
+
+HEADS = 5  # of dit_tiny, which is none of the paper's sizes
+
+
+def assert_bitwise(actual, expected):
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_k_diffusion_round_trip_is_bitwise(name, tmp_path):
+    source = FOLDER / f"hdit_tiny_{name}.safetensors"
+    interop.convert(source, tmp_path / "ours")
+    back = interop.convert(tmp_path / "ours", tmp_path / "back.safetensors", "k-diffusion")
+    assert_bitwise(load_file(back.path), load_file(source))
+    theirs, again = metadata(source), metadata(back.path)
+    again["model"].pop("sigma_sample_density"), theirs["model"].pop("sigma_sample_density")
+    assert again["ema_sched"].pop("inv_gamma") == 1
+    assert again == theirs
+    assert interop.load(back.path).config == interop.load(source).config
+
+
+def dit_tiny(dtype=torch.float32):
+    return {name: t.to(dtype) for name, t in load("dit_tiny.safetensors").items()}
+
+
+ORDER = ["pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_facebook_round_trip_is_bitwise(dtype, tmp_path):
+    theirs = dit_tiny(dtype)
+    torch.save(theirs, tmp_path / "dit.pt")
+    interop.convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
+    done = interop.convert(tmp_path / "ours", tmp_path / "back.pt", "facebook-dit")
+    back = torch.load(done.path, weights_only=True)
+    assert_bitwise(back, theirs)
+    assert list(dict.fromkeys(name.split(".")[0] for name in back)) == ORDER
+    assert "--num-heads 5" in done.notes[-1]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_facebook_training_checkpoint_gives_its_ema_or_raw_weights(raw, tmp_path):
+    ema, trained = dit_tiny(), {name: t + 1 for name, t in dit_tiny().items()}
+    args = Namespace(model="DiT-S/2", image_size=64, num_classes=7, results_dir="results")
+    saved = {"model": trained, "ema": ema, "opt": {"state": {}}, "args": args}
+    torch.save(saved, tmp_path / "0050000.pt")
+    model = interop.load(tmp_path / "0050000.pt", raw=raw, num_heads=HEADS)
+    assert model.weights == ("model" if raw else "ema")
+    name = "final_layer.linear.weight"
+    assert torch.equal(model.state_dict[name], (trained if raw else ema)[name])
+
+
+@pytest.fixture
+def diffusers_folder(tmp_path):
+    """A DiT as diffusers saves it, in a pipeline with names of classes."""
+    diffusers = pytest.importorskip("diffusers", reason="the extra [dev] brings diffusers")
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=3,
+        norm_eps=1e-6,
+    )
+    blocks = model.transformer_blocks
+    for block in blocks:  # as a trained one has them
+        block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(tmp_path / "theirs" / "transformer")
+    index = {"id2label": {"0": "crane", "1": "tench, Tinca tinca", "2": "crane, a bird"}}
+    (tmp_path / "theirs" / "model_index.json").write_text(json.dumps(index))
+    return tmp_path / "theirs"
+
+
+def diffusers_weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_diffusers_round_trip_is_bitwise(diffusers_folder, tmp_path):
+    interop.convert(diffusers_folder, tmp_path / "ours")
+    interop.convert(tmp_path / "ours", tmp_path / "back", "diffusers")
+    assert_bitwise(
+        diffusers_weights(tmp_path / "back"), diffusers_weights(diffusers_folder / "transformer")
+    )
+    theirs, back = (
+        json.loads((f / "config.json").read_text())
+        for f in (diffusers_folder / "transformer", tmp_path / "back")
+    )
+    theirs.pop("_diffusers_version")
+    assert back == theirs
+
+
+def test_diffusers_pipeline_gives_its_classes_names_and_schedule(diffusers_folder):
+    scheduler = {"num_train_timesteps": 500, "beta_start": 2e-4, "beta_end": 0.01}
+    scheduler |= {"beta_schedule": "linear", "prediction_type": "epsilon"}
+    (diffusers_folder / "scheduler").mkdir()
+    (diffusers_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    model = interop.load(diffusers_folder)
+    assert model.classes == ("crane (0)", "tench", "crane (2)")
+    expected = torch.linspace(2e-4, 0.01, 500, dtype=torch.float64)
+    torch.testing.assert_close(model.config.schedule.betas(), expected)
+    assert interop.load(diffusers_folder / "transformer").classes == model.classes
+
+
+def test_diffusers_blocks_that_do_not_share_embedders_are_refused(diffusers_folder):
+    path = diffusers_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path)
+    with pytest.raises(interop.InteropError, match=rf"{name} differs from transformer_blocks\.0"):
+        interop.load(diffusers_folder)
+
+
+def test_facebook_to_diffusers_and_back_is_bitwise(tmp_path):
+    """But for the table of positions, which diffusers computes: ours is theirs to float32."""
+    interop.convert(FOLDER / "dit_tiny.safetensors", tmp_path / "folder", "diffusers")
+    interop.convert(tmp_path / "folder", tmp_path / "back.pt", "facebook-dit")
+    theirs, back = dit_tiny(), torch.load(tmp_path / "back.pt", weights_only=True)
+    torch.testing.assert_close(back.pop("pos_embed"), theirs.pop("pos_embed"), atol=1e-6, rtol=0)
+    assert_bitwise(back, theirs)
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+DENSITIES = [
+    {"kind": "lognormal", "mean": -1.0, "std": 1.5},
+    {"kind": "split_lognormal", "mode": -1.0, "std_low": 0.7, "std_high": 1.3},
+    {"kind": "loglogistic", "loc": -0.5, "scale": 0.4, "sigma_max": 80.0},
+    {"kind": "loguniform", "sigma_min": 0.02, "sigma_max": 90.0},
+    {"kind": "v_diffusion", "sigma_min": 0.002, "sigma_max": 800.0},
+    {"kind": "cosine_interpolated", "noise_d_low": 16.0, "noise_d_high": 128.0},
+]
+WEIGHTINGS = [{"kind": "edm"}, {"kind": "eps"}, {"kind": "soft_min_snr", "gamma": 4.0}]
+SCHEDULES = [
+    {"kind": "constant", "warmup": 0.9},
+    {"kind": "inverse", "inv_gamma": 100.0, "power": 0.5, "min_lr": 1e-6},
+    {"kind": "exponential", "steps": 1000.0, "decay": 0.7},
+]
+
+
+def changed(**diffusion):
+    """The tiny model with other settings of the diffusion."""
+    model = interop.load(FOLDER / "hdit_tiny_fp32.safetensors")
+    raw = model.config.model_dump(mode="json", exclude_none=True)
+    schedule = diffusion.pop("lr_schedule", None)
+    raw["diffusion"] |= diffusion
+    if schedule:
+        raw["training"]["optimizer"]["schedule"] = schedule
+    settings = config.parse(raw, "changed")
+    return Model(settings, model.signal, model.classes, model.state_dict, "the tiny model")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"density": density} for density in DENSITIES),
+        *({"weighting": weighting} for weighting in WEIGHTINGS),
+        *({"lr_schedule": schedule} for schedule in SCHEDULES),
+        {"loss_scales": 3},
+    ],
+    ids=str,
+)
+def test_k_diffusion_settings_come_back_as_they_went(settings):
+    model = changed(**settings)
+    raw, notes = k_diffusion.to_config(model)
+    assert not notes
+    back, _, _ = k_diffusion.from_config(json.loads(json.dumps(raw)), "back.json")
+    assert back.diffusion == model.config.diffusion
+    assert back.training == model.config.training
+
+
+def test_k_diffusion_training_settings_without_counterpart_are_named():
+    model = changed(weighting={"kind": "min_snr"}, density={"kind": "uniform_flow"})
+    raw, notes = k_diffusion.to_config(model)
+    assert "min_snr" in notes[0]
+    assert "uniform_flow" in notes[1]
+    assert not {"loss_weighting", "sigma_sample_density"} & set(raw["model"])
+
+
+def test_k_diffusion_config_alone_becomes_a_config_of_ours(tmp_path):
+    raw = load("hdit_tiny_config_input.json") | {"optimizer": {"type": "sgd", "lr": 0.1}}
+    raw["model"] = raw["model"] | {"augment_prob": 0.12}
+    (tmp_path / "theirs.json").write_text(json.dumps(raw))
+    done = interop.convert(tmp_path / "theirs.json", tmp_path / "ours.toml")
+    settings = config.load(tmp_path / "ours.toml")
+    assert settings.model == interop.load(FOLDER / "hdit_tiny_fp32.safetensors").config.model
+    text = (tmp_path / "ours.toml").read_text()
+    for named in ("model.augment_prob = 0.12", "optimizer.type = 'sgd'", "optimizer.lr = 0.1"):
+        assert any(note.startswith(named) for note in done.notes), named
+        assert f"# {named}" in text
