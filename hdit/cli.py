@@ -91,6 +91,10 @@ def sample(
         str | None,
         typer.Option(metavar="NAME", help="euler, heun, dpmpp_2m, dpmpp_3m_sde, ddim, ddpm, ..."),
     ] = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="karras, exponential, vp, linear_t, flow, ..."),
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
     ] = None,
@@ -112,7 +116,7 @@ def sample(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; then one more each.")
+        int, typer.Option(min=0, max=2**62, help="Seed of the first image; then one more each.")
     ] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once.")] = None,
     raw: Annotated[
@@ -133,7 +137,7 @@ def sample(
     What is not given comes from the run's own [sampling] settings, which --set can change.
     """
 
-    from hdit.config import apply, parse, set_key
+    from hdit.config import apply, parse
     from hdit.protocols import UserError
     from hdit.training.checkpoint import find
 
@@ -145,14 +149,24 @@ def sample(
     if guidance is not None:
         settings["sampling"]["guidance"]["scale"] = guidance
     if sampler is not None:
-        set_key(settings, f'sampling.sampler={{kind="{sampler}"}}')
+        settings["sampling"]["sampler"] = {"kind": sampler}
+    if ladder is not None:
+        settings["sampling"]["ladder"] = {"kind": ladder}
     for override in overrides or []:
         _only_sampling(override)
     apply(settings, overrides or [])
     config = parse(settings, str(source))
     chosen = _labels(labels, number, found)
+    unguided = weak is None and config.sampling.guidance.scale == 1
+    for override in overrides or []:
+        if unguided and override.startswith("sampling.guidance."):
+            raise UserError(f"--set {override!r}: has no effect without --guidance or --weak")
     if weak_scale is not None and weak is None:
         raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
+    if weak_scale == 1:
+        raise UserError("--weak-scale: 1 is no guidance; leave out --weak, or set another scale")
+    if steps is not None and config.sampling.sampler.kind == "dpm_adaptive":
+        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
     weak_scale = 2.0 if weak_scale is None else weak_scale
     worse = _find_weak(weak, found, config) if weak else None
     seeds = list(range(seed, seed + number))

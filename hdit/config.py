@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from hdit.data import DataSpec
 from hdit.diffusion.ladders import Karras, Ladder, LinearT
-from hdit.diffusion.noise import CosineInterpolated, Density, LogLogistic, UniformVP
+from hdit.diffusion.noise import CosineInterpolated, Density, LogLogistic, UniformVP, WithBounds
 from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrization
 from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
 from hdit.diffusion.vp import CosineSchedule, LinearSchedule, Schedule
@@ -127,6 +127,7 @@ class SamplingSpec(Spec):
     sigma_min: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 0.01")
     sigma_max: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 160")
     guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
+    precision: Literal["fp32", "bf16"] | None = Field(None, description="training's if absent")
     batch_size: int = Field(64, gt=0, description="images that are sampled at once")
     grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
 
@@ -204,6 +205,14 @@ class RunConfig(Spec):
             density = _filled(density, noise_d_low=float(min(32, size)), noise_d_high=float(size))
         if isinstance(density, LogLogistic):
             density = _filled(density, loc=math.log(signal.sigma_data))
+        if isinstance(density, WithBounds):
+            low, high, _ = self.model_copy(update={"diffusion": diffusion}).valid_range()
+            start, end = density.usual
+            density = _filled(
+                density,
+                sigma_min=max(start or 0.0, low) or None,
+                sigma_max=None if end is None and high == math.inf else min(end or high, high),
+            )
         sampler = self.sampling.sampler
         if isinstance(sampler, DDPM):
             sampler = _filled(sampler, variance="learned" if d.learned_variance else "lower")
@@ -228,6 +237,14 @@ class RunConfig(Spec):
         problems += self._check_sampling()
         if isinstance(self.model, HDiTSpec) and self.model.vector_width:
             problems.append(("model.vector_width", "must be 0: no data brings such vectors yet"))
+        lr, schedule = self.training.optimizer.lr, self.training.optimizer.schedule
+        if not isinstance(schedule, ConstantLR) and schedule.min_lr > lr:
+            problems.append(
+                (
+                    "training.optimizer.schedule.min_lr",
+                    f"must be at most training.optimizer.lr ({lr:g}), got {schedule.min_lr:g}",
+                )
+            )
         if self.training.gradient_noise_scale and self.training.accumulate == 1:
             problems.append(
                 (
@@ -292,7 +309,7 @@ class RunConfig(Spec):
                 "'uniform_vp', noise_label 'timestep', learned_variance, ladder 'linear_t')",
             )
         low, high, by = self.valid_range()
-        bounded = "sigma_min" in type(d.density).model_fields
+        bounded = isinstance(d.density, WithBounds)
         ranges = {
             "diffusion.density": (d.density.sigma_range(self.signal(0), self.schedule), bounded),
             "sampling": (self.sigma_range(), True),

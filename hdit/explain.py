@@ -81,7 +81,7 @@ def explain(root: type[Spec], error: Any) -> str:
     """One line for one of the errors that validating a `root` gave."""
     place = _locate(root, error["loc"])
     path, holder, description = place.path, place.holder, place.description
-    got = _show(error["input"])
+    last, got = path.rpartition(".")[2], _show(error["input"])
     about = f" ({description})" if description else ""
     match error["type"]:
         case "extra_forbidden":
@@ -94,11 +94,14 @@ def explain(root: type[Spec], error: Any) -> str:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             return f"{path}.kind: must be one of {tags}, got {error['ctx']['tag']!r}{hint}"
         case "union_tag_not_found":
-            key = path.rpartition(".")[2]
-            members = _specs(holder.model_fields[key].annotation) if holder else []
+            members = _specs(holder.model_fields[last].annotation) if holder else []
             kinds = [_kind(member) for member in members]
             return f"{path}.kind: required, but not set; one of {kinds}"
         case "model_type" | "model_attributes_type":
+            field = holder.model_fields.get(last) if holder else None
+            members = _specs(field.annotation) if field else []
+            if isinstance(error["input"], str) and error["input"] in map(_kind, members):
+                about = f"; write {path} = {{ kind = {got} }}, or set {path}.kind"
             return f"{path}: must be a table, got {got}{about}"
         case _:
             message = error["msg"].removeprefix("Value error, ")

@@ -141,7 +141,7 @@ class Space(Protocol):
 
 
 NoiseSource = Callable[[float, float], Tensor]
-"""(sigma_from, sigma_to) -> standard normal noise of x's shape for that stretch of a sampler."""
+"""(sigma_from, sigma_to) -> standard normal noise for that stretch, with x's shape and dtype."""
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """(step, x, denoised), called at the first evaluation of each step of a sampler."""

@@ -44,14 +44,17 @@ class Stream:
 
     def __init__(self, seed: int, device: torch.device):
         self.device = device
-        self.cpu = np.random.Generator(np.random.Philox(key=seed))
-        self.cuda = None if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+        self.generator: np.random.Generator | torch.Generator
+        if device.type == "cpu":
+            self.generator = np.random.Generator(np.random.Philox(key=seed))
+        else:
+            self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """The next noise: float32 of this shape, on the device."""
-        if self.cuda is not None:
-            return torch.randn(*shape, generator=self.cuda, device=self.device)
-        return torch.from_numpy(self.cpu.standard_normal(tuple(shape), dtype=np.float32))
+        if isinstance(self.generator, torch.Generator):
+            return torch.randn(*shape, generator=self.generator, device=self.device)
+        return torch.from_numpy(self.generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
 def streams(seed: int, purpose: str, counters: np.ndarray, device: torch.device) -> list[Stream]:

@@ -14,14 +14,16 @@ from hdit import randomness
 from hdit.config import RunConfig
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.guidance import cfg
+from hdit.diffusion.guidance import Batching, cfg
 from hdit.protocols import Backbone, Cond, Signal, UserError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def make_denoiser(backbone: Backbone, config: RunConfig, signal: Signal) -> Denoiser:
-    """The denoiser that a config makes of a backbone."""
+def make_denoiser(
+    backbone: Backbone, config: RunConfig, signal: Signal, precision: str | None = None
+) -> Denoiser:
+    """The denoiser that a config makes of a backbone; in the precision of training if not told."""
     d = config.diffusion
     assert d.noise_label is not None, "the config must be resolved"
     return Denoiser(
@@ -31,20 +33,23 @@ def make_denoiser(backbone: Backbone, config: RunConfig, signal: Signal) -> Deno
         signal.sigma_data,
         table=d.schedule,
         learned_variance=d.learned_variance,
-        autocast=AUTOCAST[config.training.precision],
+        autocast=AUTOCAST[precision or config.training.precision],
     )
 
 
 def check_guidance(config: RunConfig, signal: Signal) -> None:
     """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
-    scale = config.sampling.guidance.scale
-    if scale == 1:
+    guidance = config.sampling.guidance
+    if guidance.scale == 1:
         return
-    got = f"sampling.guidance: {scale:g} has no meaning here: "
+    got = f"sampling.guidance.scale: {guidance.scale:g} has no meaning here: "
     if signal.num_classes == 0:
         raise UserError(got + "the model has no classes; leave it at 1")
     if config.training.label_dropout == 0:
-        raise UserError(got + "training.label_dropout is 0, so it never saw images without a class")
+        raise UserError(
+            got + "training.label_dropout was 0, so the model never saw images without a class; "
+            "leave it at 1, or train with label_dropout = 0.1"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,13 @@ def sample(
     """
     spec, guidance = config.sampling, config.sampling.guidance
     networks = [_Counted(backbone)]
-    denoiser = make_denoiser(networks[0], config, signal)
+    denoiser = make_denoiser(networks[0], config, signal, spec.precision)
     if weak:
         networks.append(_Counted(weak.backbone.eval()))
-        weak_denoiser = make_denoiser(networks[1], weak.config, signal)
+        weak_denoiser = make_denoiser(networks[1], weak.config, signal, spec.precision)
     sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
+    options = guidance.model_dump(exclude={"scale", "batched"})
+    options["batching"] = Batching(guidance.batched)
     start = config.diffusion.parametrization.start(sigmas[0].item())
 
     @torch.inference_mode()
@@ -110,13 +117,8 @@ def sample(
         cond = Cond(None if labels is None else torch.tensor(labels, device=device))
         denoise = denoiser.bind(cond)
         if weak:
-            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale)
-        denoise = cfg(
-            denoise,
-            denoiser.bind(cond.null()),
-            guidance.scale,
-            **guidance.model_dump(exclude={"scale"}),
-        )
+            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale, **options)
+        denoise = cfg(denoise, denoiser.bind(cond.null()), guidance.scale, **options)
         before = sum(network.images for network in networks)
         x0 = spec.sampler(
             denoise,

@@ -219,10 +219,8 @@ def test_sample_with_a_weak_model_guides_away_from_it(run, hdit, tmp_path):
         return pictures(tmp_path / name), record
 
     plain, alone = sampled("plain")
-    same, _ = sampled("same", "--weak", weak, "--weak-scale", 1)
     guided, record = sampled("guided", "--weak", weak, "--weak-scale", 40)
     _, by_default = sampled("default", "--weak", weak)
-    assert all((same[name] == plain[name]).all() for name in plain)
     assert any((guided[name] != plain[name]).any() for name in plain)
     assert alone["evaluations"] == 2
     assert record["evaluations"] == 4

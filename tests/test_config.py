@@ -188,6 +188,7 @@ def test_config_sampling_range_is_that_of_the_ladder_within_the_parametrization(
 
 
 UNIFORM_VP = "diffusion.density={kind='uniform_vp'}"
+LOW = "diffusion.density={kind='cosine_interpolated', sigma_min=0.001}"
 LEARNED = "diffusion.learned_variance=true"
 
 
@@ -534,8 +535,7 @@ def test_config_accumulate_that_does_not_divide_the_batch_is_named():
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("diffusion.density={kind='cosine_interpolated'}", "diffusion.density"),
-        ("diffusion.density={kind='lognormal'}", "diffusion.density"),
+        ("diffusion.density={kind='cosine_interpolated', sigma_max=200}", "diffusion.density"),
         ("diffusion.density={kind='lognormal', sigma_min=0.1, sigma_max=500}", "diffusion.density"),
         ("diffusion.density={kind='lognormal', sigma_min=1e-3, sigma_max=5}", "diffusion.density"),
         ("sampling.sigma_max=200", "sampling"),
@@ -605,7 +605,7 @@ FLOW = "diffusion.parametrization={kind='flow'}"
     ("override", "key"),
     [
         ("diffusion.density={kind='uniform_flow', sigma_max=1000}", "diffusion.density"),
-        ("diffusion.density={kind='v_diffusion'}", "diffusion.density"),
+        ("diffusion.density={kind='v_diffusion', sigma_max=1000}", "diffusion.density"),
         ("sampling.sigma_max=1000", "sampling"),
     ],
 )
@@ -628,9 +628,13 @@ def test_config_flow_takes_the_logit_normal_densities_of_the_paper(mean, std):
 @pytest.mark.parametrize(
     "overrides",
     [
-        [LEARNED],
+        [LEARNED, LOW],
         [LEARNED, "diffusion.density={kind='lognormal', sigma_min=0.001, sigma_max=100}"],
-        ["diffusion.noise_label=timestep", "diffusion.schedule={}"],
+        [
+            "diffusion.noise_label=timestep",
+            "diffusion.schedule={}",
+            LOW,
+        ],
     ],
 )
 def test_config_noise_levels_beyond_the_timesteps_are_named(overrides):
@@ -641,10 +645,10 @@ def test_config_noise_levels_beyond_the_timesteps_are_named(overrides):
 
 def test_config_noise_levels_beyond_the_timesteps_are_blamed_on_what_goes_by_them():
     """EDM has no range of its own: another parametrization would not mend it."""
-    [line] = complaints(LEARNED)
+    [line] = complaints(LEARNED, LOW)
     assert "learned_variance" in line
     assert "another parametrization" not in line
-    [line] = complaints("diffusion.noise_label=timestep", "diffusion.schedule={}")
+    [line] = complaints("diffusion.noise_label=timestep", "diffusion.schedule={}", LOW)
     assert "noise_label" in line
 
 
@@ -1099,3 +1103,45 @@ def test_config_density_beyond_float32_is_refused(density):
     [line] = complaints(f"diffusion.density={{kind='{density}}}")
     assert line.startswith("diffusion.density: noise levels ")
     assert "beyond float32's reach; set sigma_min and sigma_max" in line
+
+
+@pytest.mark.parametrize("parametrization", ["edm", "v", "eps_vp", "x0", "flow"])
+@pytest.mark.parametrize(
+    "density",
+    [
+        "cosine_interpolated",
+        "lognormal",
+        "split_lognormal",
+        "loglogistic",
+        "loguniform",
+        "v_diffusion",
+        "uniform_flow",
+        "logit_normal_flow",
+        "uniform_vp",
+    ],
+)
+@pytest.mark.parametrize("learned", ["true", "false"])
+def test_any_parametrization_goes_with_any_density_and_variance(parametrization, density, learned):
+    """Bounds that are not set are those within which the denoiser is defined."""
+    config = changed(
+        f"diffusion.parametrization.kind={parametrization}",
+        f"diffusion.density.kind={density}",
+        f"diffusion.learned_variance={learned}",
+    )
+    low, high, _ = config.valid_range()
+    start, end = config.diffusion.density.sigma_range(config.signal(0), config.schedule)
+    assert low * (1 - 1e-6) <= start < end <= high * (1 + 1e-6)
+    sigmas = config.sampling.ladder(9, *config.sigma_range(), config.schedule)
+    assert low * (1 - 1e-6) <= sigmas[-2] < sigmas[0] <= high * (1 + 1e-6)
+
+
+def test_config_rate_below_which_it_must_not_fall_is_at_most_its_own():
+    schedule = "training.optimizer.schedule={kind='inverse', min_lr=0.1}"
+    [line] = complaints(schedule)
+    assert line.startswith("training.optimizer.schedule.min_lr: must be at most ")
+
+
+def test_config_kind_without_its_table_is_shown_one():
+    [line] = complaints("diffusion.parametrization=flow")
+    assert line.startswith("diffusion.parametrization: must be a table, got 'flow'; write ")
+    assert "{ kind = 'flow' }" in line

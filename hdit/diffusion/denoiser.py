@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hdit.diffusion.broadcast import per_image
 from hdit.diffusion.parametrization import NOISE_LABELS, Parametrization, Scales
 from hdit.diffusion.vlb import vlb
 from hdit.diffusion.vp import VPTable
@@ -15,16 +16,12 @@ from hdit.diffusion.weighting import Weighting, mean_square
 from hdit.protocols import Backbone, Cond, Denoise
 
 
-def per_image(scale: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b 1 1 1) in the dtype of `like`."""
-    return scale.to(like.dtype)[:, None, None, None]
-
-
 class Denoiser:
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise), and its loss.
 
-    Coefficients are computed in float64 and applied in x's dtype, float32 in training; only the
-    call of the backbone runs under `autocast`, where a dtype is given. `table` is the schedule
+    Coefficients are computed in float64 and applied in x's dtype, which is that of the backbone's
+    parameters, float32 but for tests; only the call of the backbone runs under `autocast`, where a
+    dtype is given. `table` is the schedule
     whose timesteps the noise label tells and the learned variance goes by, if there is one. With
     `learned_variance` the backbone gives 2c channels, F and then v.
     """
@@ -45,14 +42,14 @@ class Denoiser:
         self.table, self.learned_variance, self.autocast = table, learned_variance, autocast
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """x (b c h w) = x0 + sigma * noise, sigma (b,) -> estimate of x0 (b c h w)."""
+        """x (b c h w) = x0 + sigma * noise, sigma (b,) > 0 -> estimate of x0 (b c h w)."""
         return self.moments(x, sigma, cond)[0]
 
     def moments(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """-> (estimate of x0, v of the learned variance or None), each (b c h w)."""
-        scales = self.parametrization(sigma.double(), self.sigma_data)
-        f, v = self._network(x, sigma, scales, cond)
-        return self._denoised(x, f, scales), v
+        c = self.parametrization(sigma.double(), self.sigma_data)
+        f, v = self._network(x, sigma, c, cond)
+        return self._denoised(x, f, c), v
 
     def bind(self, cond: Cond) -> Denoise:
         """The denoiser of these conditions, as samplers and guidance take it."""
@@ -65,13 +62,13 @@ class Denoiser:
         sigma: Tensor,
         cond: Cond,
         weighting: Weighting,
-        scales: int = 1,
+        loss_scales: int = 1,
     ) -> Tensor:
         """lambda(sigma) * mean |D(x0 + sigma * noise; sigma) - x0|^2 of each image -> (b,).
 
-        Computed as lambda c_out^2 |F - target|^2, so that nothing cancels at small sigma. `scales`
-        other than 1 takes the multi-scale mean. A learned variance adds its bound, in bits per
-        dimension, which moves v alone.
+        Computed as lambda c_out^2 |F - target|^2, so that nothing cancels at small sigma.
+        `loss_scales` other than 1 takes the multi-scale mean. A learned variance adds its bound, in
+        bits per dimension, which moves v alone.
         """
         sigma = sigma.double()
         c = self.parametrization(sigma, self.sigma_data)
@@ -79,7 +76,7 @@ class Denoiser:
         of_x0 = per_image((1 - c.c_skip) / c.c_out, x0)
         of_noise = per_image(c.c_skip * sigma / c.c_out, x0)
         f, v = self._network(x, sigma, c, cond)
-        error = mean_square(f - (of_x0 * x0 - of_noise * noise), scales)
+        error = mean_square(f - (of_x0 * x0 - of_noise * noise), loss_scales)
         weight = weighting(sigma, self.sigma_data) * c.c_out.square()
         loss = weight.to(error.dtype) * error
         if v is None or self.table is None:
@@ -87,16 +84,16 @@ class Denoiser:
         denoised = self._denoised(x, f.detach(), c)
         return loss + vlb(x0, sigma, denoised, v, self.table)
 
-    def _denoised(self, x: Tensor, f: Tensor, scales: Scales) -> Tensor:
-        return per_image(scales.c_skip, x) * x + per_image(scales.c_out, x) * f
+    def _denoised(self, x: Tensor, f: Tensor, c: Scales) -> Tensor:
+        return per_image(c.c_skip, x) * x + per_image(c.c_out, x) * f
 
     def _network(
-        self, x: Tensor, sigma: Tensor, scales: Scales, cond: Cond
+        self, x: Tensor, sigma: Tensor, c: Scales, cond: Cond
     ) -> tuple[Tensor, Tensor | None]:
         """F(c_in x, c_noise), and v where the variance is learned, in x's dtype."""
         c_noise = self.label(sigma.double(), self.sigma_data, self.table).to(x.dtype)
         with self._precision(x.device.type):
-            out = self.backbone(per_image(scales.c_in, x) * x, c_noise, cond)
+            out = self.backbone(per_image(c.c_in, x) * x, c_noise, cond)
         out = out.to(x.dtype)
         if not self.learned_variance:
             return out, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hdit.diffusion.broadcast import per_image
 from hdit.protocols import Denoise, NoiseSource, OnStep, SolverError
 
 
@@ -27,13 +28,13 @@ def _solver_step(
         return torch.expm1(fraction * h)
 
     def moved(fraction: float) -> Tensor:
-        return x - _of_image(at(fraction) * gain(fraction), x) * eps
+        return x - per_image(at(fraction) * gain(fraction), x) * eps
 
     if order == 1:
         return moved(1), eps
     eps_r = _eps(denoise, moved(r), at(r))
     if order == 2:
-        return moved(1) - _of_image(at(1) * gain(1) / (2 * r), x) * (eps_r - eps), eps_r
+        return moved(1) - per_image(at(1) * gain(1) / (2 * r), x) * (eps_r - eps), eps_r
     return _third_order(denoise, x, eps, eps_r, lam, h, r), eps_r
 
 
@@ -44,25 +45,26 @@ def _third_order(
     r2 = 2 * r
     middle, end = (-(lam + r2 * h)).exp(), (-(lam + h)).exp()
     gain2, gain = torch.expm1(r2 * h), torch.expm1(h)
-    x_middle = x - _of_image(middle * gain2, x) * eps
-    x_middle = x_middle - _of_image(middle * (r2 / r) * (gain2 / (r2 * h) - 1), x) * (eps_r - eps)
+    x_middle = x - per_image(middle * gain2, x) * eps
+    x_middle = x_middle - per_image(middle * (r2 / r) * (gain2 / (r2 * h) - 1), x) * (eps_r - eps)
     eps_middle = _eps(denoise, x_middle, middle)
-    x = x - _of_image(end * gain, x) * eps
-    return x - _of_image(end / r2 * (gain / h - 1), x) * (eps_middle - eps)
-
-
-def _of_image(factor: Tensor, x: Tensor) -> Tensor:
-    return factor.to(x.dtype)[:, None, None, None]
+    x = x - per_image(end * gain, x) * eps
+    return x - per_image(end / r2 * (gain / h - 1), x) * (eps_middle - eps)
 
 
 def _eps(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
     """sigma (b,) float64 -> the slope (x - D)/sigma."""
-    return (x - denoise(x, sigma.to(x.dtype))) / _of_image(sigma, x)
+    return (x - denoise(x, sigma.to(x.dtype))) / per_image(sigma, x)
 
 
 def _ends(sigmas: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """lam at the start and at the last positive level, for each image: (b,) float64."""
     last = sigmas[sigmas > 0][-1]
+    if len(sigmas) < 2 or last > sigmas[0]:
+        raise ValueError(
+            "a ladder must have at least two noise levels that decrease, got "
+            f"{sigmas[0].item():.6g} to {sigmas[-1].item():.6g} in {len(sigmas)}"
+        )
     start, end = (-s.double().log().to(x.device).expand(len(x)) for s in (sigmas[0], last))
     return start, end
 
@@ -90,7 +92,7 @@ def dpm_fast(
         sigma = (-lam).exp()
         eps = _eps(denoise, x, sigma)
         if on_step:
-            on_step(i, x, x - _of_image(sigma, x) * eps)
+            on_step(i, x, x - per_image(sigma, x) * eps)
         x, _ = _solver_step(denoise, x, eps, lam, h, order, 1 / 3 if order == 3 else 0.5)
         lam = lam + h
     return denoise(x, (-lam).exp().to(x.dtype)) if to_zero else x
@@ -132,7 +134,7 @@ def dpm_adaptive(
         sigma = (-lam).exp()
         eps = _eps(denoise, x, sigma)
         if on_step:
-            on_step(i, x, x - _of_image(sigma, x) * eps)
+            on_step(i, x, x - per_image(sigma, x) * eps)
         r = 0.5 if order == 2 else 1 / 3
         x_low, eps_r = _solver_step(denoise, x, eps, lam, step, order - 1, r)
         if order == 2:

@@ -27,6 +27,16 @@ class WithVariance:
         return self.moments(x, sigma)[0]
 
 
+@dataclass
+class Batching:
+    """Whether two evaluations of one network go in one call of double batch.
+
+    Shared by calls of `cfg`, it remembers that the memory did not suffice.
+    """
+
+    together: bool = True
+
+
 def cfg(
     cond: Denoise,
     uncond: Denoise,
@@ -35,7 +45,7 @@ def cfg(
     interval: tuple[float, float] | None = None,
     channels: int | None = None,
     rescale: float = 0.0,
-    batched: bool = True,
+    batching: Batching | None = None,
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans, 2022) on x0: D_u + scale * (D_c - D_u).
 
@@ -48,14 +58,14 @@ def cfg(
         published DiT samples.
     rescale: 0 to 1, how far the standard deviation of each guided image goes back to that of
         `cond` (Lin et al., 2024, section 3.4; here of x0).
-    batched: one call of double batch where both are of the same network, else two. Where its
-        memory does not suffice, two calls take its place, and that is logged.
+    batching: one call of double batch where both are of the same network, else two. Where the
+        memory does not suffice, two calls take its place from then on, and that is logged.
 
     A learned variance is that of `cond`.
     """
     if scale == 1:
         return cond
-    pair = _Pair(cond, uncond, batched)
+    pair = _Pair(cond, uncond, batching or Batching())
 
     def guide(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         inside = torch.ones_like(sigma, dtype=torch.bool)
@@ -105,18 +115,18 @@ def _joined(first: Denoise, second: Denoise) -> Denoise | None:
 class _Pair:
     """Evaluates two denoisers -> ((x0, v) of the first, x0 of the second)."""
 
-    def __init__(self, first: Denoise, second: Denoise, batched: bool):
-        self.first, self.second = first, second
-        self.both = _joined(first, second) if batched else None
+    def __init__(self, first: Denoise, second: Denoise, batching: Batching):
+        self.first, self.second, self.batching = first, second, batching
+        self.both = _joined(first, second)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        if self.both is not None:
+        if self.both is not None and self.batching.together:
             n = len(x)
             try:
                 d, v = _moments(self.both, torch.cat([x, x]), torch.cat([sigma, sigma]))
                 return (d[:n], None if v is None else v[:n]), d[n:]
             except torch.OutOfMemoryError as error:
-                self.both = None
+                self.batching.together = False
                 log.warning(
                     "guidance goes on with two calls of %d images: no memory for one of %d (%s)",
                     *(n, 2 * n, error),

@@ -31,9 +31,16 @@ def log_likelihood(
 
     There the density is taken as N(0, sigma_max^2). The divergence is Hutchinson's estimate with
     one `probe` for the whole way, shaped as x: of 1 and -1 at random (Rademacher), unbiased over
-    them, exact where the Jacobian of the denoiser is diagonal. Solved in ln(sigma) by `dopri5`;
-    rtol and atol are of x and of ln p, of each image.
+    them, exact where the Jacobian of the denoiser is diagonal. Solved in ln(sigma) by `dopri5`,
+    whose steps are those that the hardest image of the batch needs: rtol and atol bound the error
+    of one step, as a root mean square over x and ln p together.
     """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"sigma_min must be above 0 and below sigma_max, got {sigma_min:g} and {sigma_max:g}"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("needs gradients of the denoiser: call it outside torch.inference_mode")
     b, size = len(x), x[0].numel()
     probe = probe.to(x)
     evaluations = 0
@@ -99,8 +106,9 @@ def dopri5(
     t, h = start, (end - start) / 20
     k1 = slope(t, y)
     while t < end:
+        last = h >= end - t
         h = min(h, end - t)
-        if h < 1e-10 * (end - start):
+        if not last and h < 1e-10 * (end - start):
             raise SolverError(
                 f"the solver came to a stop at {t:.6g} of {start:.6g} to {end:.6g}: the slope is "
                 "not smooth, or not finite; try a larger tolerance"
@@ -114,7 +122,7 @@ def dopri5(
         scale = atol + rtol * torch.maximum(y.abs(), y_next.abs())
         error = float((difference / scale).square().mean(1).sqrt().max())
         if error <= 1:
-            t, y, k1 = t + h, y_next, k[-1]
+            t, y, k1 = end if last else t + h, y_next, k[-1]
         growth = 0.9 * error**-0.2 if error > 0 else 10.0
         h *= min(max(growth, 0.2), 10.0) if math.isfinite(error) else 0.2
     return y

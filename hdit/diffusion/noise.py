@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,19 @@ class DensitySpec(Spec):
         return low, high
 
 
-class Bounded(DensitySpec):
+class WithBounds(DensitySpec):
+    """Base of the densities between two noise levels; `usual` are those where none are set."""
+
+    sigma_min: float | None = Field(None, gt=0, description="the usual one if absent")
+    sigma_max: float | None = Field(None, gt=0, description="the usual one if absent")
+    usual: ClassVar[tuple[float | None, float | None]]
+
+    def bounds(self) -> tuple[float | None, float | None]:
+        """(lowest, highest) noise level, or None where there is no bound."""
+        return self.sigma_min or self.usual[0], self.sigma_max or self.usual[1]
+
+
+class Bounded(WithBounds):
     """Base of the densities that are a distribution F cut at sigma_min and sigma_max.
 
     sigma is the quantile of a probability that goes from F(sigma_min) to F(sigma_max). Where a
@@ -45,8 +57,7 @@ class Bounded(DensitySpec):
     complement, so that a bound far out in either tail is kept to the last digits.
     """
 
-    sigma_min: float | None = Field(None, gt=0)
-    sigma_max: float | None = Field(None, gt=0)
+    usual: ClassVar[tuple[float | None, float | None]] = (None, None)
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
         """-> (that of a noise level below sigma, that of one above)."""
@@ -60,14 +71,14 @@ class Bounded(DensitySpec):
         u = u.double()
         tail = u.new_tensor([TAIL, 1 - TAIL])
         low, high = tail, tail.flip(0)  # (below, above) at each end
-        if self.sigma_min is not None:
-            sigma = u.new_tensor(self.sigma_min)
-            low = torch.stack(self.probabilities(sigma, signal.sigma_data))
-        if self.sigma_max is not None:
-            sigma = u.new_tensor(self.sigma_max)
-            high = torch.stack(self.probabilities(sigma, signal.sigma_data))
+        sigma_min, sigma_max = self.bounds()
+        if sigma_min is not None:
+            low = torch.stack(self.probabilities(u.new_tensor(sigma_min), signal.sigma_data))
+        if sigma_max is not None:
+            high = torch.stack(self.probabilities(u.new_tensor(sigma_max), signal.sigma_data))
         below, above = (torch.lerp(a, b, u) for a, b in zip(low, high, strict=True))
-        return self.quantile(below, above, signal.sigma_data)
+        sigma = self.quantile(below, above, signal.sigma_data)
+        return sigma.clamp(sigma_min or 0, sigma_max)  # a probability may be too small for a float
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
@@ -146,15 +157,15 @@ class LogLogistic(Bounded):
         return math.log(sigma_data) if self.loc is None else self.loc
 
 
-class LogUniform(DensitySpec):
+class LogUniform(WithBounds):
     """ln sigma is uniform."""
 
     kind: Literal["loguniform"] = "loguniform"
-    sigma_min: float = Field(1e-2, gt=0)
-    sigma_max: float = Field(160.0, gt=0)
+    usual = (1e-2, 160.0)
 
     def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
-        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        sigma_min, sigma_max = self.sigma_min or 1e-2, self.sigma_max or 160.0
+        low, high = math.log(sigma_min), math.log(sigma_max)
         return torch.exp(low + u.double() * (high - low))
 
 
@@ -165,8 +176,7 @@ class VDiffusion(Bounded):
     """
 
     kind: Literal["v_diffusion"] = "v_diffusion"
-    sigma_min: float = Field(1e-3, gt=0)
-    sigma_max: float = Field(1e3, gt=0)
+    usual = (1e-3, 1e3)
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
         below, above = torch.atan(sigma / sigma_data), torch.atan(sigma_data / sigma)
@@ -181,8 +191,7 @@ class UniformFlow(Bounded):
     """The time t = sigma/(1 + sigma) of rectified flow is uniform (Liu et al., 2023)."""
 
     kind: Literal["uniform_flow"] = "uniform_flow"
-    sigma_min: float = Field(1e-3, gt=0)
-    sigma_max: float = Field(FLOW_SIGMA_MAX, gt=0)
+    usual = (1e-3, FLOW_SIGMA_MAX)
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
         return sigma / (1 + sigma), 1 / (1 + sigma)
@@ -200,10 +209,10 @@ class LogitNormalFlow(Lognormal):
     kind: Literal["logit_normal_flow"] = "logit_normal_flow"  # type: ignore[assignment]
     mean: float = Field(0.0, ge=-20, le=20, description="of logit t")
     std: float = Field(1.0, gt=0, le=20, description="of logit t")
-    sigma_max: float | None = Field(FLOW_SIGMA_MAX, gt=0)
+    usual = (None, FLOW_SIGMA_MAX)
 
 
-class CosineInterpolated(DensitySpec):
+class CosineInterpolated(WithBounds):
     """Shifted cosine schedules: that of noise_d_low at high noise, of noise_d_high at low noise.
 
     Source: Hoogeboom et al., 2023, equation 5; with sigma_data as in Crowson et al., 2024.
@@ -211,8 +220,7 @@ class CosineInterpolated(DensitySpec):
     """
 
     kind: Literal["cosine_interpolated"] = "cosine_interpolated"
-    sigma_min: float = Field(1e-3, gt=0)
-    sigma_max: float = Field(1e3, gt=0)
+    usual = (1e-3, 1e3)
     noise_d_low: float | None = Field(None, gt=0, description="pixels; min(32, image) if absent")
     noise_d_high: float | None = Field(None, gt=0, description="pixels; the image's side if absent")
 
@@ -226,8 +234,8 @@ class CosineInterpolated(DensitySpec):
 
     def _log_ratio(self, u: Tensor, r: float, sigma_data: float) -> Tensor:
         """ln(sigma/sd) of the cosine schedule shifted by r = d/size."""
-        start = math.atan(r * self.sigma_min / sigma_data)
-        end = math.atan(r * self.sigma_max / sigma_data)
+        start = math.atan(r * (self.sigma_min or 1e-3) / sigma_data)
+        end = math.atan(r * (self.sigma_max or 1e3) / sigma_data)
         return torch.log(torch.tan(start + u.double() * (end - start)) / r)
 
 

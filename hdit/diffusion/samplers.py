@@ -39,8 +39,17 @@ def _draw(noise: NoiseSource | None, s: float, s_next: float) -> Tensor:
     return noise(s, s_next)
 
 
-def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
-    return list(pairwise(sigmas.tolist()))
+def _steps(sigmas: Tensor, upwards: bool = False) -> list[tuple[float, float]]:
+    """(noise level, the next) of each step; going up, to invert, only where a sampler allows it."""
+    steps = list(pairwise(sigmas.tolist()))
+    down = all(s > s_next >= 0 for s, s_next in steps)
+    up = upwards and all(0 < s < s_next for s, s_next in steps)
+    if not steps or not (down or up):
+        raise ValueError(
+            "a ladder must have at least two noise levels that decrease, the last of them at "
+            f"least 0, got {[float(f'{level:.6g}') for level in sigmas.tolist()]}"
+        )
+    return steps
 
 
 def _towards(denoised: Tensor, x: Tensor, ratio: float) -> Tensor:
@@ -69,10 +78,12 @@ def _churn(
     return x + _draw(noise, s, s_next) * (math.sqrt(raised**2 - s**2) * s_noise), raised
 
 
-def _gammas(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> list[float]:
+def _gammas(
+    steps: list[tuple[float, float]], s_churn: float, s_tmin: float, s_tmax: float
+) -> list[float]:
     """How far each step is raised; s_churn is the sum over a ladder within s_tmin..s_tmax."""
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    return [gamma if s_tmin <= s <= s_tmax else 0.0 for s in sigmas[:-1].tolist()]
+    gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
+    return [gamma if s_tmin <= s <= s_tmax else 0.0 for s, _ in steps]
 
 
 # ---- of Euler's family ---------------------------------------------------------------------------
@@ -90,9 +101,13 @@ def euler(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Euler's method on dx/dsigma = (x - D)/sigma (Karras et al., 2022, algorithm 2). Order 1."""
-    gammas = _gammas(sigmas, s_churn, s_tmin, s_tmax)
-    for i, (s, s_next) in enumerate(_steps(sigmas)):
+    """Euler's method on dx/dsigma = (x - D)/sigma (Karras et al., 2022, algorithm 2). Order 1.
+
+    Up an increasing ladder it inverts, as DDIM's inversion does.
+    """
+    steps = _steps(sigmas, upwards=True)
+    gammas = _gammas(steps, s_churn, s_tmin, s_tmax)
+    for i, (s, s_next) in enumerate(steps):
         x, s = _churn(x, s, s_next, gammas[i], s_noise, noise)
         denoised = _evaluate(denoise, x, s)
         if on_step:
@@ -117,8 +132,9 @@ def heun(
 
     Order 2.
     """
-    gammas = _gammas(sigmas, s_churn, s_tmin, s_tmax)
-    for i, (s, s_next) in enumerate(_steps(sigmas)):
+    steps = _steps(sigmas)
+    gammas = _gammas(steps, s_churn, s_tmin, s_tmax)
+    for i, (s, s_next) in enumerate(steps):
         x, s = _churn(x, s, s_next, gammas[i], s_noise, noise)
         denoised = _evaluate(denoise, x, s)
         if on_step:
@@ -148,8 +164,9 @@ def dpm2(
 
     2 evaluations a step, but 1 to sigma 0. Order 2. k-diffusion: "dpm_2".
     """
-    gammas = _gammas(sigmas, s_churn, s_tmin, s_tmax)
-    for i, (s, s_next) in enumerate(_steps(sigmas)):
+    steps = _steps(sigmas)
+    gammas = _gammas(steps, s_churn, s_tmin, s_tmax)
+    for i, (s, s_next) in enumerate(steps):
         x, s = _churn(x, s, s_next, gammas[i], s_noise, noise)
         denoised = _evaluate(denoise, x, s)
         if on_step:
@@ -499,7 +516,7 @@ def unipc(
         if known:
             x = _unified(before, known[:used], s, denoised)
         known = [(denoised, s), *known[: order - 1]]
-        left = len(steps) - i if sigmas[-1] == 0 else order
+        left = len(steps) - i if steps[-1][1] == 0 else order
         before, used = x, min(order, len(known), left)
         x = _unified(x, known[:used], s_next)
     return x
@@ -671,6 +688,8 @@ class DPMFast(SamplerSpec):
 
 
 class DPMAdaptive(SamplerSpec):
+    """Its tolerances choose the steps: sampling.steps and the ladder's shape do not matter."""
+
     kind: Literal["dpm_adaptive"] = "dpm_adaptive"
     function, nominal_order = staticmethod(dpm_adaptive), 3
     order: Literal[2, 3] = 3

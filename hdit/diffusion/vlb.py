@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdit.diffusion.broadcast import per_image
 from hdit.diffusion.vp import VPTable
 from hdit.protocols import Denoise, DenoiseWithVariance
 
@@ -49,7 +50,7 @@ def moments_with(
     """
     if variance != "learned":
         v = -1.0 if variance == "lower" else 1.0
-        return lambda x, sigma: (denoise(x, sigma), x.new_tensor(v))
+        return lambda x, sigma: (denoise(x, sigma), x.new_full((), v))
     if not isinstance(denoise, DenoiseWithVariance):
         raise ValueError(
             "variance 'learned' needs a denoiser that predicts it; take 'lower' or 'upper'"
@@ -102,10 +103,6 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def _like(coefficient: Tensor, x: Tensor) -> Tensor:
-    return coefficient.to(x.dtype)[:, None, None, None]
-
-
 def vlb(x0: Tensor, sigma: Tensor, denoised: Tensor, v: Tensor, table: VPTable) -> Tensor:
     """The bound's term of each image, in bits per dimension -> (b,).
 
@@ -116,9 +113,9 @@ def vlb(x0: Tensor, sigma: Tensor, denoised: Tensor, v: Tensor, table: VPTable) 
     other loss (Nichol & Dhariwal, section 3.4).
     """
     previous, log_low, log_high = bounds_in_table(sigma, table)
-    share = _like(1 - (previous / sigma) ** 2, x0)  # of x0 in the mean; that of x is the same
-    log_variance = learned_log_variance(v, _like(log_low, x0), _like(log_high, x0))
-    kl = normal_kl(share * x0, _like(log_low, x0), share * denoised, log_variance)
+    share = per_image(1 - (previous / sigma) ** 2, x0)  # of x0 in the mean; that of x is the same
+    log_variance = learned_log_variance(v, per_image(log_low, x0), per_image(log_high, x0))
+    kl = normal_kl(share * x0, per_image(log_low, x0), share * denoised, log_variance)
     decoder = -discretized_log_likelihood(x0, denoised, log_variance / 2)
     return torch.where(previous > 0, _mean(kl), _mean(decoder)) / math.log(2)
 

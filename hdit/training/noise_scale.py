@@ -12,7 +12,7 @@ TINY = 1e-8
 class GradientNoiseScale:
     """Running averages of |G|^2 and of the trace of a gradient's covariance, from two batch sizes.
 
-    The averages begin at 0, which their ratio does not show.
+    The averages begin at 0; `unbiased` takes that out.
     """
 
     square: float = 0.0
@@ -33,7 +33,8 @@ class GradientNoiseScale:
     @property
     def scale(self) -> float:
         """In images: a batch much smaller wastes steps, one much larger wastes images."""
-        return max(self.variance, TINY) / max(self.square, TINY)
+        square, variance = self.unbiased()
+        return max(variance, TINY) / max(square, TINY)
 
     def unbiased(self) -> tuple[float, float]:
         """(|G|^2, variance), with the averages' start at 0 taken out."""

@@ -308,20 +308,21 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True)
         if self.config.data.flip:
             mirrored = randomness.uniform(t.seed, "flip", counters) < 0.5
-            images = torch.where(
-                mirrored.to(self.device)[:, None, None, None], images.flip(-1), images
-            )
+            mirrored = mirrored.to(self.device, non_blocking=True)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(-1), images)
         x0 = self.space.normalize(self.space.encode(images))
         noise = randomness.normal(
             randomness.streams(t.seed, "noise", counters, self.device), self.signal.shape
         )
         rand = randomness.uniform(t.seed, "sigma", counters)
         u = stratify(rand, torch.from_numpy(batch.position), t.batch_size)
-        sigma = d.density(u, self.signal, self.config.schedule).to(self.device)
+        sigma = d.density(u, self.signal, self.config.schedule).to(self.device, non_blocking=True)
         cond = Cond()
         if self.signal.num_classes:
             dropped = randomness.uniform(t.seed, "label dropout", counters) < t.label_dropout
-            cond = Cond(batch.labels.to(self.device)).drop(dropped.to(self.device))
+            labels = Cond(batch.labels).drop(dropped).labels
+            assert labels is not None, "the model has classes"
+            cond = Cond(labels.to(self.device, non_blocking=True))
         # Dropout within the network draws from the global generator.
         torch.manual_seed(int(randomness.bits(t.seed, "dropout", counters[:1])[0] >> np.uint64(1)))
         return self.denoiser.loss(x0, noise, sigma, cond, d.weighting, d.loss_scales).mean()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from known_answers import hfill
 
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.guidance import cfg
+from hdit.diffusion.guidance import Batching, cfg
 from hdit.diffusion.parametrization import EDM
 from hdit.diffusion.vp import LinearSchedule
 from hdit.protocols import Cond, DenoiseWithVariance
@@ -151,7 +151,9 @@ def test_cfg_of_one_network_is_one_call_of_double_batch_or_two_calls(learned):
     for batched in (True, False):
         network = Network(learned=learned)
         denoiser = network.denoiser()
-        guided = cfg(denoiser.bind(LABELS), denoiser.bind(LABELS.null()), 3, batched=batched)
+        guided = cfg(
+            denoiser.bind(LABELS), denoiser.bind(LABELS.null()), 3, batching=Batching(batched)
+        )
         outs.append(guided.moments(x(), sigmas()) if learned else (guided(x(), sigmas()),))
         calls.append(network.calls)
     assert calls == [[6], [3, 3]]
@@ -175,7 +177,7 @@ def test_cfg_without_memory_for_a_double_batch_goes_on_with_two_calls(learned, c
     denoiser = network.denoiser()
     cond, uncond = denoiser.bind(LABELS), denoiser.bind(LABELS.null())
     guided = cfg(cond, uncond, 3)
-    expected = cfg(cond, uncond, 3, batched=False)(x(), sigmas())
+    expected = cfg(cond, uncond, 3, batching=Batching(False))(x(), sigmas())
     network.calls.clear()
     first, second = guided(x(), sigmas()), guided(x(), sigmas())
     assert network.calls == [6, 3, 3, 3, 3]

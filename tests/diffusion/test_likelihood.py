@@ -142,3 +142,25 @@ def test_dopri5_names_where_it_came_to_a_stop():
     y = torch.ones(1, 1, dtype=torch.float64)
     with pytest.raises(SolverError, match=r"came to a stop at 0\.[45]\d* of 0 to 1: .*not finite"):
         dopri5(lambda t, y: y * math.nan if t > 0.5 else y, y, 0.0, 1.0, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_dopri5_ends_where_it_should_whatever_the_last_digit(seed):
+    """t + (end - t) may fall short of the end by a rounding."""
+    start, length = torch.rand(2, generator=torch.Generator().manual_seed(seed)).double().tolist()
+    y = torch.zeros(1, 1, dtype=torch.float64)
+    end = dopri5(lambda t, y: torch.ones_like(y), y, start, start + 9 * length, 1e-3, 1e-3)
+    assert end.item() == pytest.approx(9 * length, rel=1e-12)
+
+
+@pytest.mark.parametrize("ends", [(160, 0.01), (0.01, 0.01), (0, 160)])
+def test_log_likelihood_between_levels_that_do_not_ascend_is_refused(ends):
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="sigma_min must be above 0 and below sigma_max"):
+        log_likelihood(gaussian(), x, *ends, torch.ones_like(x))
+
+
+def test_log_likelihood_under_inference_mode_says_what_it_needs():
+    x = torch.zeros(1, 1, 2, 2)
+    with torch.inference_mode(), pytest.raises(ValueError, match="call it outside"):
+        log_likelihood(gaussian(), x, 0.01, 80, torch.ones_like(x))

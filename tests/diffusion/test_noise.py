@@ -330,3 +330,18 @@ def test_stratify_covers_the_global_batch_however_it_is_shared(processes, accumu
             seen.append(stratify(rand, position, total))
     strata = (torch.cat(seen) * total).floor().long()
     assert torch.equal(strata.sort().values, torch.arange(total))
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        Lognormal(mean=0, std=0.1, sigma_min=0.01, sigma_max=100),
+        SplitLognormal(std_low=3, std_high=0.1, sigma_min=1e-3, sigma_max=100),
+    ],
+    ids=repr,
+)
+def test_density_stays_within_bounds_whose_probability_no_float_can_hold(density):
+    sigma = density(torch.linspace(0, 1, 101), signal(8), SCHEDULE)
+    assert (sigma.diff() >= 0).all()
+    assert sigma.min() >= density.sigma_min
+    assert sigma.max() <= density.sigma_max

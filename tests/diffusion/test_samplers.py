@@ -584,3 +584,10 @@ def test_stochastic_sampler_converges_on_one_path_and_not_on_fresh_noise(spec, s
     assert (path40 < 0.75 * path10).all()
     assert (path40 < 0.35 * fresh40).all()
     assert (fresh40 > 0.4).all()
+
+
+@pytest.mark.parametrize("ladder", [[160.0], [1.0, 2.0], [2.0, 2.0, 1.0], [2.0, -1.0]])
+@pytest.mark.parametrize("function", [samplers.heun, samplers.ddim, samplers.dpmpp_2m])
+def test_sampler_refuses_a_ladder_that_does_not_go_down(function, ladder):
+    with pytest.raises(ValueError, match="two noise levels that decrease"):
+        function(gaussian, torch.ones(1, 1, 2, 2), torch.tensor(ladder))
