@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
 
     from hdit.config import RunConfig
     from hdit.models import DiT, HDiT
+    from hdit.protocols import Signal
     from hdit.training.checkpoint import Checkpoint
 
 GRID_LIMIT = 100  # images in the grid of `hdit sample`
@@ -403,13 +405,21 @@ def convert(
 
 
 @app.command()
-def info(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print a model's parameters, MACs and FLOPs, and tokens, by level."""
+def info(
+    config: ConfigFile,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at once, for the memory.  [default: a part of the batch]"),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes."""
     from rich.console import Console
     from rich.table import Table
 
     from hdit.config import load
     from hdit.data.source import DataError
+    from hdit.models import DiTSpec
     from hdit.models.cost import cost
 
     settings = load(config, overrides or [])
@@ -438,8 +448,53 @@ def info(config: ConfigFile, overrides: Overrides = None) -> None:
     table.add_row("total", "", "", f"{params:,}", _si(macs), _si(2 * macs))
     console = Console()
     console.print(table)
+    if isinstance(settings.model, DiTSpec):
+        h, w = settings.model.grid(signal)
+        with_table = params + h * w * settings.model.width
+        console.print(f"with DiT's fixed position table: {with_table:,} parameters")
+    images = batch or settings.training.batch_size // settings.training.accumulate
+    console.print(_memory_table(settings, signal, images))
     if note:
         console.print(note, highlight=False, markup=False)
+
+
+def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
+    from rich.table import Table
+
+    from hdit.models.memory import training_memory
+    from hdit.sampling import AUTOCAST
+
+    plain, checkpointed = (
+        training_memory(
+            settings.model,
+            signal,
+            images,
+            out_channels=settings.output_channels(signal),
+            checkpointing=checkpointing,
+            autocast=AUTOCAST[settings.training.precision],
+        )
+        for checkpointing in (False, True)
+    )
+    table = Table(
+        title=f"memory of a step with {images} images in {settings.training.precision}",
+        caption="GiB of tensors on one device; the allocator's reserve comes on top",
+    )
+    table.add_column("")
+    table.add_column("plain", justify="right")
+    table.add_column("gradient_checkpointing", justify="right")
+
+    def row(name: str, *sizes: int) -> None:
+        table.add_row(name, *(f"{size / 2**30:.3g}" for size in sizes))
+
+    row("weights and EMA", *(m.weights + m.ema for m in (plain, checkpointed)))
+    row("optimizer", plain.optimizer, checkpointed.optimizer)
+    row("gradients", plain.gradients, checkpointed.gradients)
+    for part in plain.activations:
+        sizes = (m.activations.get(part, 0) for m in (plain, checkpointed))
+        row(f"activations of {part}", *sizes)
+    table.add_section()
+    row("at the peak", plain.peak, checkpointed.peak)
+    return table
 
 
 def _si(number: int) -> str:

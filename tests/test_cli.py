@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,7 +295,7 @@ def test_info_counts_the_channels_of_a_learned_variance(tiny, hdit):
     def patch_out(*options):
         status, out, _ = hdit("info", tiny, *options)
         assert status == 0
-        (line,) = [line for line in out.splitlines() if "patch out" in line]
+        (line,) = [line for line in out.splitlines() if line.startswith("│ patch out")]
         return [cell.strip() for cell in line.split("│")][-4:-1]
 
     # parameters, MACs, FLOPs of 8 x 8 tokens of width 32 to 1 channel, or 2; a norm has 32 more
@@ -369,3 +370,24 @@ def test_train_into_a_file_is_one_message(tiny, hdit, tmp_path):
     assert status == 1
     assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
+
+
+def test_info_predicts_the_memory_of_a_step(tiny, hdit):
+    status, out, _ = hdit("info", tiny, "--batch", 4)
+    assert status == 0
+    assert "memory of a step with 4 images in fp32" in out
+    for row in (
+        "weights and EMA",
+        "activations of level 0",
+        "activations of level 1",
+        "at the peak",
+    ):
+        assert row in out
+
+
+def test_info_of_a_dit_counts_its_position_table_apart(hdit):
+    config = Path(__file__).parents[1] / "configs" / "digits-dit.toml"
+    status, out, _ = hdit("info", config)
+    assert status == 0
+    assert "1,865,217" in out
+    assert f"with DiT's fixed position table: {1_865_217 + 64 * 128:,} parameters" in out
