@@ -51,6 +51,7 @@ def train(
     The folder gets config.toml, metrics.jsonl, checkpoints/ and a grid of samples/ at each
     checkpoint. Ctrl-C saves a checkpoint and ends.
     """
+    import gc
     import logging
 
     import torch.distributed as dist
@@ -69,6 +70,7 @@ def train(
     logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
     finished = Trainer(settings, folder).fit()
     if dist.is_initialized():
+        gc.collect()  # what still holds the group, or its threads outlive it and abort the process
         dist.destroy_process_group()
     if not finished:
         raise typer.Exit(130)
@@ -199,7 +201,7 @@ def _write_samples(
     from hdit.training.checkpoint import Export
 
     check_guidance(config, found.state.signal)
-    _check_pixels(found)
+    config.space.open()
     spec = config.sampling
     weights = found.weights(raw)
     if out is None:
@@ -262,19 +264,6 @@ def _write_samples(
         f"{len(seeds)} images of {round(evaluations / len(seeds))} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
     )
-
-
-def _check_pixels(found: Checkpoint) -> None:
-    """Raises UserError where what the model makes is no picture."""
-    from hdit.protocols import UserError
-
-    signal = found.state.signal
-    if found.config.signal(signal.num_classes).shape != signal.shape:
-        size = " x ".join(map(str, signal.shape))
-        raise UserError(
-            f"{found.folder}: the model makes latents of {size}, and there is no VAE here yet that "
-            "decodes them; `hdit convert --to diffusers` writes it for a pipeline that has one"
-        )
 
 
 def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
@@ -411,6 +400,9 @@ def info(
         int | None,
         typer.Option(min=1, help="Images at once, for the memory.  [default: a part of the batch]"),
     ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=0, help="Of the data.  [default: what the data has]")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes."""
@@ -424,10 +416,14 @@ def info(
 
     settings = load(config, overrides or [])
     note = ""
-    try:
-        classes = len(settings.data.open().classes)
-    except DataError as error:
-        classes, note = 0, f"counted without classes, because the data cannot be read: {error}"
+    if classes is None:
+        try:
+            classes = len(settings.data.open().classes)
+        except DataError as error:
+            classes = 0
+            note = (
+                f"counted without classes (or give --classes), as the data cannot be read: {error}"
+            )
     signal = settings.signal(classes)
     rows = cost(settings.model, signal, settings.output_channels(signal))
     table = Table(

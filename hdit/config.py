@@ -23,8 +23,8 @@ from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.explain import explain
 from hdit.learning_rate import ConstantLR, LearningRate
 from hdit.models import BackboneSpec, HDiTSpec
-from hdit.protocols import Signal, Space, Spec, SpecError, UserError
-from hdit.spaces.pixel import PixelSpace
+from hdit.protocols import Signal, Spec, SpecError, UserError
+from hdit.spaces import PixelSpace, SpaceSpec
 
 SMALLEST = 1e-12  # noise level whose square, and that of its inverse, float32 can hold
 
@@ -136,6 +136,7 @@ class RunConfig(Spec):
     """All settings of a run."""
 
     data: DataSpec
+    space: SpaceSpec = Field(PixelSpace(), description="between images and what the model sees")
     model: BackboneSpec
     diffusion: DiffusionSpec = DiffusionSpec()
     training: TrainingSpec
@@ -143,8 +144,8 @@ class RunConfig(Spec):
 
     def signal(self, num_classes: int) -> Signal:
         """What the backbone sees; the number of classes is known once the data is open."""
-        c, h, w = self.data.shape
-        return Signal(c, h, w, num_classes, self.space.sigma_data)
+        shape = self.space.shape(*self.data.shape)
+        return Signal(*shape, num_classes, self.space.sigma_data)
 
     @property
     def schedule(self) -> LinearSchedule | CosineSchedule:
@@ -176,11 +177,6 @@ class RunConfig(Spec):
     def output_channels(self, signal: Signal) -> int:
         """Of the backbone: what it predicts, and a variance if it learns one."""
         return signal.channels * (2 if self.diffusion.learned_variance else 1)
-
-    @property
-    def space(self) -> Space:
-        """Between the data's images and the x0 that the diffusion sees."""
-        return PixelSpace()
 
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out."""
@@ -228,7 +224,7 @@ class RunConfig(Spec):
 
     def check(self) -> None:
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
-        problems = []
+        problems = [(f"space.{key}", text) for key, text in self.space.check(*self.data.shape[1:])]
         try:
             self.model.check(self.signal(num_classes=0))
         except SpecError as error:

@@ -128,7 +128,9 @@ class Group:
 class Space(Protocol):
     """Between uint8 images (b c h w) and the x0 that the diffusion sees."""
 
-    sigma_data: float
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of x0 over all its elements."""
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images -> what is stored."""

@@ -95,7 +95,7 @@ def sample(
     and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
     is called after each step of each batch.
     """
-    spec, guidance = config.sampling, config.sampling.guidance
+    spec, guidance, space = config.sampling, config.sampling.guidance, config.space.open()
     networks = [_Counted(backbone)]
     denoiser = make_denoiser(networks[0], config, signal, spec.precision)
     if weak:
@@ -128,7 +128,7 @@ def sample(
             on_step=None if on_step is None else lambda *_: on_step(),
         )
         seen = sum(network.images for network in networks) - before
-        return Samples(config.space.decode(x0).cpu(), seen // len(seeds))
+        return Samples(space.decode(x0).cpu(), seen // len(seeds))
 
     backbone.eval()
     for first in range(0, len(seeds), spec.batch_size):

@@ -9,7 +9,7 @@ from hdit.diffusion.ladders import Ladder
 from hdit.diffusion.noise import Density
 from hdit.diffusion.parametrization import Parametrization
 from hdit.diffusion.samplers import Sampler
-from hdit.protocols import UserError
+from hdit.protocols import Signal, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -188,6 +188,7 @@ def test_config_sampling_range_is_that_of_the_ladder_within_the_parametrization(
 
 
 UNIFORM_VP = "diffusion.density={kind='uniform_vp'}"
+DIT2 = DIT.replace('kind = "digits"', 'kind = "shapes"\nsize = 64')
 LOW = "diffusion.density={kind='cosine_interpolated', sigma_min=0.001}"
 LEARNED = "diffusion.learned_variance=true"
 
@@ -290,7 +291,8 @@ def test_config_key_that_lives_elsewhere_is_shown_its_place(wrong, right):
 
 def test_config_key_that_resembles_none_is_shown_the_valid_ones():
     assert complaints("xyzzy=1") == [
-        "xyzzy: unknown key (set to 1); valid keys here: data, model, diffusion, training, sampling"
+        "xyzzy: unknown key (set to 1); valid keys here: "
+        "data, space, model, diffusion, training, sampling"
     ]
 
 
@@ -1145,3 +1147,12 @@ def test_config_kind_without_its_table_is_shown_one():
     [line] = complaints("diffusion.parametrization=flow")
     assert line.startswith("diffusion.parametrization: must be a table, got 'flow'; write ")
     assert "{ kind = 'flow' }" in line
+
+
+def test_config_of_latents_tells_the_shape_that_the_model_sees():
+    config = changed("space.kind=latent", "data.size=[64, 128]", "model.patch_size=1", base=DIT2)
+    assert config.signal(7) == Signal(4, 8, 16, 7, 1.0)
+    with pytest.raises(UserError, match=r"space\.kind: 'latent' needs a VAE"):
+        config.space.open()
+    [line] = complaints("space={kind='latent', factor=7}", "model.patch_size=1", base=DIT2)
+    assert line == "space.factor: 7 does not divide the image of 64x64"

@@ -9,10 +9,7 @@ from hdit.config import RunConfig, parse
 from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import Signal
-from hdit.spaces.pixel import PixelSpace
-
-VAE_FACTOR = 8  # pixels along a side of a latent
-LATENT_SIGMA_DATA = 1.0
+from hdit.spaces import LatentSpace
 
 
 def settings(
@@ -30,7 +27,7 @@ def settings(
     latent of one eight times as large. Raises ConfigError where the model does not fit.
     """
     latent = channels not in (1, 3)
-    side = size * VAE_FACTOR if latent else size
+    side = size * LatentSpace().factor if latent else size
     table = schedule or {"kind": "linear", "steps": 1000}
     raw = {
         "data": {
@@ -39,6 +36,7 @@ def settings(
             "size": [side, side],
             "channels": 3 if latent else channels,
         },
+        "space": {"kind": "latent", "channels": channels} if latent else {"kind": "pixel"},
         "model": {"kind": "dit", **model},
         "diffusion": {
             "parametrization": {"kind": "eps_vp"},
@@ -61,8 +59,8 @@ def settings(
             "guidance": {"channels": 3} if latent else {},
         },
     }
-    sigma_data = LATENT_SIGMA_DATA if latent else PixelSpace.sigma_data
-    return parse(raw, origin), Signal(channels, size, size, num_classes, sigma_data)
+    config = parse(raw, origin)
+    return config, config.signal(num_classes)
 
 
 def learns_variance(channels: int, out_channels: int, origin: str) -> bool:

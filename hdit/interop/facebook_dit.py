@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
-from hdit.interop.dit import VAE_FACTOR, check_dit, learns_variance, mlp_ratio, settings, side_of
+from hdit.interop.dit import check_dit, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model
 from hdit.protocols import Signal
+from hdit.spaces import LatentSpace
 
 KIND = "facebook-dit"
 MARK = "x_embedder.proj.weight"
@@ -79,7 +80,7 @@ def from_shapes(
         "num_classes": classes,
         "input_size": size,
         "in_channels": channels,
-        "image_size": size * VAE_FACTOR,
+        "image_size": size * LatentSpace().factor,
     }
     for key, value in expected.items():
         if key in facts and facts[key] != value:

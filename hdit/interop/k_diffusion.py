@@ -32,7 +32,6 @@ from hdit.interop.model import InteropError, Model, check_held
 from hdit.learning_rate import ConstantLR, ExponentialLR, InverseLR
 from hdit.models import HDiTSpec
 from hdit.protocols import Signal, Spec
-from hdit.spaces.pixel import PixelSpace
 
 KIND = "k-diffusion"
 MARK = "patch_in.proj.weight"
@@ -121,6 +120,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tu
                 "size": [height, width],
                 "channels": channels if channels in (1, 3) else 3,
             },
+            "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
             "diffusion": diffusion,
             "training": _training(top, notes),
@@ -274,11 +274,6 @@ def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...
         "training.images, .checkpoint_every and .batch_size are not in their config: set them "
         "before you train",
     )
-    if signal.sigma_data != PixelSpace.sigma_data:
-        notes += (
-            f"model.sigma_data = {signal.sigma_data:g} was left out: pixels have "
-            f"{PixelSpace.sigma_data:g} here",
-        )
     if config.signal(0).channels != signal.channels:
         notes += (f"model.input_channels = {signal.channels} was left out: images have 1 or 3",)
     head = [f"Made of k-diffusion's {path.name} by `hdit convert`.", *notes]

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from hdit.protocols import Spec
 
-class PixelSpace:
-    """uint8 images (b c h w) <-> x0 in [-1, 1]; sigma_data 0.5, as Karras et al., 2022 take it."""
 
-    sigma_data = 0.5
+class PixelSpace(Spec):
+    """uint8 images (b c h w) <-> x0 in [-1, 1]; sigma_data as Karras et al., 2022 take it."""
+
+    kind: Literal["pixel"] = "pixel"
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the images in -1..1")
+
+    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """Of what the diffusion sees of an image."""
+        return channels, height, width
+
+    def check(self, height: int, width: int) -> list[tuple[str, str]]:
+        return []
+
+    def open(self) -> PixelSpace:
+        return self
 
     def encode(self, images: Tensor) -> Tensor:
         """What is stored is the image."""

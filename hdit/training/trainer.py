@@ -21,7 +21,7 @@ from hdit.config import RunConfig, differences
 from hdit.data.batches import Batch, Layout, batches
 from hdit.data.source import Skipped
 from hdit.diffusion.noise import stratify
-from hdit.protocols import Cond, UserError
+from hdit.protocols import Cond, Space, UserError
 from hdit.report.grid import save_grid
 from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training import checkpoint
@@ -39,6 +39,7 @@ from hdit.training.progress import Progress
 from hdit.training.run_folder import RunFolder
 
 FIXED = (
+    "space.",
     "model.",
     "diffusion.parametrization",
     "diffusion.noise_label",
@@ -87,7 +88,7 @@ class Trainer:
                 f"training.batch_size: {t.batch_size} images cannot be shared by "
                 f"{self.layout.processes} processes in {t.accumulate} accumulation steps"
             )
-        self.space = config.space
+        self.space: Space = config.space.open()
         self.source = config.data.open()
         _ = self.source[0]  # raises DataError here, not in a worker, where nothing can be read
         self.signal = config.signal(len(self.source.classes))

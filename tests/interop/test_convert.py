@@ -144,7 +144,7 @@ def test_sample_of_latents_is_refused_before_anything_is_written(hdit, tmp_path)
     interop.convert(DIT_FILE, tmp_path / "theirs")
     status, _, err = hdit("sample", tmp_path / "theirs", "--out", tmp_path / "out")
     assert status == 1
-    assert "makes latents of 4 x 8 x 8, and there is no VAE here" in err
+    assert "space.kind: 'latent' needs a VAE" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -192,6 +192,24 @@ def test_zoo_holds_every_size_and_patch_of_the_paper():
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+def test_config_of_a_dit_is_the_model_of_its_name(size):
+    config = load_config(CONFIGS / f"dit-{size.lower()}-2-256.toml")
+    assert config.model == zoo.dit(f"DiT-{size}/2")
+    signal = config.signal(1000)
+    assert signal == LATENT
+    [counts] = [row for row in COUNTS if (row["model"], row["latent"]) == (f"DiT-{size}/2", 32)]
+    rows = cost(config.model, signal, config.output_channels(signal))
+    assert sum(row.params for row in rows) == counts["params_excl_pos_embed"]
+    assert sum(row.macs for row in rows) == counts["flop_counter"] / 2
+
+
+def test_config_of_the_dit_of_512_sees_latents_of_64():
+    config = load_config(CONFIGS / "dit-xl-2-512.toml")
+    assert config.signal(1000) == Signal(4, 64, 64, 1000, 1.0)
+    assert config.model == zoo.dit("DiT-XL/2")
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "params", "gmac"),
     [
