@@ -5,7 +5,6 @@ Source: Crowson et al., ICML 2024, arXiv 2401.11605.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -352,13 +351,15 @@ SPLITS = {"lerp": LerpSplit, "add": AddSplit, "concat": ConcatSplit}
 class AdditivePositions(nn.Module):
     """x (b h w d) + the fixed table of DiT for its grid."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: dict[tuple[object, ...], Tensor] = {}
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + _position_table(*x.shape[1:], x.device).to(x.dtype)
-
-
-@lru_cache(maxsize=8)
-def _position_table(h: int, w: int, width: int, device: torch.device) -> Tensor:
-    return sincos_positions(h, w, width).to(device)
+        key = (x.shape[1:], x.device, x.dtype)
+        if key not in self._tables:
+            self._tables[key] = sincos_positions(*x.shape[1:]).to(x)
+        return x + self._tables[key]
 
 
 class HDiT(nn.Module):
