@@ -124,6 +124,8 @@ def _schedule(folder: Path) -> dict[str, Any] | None:
     s = Settings(read_json(path), str(path))
     s.fixed("prediction_type", "epsilon")
     s.fixed("beta_schedule", "linear")
+    s.fixed("trained_betas", None)
+    s.fixed("rescale_betas_zero_snr", False)
     steps = s.number("num_train_timesteps", 1000)
     scale = steps / 1000  # ours are scaled by its inverse
     start, end = s.number("beta_start", 1e-4), s.number("beta_end", 2e-2)

@@ -219,7 +219,10 @@ def _density(
     if ours == "loglogistic":
         found.setdefault("loc", math.log(sigma_data))
     if ours == "cosine_interpolated":
-        scale = size / d.number("image_d", size)  # only the ratios matter
+        image_d = d.number("image_d", size)
+        if image_d <= 0:
+            raise d.error("image_d", f"must be greater than 0, got {image_d:g}")
+        scale = size / image_d  # only the ratios matter
         found["noise_d_low"] = float(d.number("noise_d_low", 32)) * scale
         found["noise_d_high"] = float(d.number("noise_d_high", size)) * scale
     return found
