@@ -109,8 +109,13 @@ class HDiTSpec(Spec):
         )
         d_ff = self.mapping.d_ff or D_FF["geglu"] * self.mapping.width
         mapping = self.mapping.model_copy(update={"d_ff": d_ff})
-        update = {"levels": levels, "mapping": mapping, "local_attention": None}
+        unused = self.local_attention if self._names_every_local() else None  # for check
+        update = {"levels": levels, "mapping": mapping, "local_attention": unused}
         return self.model_copy(update=update)
+
+    def _names_every_local(self) -> bool:
+        """Whether each level above the last has an attention of its own."""
+        return all(level.attention is not None for level in self.levels[:-1])
 
     def check(self, signal: Signal) -> None:
         """Raises SpecError with all that does not fit the signal or itself."""
@@ -127,6 +132,9 @@ class HDiTSpec(Spec):
             )
         if self.mapping.width % 2:
             problems.append(("mapping.width", f"must be even, got {self.mapping.width}"))
+        if self.local_attention is not None and self._names_every_local():
+            text = "has no effect: no level above the last is without an attention of its own"
+            problems.append(("local_attention", text))
         if self.positions == "additive" and self.rotated != "half":
             problems.append(("rotated", "has no effect with positions = 'additive'"))
         if self.positions == "additive" and self.levels[0].width % 4:

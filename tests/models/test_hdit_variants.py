@@ -283,8 +283,9 @@ def test_hidden_width_follows_the_feed_forward(feed_forward, factor):
             "3 does not divide the level's grid of 8x8",
         ),
         ({"positions": "additive", "rotated": "full"}, "rotated", "has no effect"),
+        ({"levels": NARROW}, "local_attention", "has no effect: no level above the last"),
         (
-            {"levels": NARROW, "positions": "additive"},
+            {"levels": NARROW, "positions": "additive", "local_attention": None},
             "levels.0.width",
             "must be a multiple of 4",
         ),

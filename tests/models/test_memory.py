@@ -12,7 +12,8 @@ SPECS = {
     "hdit": make_spec(levels=WIDE, local_attention={"kind": "neighborhood", "d_head": 32}),
     "hdit-gate": make_spec(levels=WIDE, output_gate=True, norm="ada_ln", skip="concat",
         local_attention={"kind": "shifted_window", "d_head": 32, "window_size": 4}),
-    "hdit-additive": make_spec(levels=WIDE[1:], positions="additive", patch_size=4),
+    "hdit-additive": make_spec(levels=WIDE[1:], local_attention=None, positions="additive",
+        patch_size=4),
     "dit": DiTSpec(patch_size=2, depth=3, width=96, num_heads=3),
     "dit-cross": DiTSpec(patch_size=2, depth=2, width=96, num_heads=3, conditioning={
         "kind": "cross_attention"}),
