@@ -29,26 +29,37 @@ class Problem(NamedTuple):
     width: int
     kernel_size: int
     d_head: int
+    grad: bool  # whether gradients will be asked for
+    capability: tuple[int, int] | None = None  # compute capability of a CUDA device
 
 
 class Backend(Protocol):
     """A module of this package that computes the contract."""
 
+    def unavailable(self) -> str | None:
+        """Why this backend can run nowhere on this machine, or None where it can. Imports little,
+        compiles nothing."""
+
     def unsupported(self, problem: Problem) -> str | None:
-        """Why this backend cannot solve the problem, or None where it can."""
+        """Why this backend cannot solve the problem, or None where it can. Covers unavailable()."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
         """The contract, on arguments that are known to be valid."""
 
 
 BACKENDS: dict[str, Backend] = {"tile": tile, "reference": reference}
-"""Backends by name, in the order in which "auto" prefers them."""
+"""Backends by name."""
+
+AUTO: dict[str, tuple[str, ...]] = {}
+"""The order in which "auto" tries backends on a type of device, best first."""
+
+ANYWHERE = ("tile", "reference")
 
 
 def select_backend(problem: Problem) -> str:
     """The name of the backend that "auto" takes for a problem."""
-    for name, backend in BACKENDS.items():
-        if backend.unsupported(problem) is None:
+    for name in AUTO.get(problem.device, ANYWHERE):
+        if BACKENDS[name].unsupported(problem) is None:
             return name
     raise AssertionError(f"'reference' must support every valid problem, but refused {problem}")
 
@@ -88,7 +99,9 @@ def neighborhood_attention(
             f"kernel_size must be at most the grid's smaller side, "
             f"got {kernel_size} on a grid of {h}x{w}"
         )
-    problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e, grad, capability)
     if backend == "auto":
         name = select_backend(problem)
         chosen = BACKENDS[name]

@@ -20,6 +20,10 @@ def window_starts(length: int, kernel_size: int, device: torch.device | None = N
     return (centre - kernel_size // 2).clamp(0, length - kernel_size)
 
 
+def unavailable() -> str | None:
+    return None
+
+
 def unsupported(problem: Problem) -> str | None:
     return None
 

@@ -34,6 +34,10 @@ class Axis(NamedTuple):
     inside: Tensor  # (t, s) whether the query's window holds the key; the same for all tiles
 
 
+def unavailable() -> str | None:
+    return None
+
+
 def unsupported(problem: Problem) -> str | None:
     return None
 

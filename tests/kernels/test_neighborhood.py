@@ -9,7 +9,7 @@ from known_answers import check_record, hfill, load
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdit_kernels import BACKENDS, neighborhood_attention, select_backend
-from hdit_kernels.neighborhood import Problem
+from hdit_kernels.neighborhood import AUTO, Problem
 from hdit_kernels.reference import window_starts
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "tile"])
@@ -258,7 +258,7 @@ def test_neighborhood_backend_asked_for_by_name_is_not_replaced(monkeypatch):
 
 def test_select_backend_gives_one_answer_for_one_problem():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        problem = Problem("cpu", dtype, 16, 12, 7, 64)
+        problem = Problem("cpu", dtype, 16, 12, 7, 64, False)
         chosen = select_backend(problem)
         assert chosen in BACKENDS
         assert select_backend(problem) == chosen
@@ -266,18 +266,20 @@ def test_select_backend_gives_one_answer_for_one_problem():
 
 def test_select_backend_takes_the_first_that_can(monkeypatch):
     class Never:
+        def unavailable(self):
+            return "never"
+
         def unsupported(self, problem):
             return "never"
 
-    monkeypatch.setattr(
-        "hdit_kernels.neighborhood.BACKENDS", {"never": Never(), "tile": BACKENDS["tile"]}
-    )
-    assert select_backend(Problem("cpu", torch.float32, 16, 12, 7, 64)) == "tile"
+    monkeypatch.setitem(BACKENDS, "never", Never())
+    monkeypatch.setitem(AUTO, "cpu", ("never", "tile", "reference"))
+    assert select_backend(Problem("cpu", torch.float32, 16, 12, 7, 64, False)) == "tile"
 
 
 def test_neighborhood_auto_is_the_backend_that_it_names():
     q, k, v = draw((1, 9, 12, 2, 8), 0, torch.float32)
-    chosen = select_backend(Problem("cpu", torch.float32, 9, 12, 5, 8))
+    chosen = select_backend(Problem("cpu", torch.float32, 9, 12, 5, 8, False))
     auto = neighborhood_attention(q, k, v, 5, scale=1)
     assert torch.equal(auto, neighborhood_attention(q, k, v, 5, scale=1, backend=chosen))
 
