@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hdit_kernels import reference, tile
+from hdit_kernels import cpu, reference, tile
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class Backend(Protocol):
     """A module of this package that computes the contract."""
 
     def unavailable(self) -> str | None:
-        """Why this backend can run nowhere on this machine, or None where it can. Imports little,
-        compiles nothing."""
+        """Why this backend can run nowhere on this machine, or None where it can. It may
+        compile, but does not fail."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot solve the problem, or None where it can. Covers unavailable()."""
@@ -47,10 +47,10 @@ class Backend(Protocol):
         """The contract, on arguments that are known to be valid."""
 
 
-BACKENDS: dict[str, Backend] = {"tile": tile, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "tile": tile, "reference": reference}
 """Backends by name."""
 
-AUTO: dict[str, tuple[str, ...]] = {}
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "tile", "reference")}
 """The order in which "auto" tries backends on a type of device, best first."""
 
 ANYWHERE = ("tile", "reference")

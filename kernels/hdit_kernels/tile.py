@@ -7,7 +7,6 @@ last along each axis), so tiles of one class share one mask and one call of the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hdit_kernels.flops import backward_flops, forward_flops
 from hdit_kernels.reference import window_starts
 
 if TYPE_CHECKING:
@@ -174,17 +174,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 tile_forward.register_autograd(_backward, setup_context=_setup)
 
 
-# The work that the definition asks for, k*k keys a query: masked keys of the halo do not count.
 @register_flop_formula(torch.ops.hdit_kernels.neighborhood_tile)
 def _(q: tuple[int, ...], k: Any, v: Any, kernel_size: int, *args: Any, **kwargs: Any) -> int:
-    return 2 * 2 * math.prod(q) * kernel_size**2
+    return forward_flops(q, kernel_size)
 
 
 @register_flop_formula(torch.ops.hdit_kernels.neighborhood_tile_backward)
 def _(
     grad: Any, q: tuple[int, ...], k: Any, v: Any, out: Any, kernel_size: int, *args: Any, **kw: Any
 ) -> int:
-    return 2 * 5 * math.prod(q) * kernel_size**2
+    return backward_flops(q, kernel_size)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from hdit_kernels import BACKENDS, neighborhood_attention, select_backend
 from hdit_kernels.neighborhood import AUTO, Problem
 from hdit_kernels.reference import window_starts
 
-each_backend = pytest.mark.parametrize("backend", ["reference", "tile"])
+each_backend = pytest.mark.parametrize("backend", ["reference", "tile", "cpu"])
 
 
 def vectors():
@@ -127,15 +127,16 @@ def test_neighborhood_accepts_a_scale_of_zero_and_below(backend):
     torch.testing.assert_close(turned, expected, atol=1e-14, rtol=0)
 
 
-def test_tile_gradients_are_the_finite_differences():
+@pytest.mark.parametrize("backend", ["tile", "cpu"])
+def test_neighborhood_gradients_are_the_finite_differences(backend):
     qkv = [t.requires_grad_() for t in draw((1, 3, 9, 1, 2), 0)]  # two tiles
     assert torch.autograd.gradcheck(
-        lambda q, k, v: neighborhood_attention(q, k, v, 3, scale=0.7, backend="tile"), qkv
+        lambda q, k, v: neighborhood_attention(q, k, v, 3, scale=0.7, backend=backend), qkv
     )
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_neighborhood_in_few_bits_stays_close_to_float64(dtype, backend):
     shape, kernel_size, scale = (1, 13, 10, 2, 16), 7, 0.25
     *qkv, out_grad = *draw(shape, 0, dtype, "qkv"), draw(shape, 1, dtype)[0]
@@ -179,9 +180,10 @@ def test_neighborhood_leaves_its_inputs_alone(backend):
 
 
 @pytest.mark.parametrize("layout", ["own", "qkv"])
-def test_tile_is_a_well_formed_custom_op(layout):
+@pytest.mark.parametrize("op", ["neighborhood_tile", "neighborhood_cpu"])
+def test_backend_is_a_well_formed_custom_op(op, layout):
     qkv = [t.detach().requires_grad_() for t in draw((1, 9, 10, 2, 4), 0, torch.float32, layout)]
-    torch.library.opcheck(torch.ops.hdit_kernels.neighborhood_tile.default, (*qkv, 3, 0.5))
+    torch.library.opcheck(getattr(torch.ops.hdit_kernels, op).default, (*qkv, 3, 0.5))
 
 
 @each_backend
@@ -193,10 +195,11 @@ def test_flop_counter_counts_the_two_products_of_each_window(backend):
     assert counter.get_total_flops() == 4 * b * h * w * n * e * 5**2
 
 
-def test_flop_counter_counts_five_products_of_each_window_backward():
+@pytest.mark.parametrize("backend", ["tile", "cpu"])
+def test_flop_counter_counts_five_products_of_each_window_backward(backend):
     b, h, w, n, e = shape = (2, 9, 13, 3, 8)
     q, k, v = (t.requires_grad_() for t in draw(shape, 0, torch.float32))
-    out = neighborhood_attention(q, k, v, 5, scale=1, backend="tile")
+    out = neighborhood_attention(q, k, v, 5, scale=1, backend=backend)
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     # the logits again, the weights' gradient, and the gradients of q, k and v
