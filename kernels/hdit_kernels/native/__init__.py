@@ -167,11 +167,15 @@ def library() -> Library | NativeError:
         return error
 
 
-@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why there is no library for this machine, or None; compiles it if need be."""
     found = library()
     return str(found) if isinstance(found, NativeError) else None
+
+
+# To torch.compile a constant, which it does not look into: what assume_constant_result of
+# torch.compiler sets, without the second that it takes to import the compiler.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(name: str, *arguments: Any) -> None:
