@@ -19,6 +19,8 @@ from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
 from hdit.nn.checkpointing import Run, call, recompute
 from hdit.nn.embed import ClassEmbedding, check_labels, sincos_positions, timestep_embedding
 from hdit.nn.mlp import MLP
+from hdit.nn.norm import modulated_norm
+from hdit.nn.residual import gated_residual
 from hdit.protocols import Cond, Group, Signal, Spec, SpecError
 
 TIME_FEATURES = 256
@@ -138,11 +140,6 @@ class DiTSpec(Spec):
 # ---- ends of the network -------------------------------------------------------------------------
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b h w d), shift and scale (b d)."""
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
 def layer_norm(width: int, affine: bool) -> nn.LayerNorm:
     """With a scale and shift of its own where none are regressed.
 
@@ -210,7 +207,7 @@ class AdaLNFinalLayer(FinalLayer):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.unpatchify(self.linear(modulate(self.norm_final(x), shift, scale)))
+        return self.unpatchify(self.linear(modulated_norm(x, shift, scale)))
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -241,8 +238,8 @@ class AdaLNBlock(Block):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), None)
-        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + self.attn(modulated_norm(x, shift1, scale1), None)
+        return x + self.mlp(modulated_norm(x, shift2, scale2))
 
 
 class AdaLNZeroBlock(Block):
@@ -254,9 +251,9 @@ class AdaLNZeroBlock(Block):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), None)
-        x = x + gate1[:, None, None] * attended
-        return x + gate2[:, None, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        attended = self.attn(modulated_norm(x, shift1, scale1), None)
+        x = gated_residual(x, attended, gate1)
+        return gated_residual(x, self.mlp(modulated_norm(x, shift2, scale2)), gate2)
 
 
 class SequenceAttention(nn.Module):

@@ -27,6 +27,7 @@ from hdit.nn.checkpointing import Run, call, recompute
 from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels, sincos_positions
 from hdit.nn.mlp import GEGLU, GELU
 from hdit.nn.norm import AdaLN, AdaRMSNorm, RMSNorm
+from hdit.nn.residual import GatedResidual, Residual
 from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
 from hdit.protocols import Cond, Group, Signal, Spec, SpecError
 
@@ -170,24 +171,6 @@ class HDiTSpec(Spec):
             found = level.attention.check(*grid)
             problems += [(f"attention.{key}", text) for key, text in found]
         return problems
-
-
-class Residual(nn.Module):
-    """x + branch."""
-
-    def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
-        return x + branch
-
-
-class GatedResidual(nn.Module):
-    """x + gate * branch, with the gate Linear(cond) of DiT (Peebles & Xie, 2023). cond (b m)."""
-
-    def __init__(self, width: int, cond_width: int):
-        super().__init__()
-        self.gate = nn.Linear(cond_width, width, bias=False)
-
-    def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
-        return x + self.gate(cond)[:, None, None] * branch
 
 
 NORMS = {"ada_rms_norm": AdaRMSNorm, "ada_ln": AdaLN}
@@ -382,6 +365,7 @@ class HDiT(nn.Module):
         spec.check(signal)
         spec = spec.resolved()
         self.spec, self.num_classes = spec, signal.num_classes
+        self._positions: list[Tensor] | None = None
         *outer, inner = spec.levels
         m, widths = spec.mapping.width, [level.width for level in spec.levels]
         steps = list(pairwise(widths))  # (finer, coarser)
@@ -453,6 +437,23 @@ class HDiT(nn.Module):
                 x = x + self.mapping_cond_in_proj(cond.vector.to(x.dtype))
             return self.mapping(x)
 
+    def level_positions(self, h: int, w: int, device: torch.device) -> list[Tensor]:
+        """Positions (h w 2) of the cells of each level, those of the first on a grid of h x w.
+
+        The same tensors for the grid of the last call: what is made of them is kept by them.
+        """
+        if not torch.compiler.is_compiling() and self._positions is not None:
+            first = self._positions[0]
+            if first.shape[:2] == (h, w) and first.device == device:
+                return self._positions
+        with torch.inference_mode(False):
+            levels = [axial_positions(h, w, device)]
+            for _ in self.merges:
+                levels.append(downscale_positions(levels[-1]))
+        if not torch.compiler.is_compiling():
+            self._positions = levels
+        return levels
+
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
         multiple = self.spec.multiple
         if x.shape[2] % multiple or x.shape[3] % multiple:
@@ -460,13 +461,13 @@ class HDiT(nn.Module):
             raise ValueError(f"the sides of an image must be multiples of {multiple}, got {size}")
         m = self.conditioning(c_noise, cond)
         x = self.positions(self.patch_in(rearrange(x, "b c h w -> b h w c")))  # (b h w d)
-        pos = axial_positions(x.shape[1], x.shape[2], x.device)  # (h w 2)
+        *outer, inner = self.level_positions(x.shape[1], x.shape[2], x.device)
         skips = []
-        for level, merge in zip(self.down_levels, self.merges, strict=True):
+        for level, merge, pos in zip(self.down_levels, self.merges, outer, strict=True):
             x = level(x, pos, m)
             skips.append((x, pos))
-            x, pos = merge(x), downscale_positions(pos)
-        x = self.mid_level(x, pos, m)
+            x = merge(x)
+        x = self.mid_level(x, inner, m)
         for level, split in zip(reversed(self.up_levels), reversed(self.splits), strict=True):
             skip, pos = skips.pop()
             x = level(split(x, skip), pos, m)

@@ -12,10 +12,10 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from hdit.nn.norm import at_least_float32
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import Spec
 from hdit_kernels import neighborhood_attention
+from hdit_kernels.fused import qk_prologue
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q, k, v, scale of the logits), each (b h w n e) -> (b h w n e)."""
@@ -162,14 +162,8 @@ class CosineQK(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.full((n_heads,), 10.0))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        root = at_least_float32(self.scale).sqrt()[:, None]
-
-        def unit(x: Tensor) -> Tensor:
-            x = at_least_float32(x)
-            return x * root * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-        return unit(q), unit(k)
+    def forward(self, qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return qk_prologue(qkv, self.scale, table)
 
 
 class DotQK(nn.Module):
@@ -179,15 +173,16 @@ class DotQK(nn.Module):
         super().__init__()
         self.softmax_scale = d_head**-0.5
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q, k
+    def forward(self, qkv: Tensor, table: None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(3)
+        return q, k, v
 
 
 class Unrotated(nn.Module):
     """No rotation: positions were added to the tokens."""
 
-    def forward(self, q: Tensor, k: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor]:
-        return q, k
+    def forward(self, pos: Tensor | None) -> None:
+        return None
 
 
 class SelfAttention(nn.Module):
@@ -216,8 +211,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, pos: Tensor | None) -> Tensor:
-        qkv = rearrange(self.qkv_proj(x), "b h w (t n e) -> t b h w n e", t=3, n=self.n_heads)
-        q, k, v = qkv.unbind(0)
-        q, k = self.rope(*self.qk(q, k), pos)
-        x = self.attend(q.to(v.dtype), k.to(v.dtype), v, self.qk.softmax_scale)
+        qkv = rearrange(self.qkv_proj(x), "b h w (t n e) -> b h w t n e", t=3, n=self.n_heads)
+        q, k, v = self.qk(qkv, self.rope(pos))
+        x = self.attend(q, k, v, self.qk.softmax_scale)
         return self.out_proj(self.dropout(x.flatten(-2)))

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it is wider."""
-    return x if x.dtype == torch.float64 else x.float()
+from hdit_kernels.fused import at_least_float32, norm
 
 
-def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """x * scale / rms(x) over the last axis: statistics in float32 or wider, result as x."""
-    wide = at_least_float32(x)
-    factor = scale * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return x * factor.to(x.dtype)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * LN(x) + shift: x (b h w d), shift and scale (b d)."""
+    return norm(x, 1 + at_least_float32(scale), at_least_float32(shift), centre=True)
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +21,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
+        return norm(x, at_least_float32(self.scale))
 
 
 class AdaLN(nn.Module):
@@ -41,9 +35,8 @@ class AdaLN(nn.Module):
         self.linear = nn.Linear(cond_width, 2 * width, bias=False)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale, shift = at_least_float32(self.linear(cond))[:, None, None, :].chunk(2, dim=-1)
-        wide = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
-        return torch.addcmul(shift, wide, 1 + scale).to(x.dtype)
+        scale, shift = self.linear(cond).chunk(2, dim=-1)
+        return modulated_norm(x, shift, scale)
 
 
 class AdaRMSNorm(nn.Module):
@@ -54,4 +47,4 @@ class AdaRMSNorm(nn.Module):
         self.linear = nn.Linear(cond_width, width, bias=False)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return rms_norm(x, 1 + at_least_float32(self.linear(cond))[:, None, None, :])
+        return norm(x, 1 + at_least_float32(self.linear(cond)))

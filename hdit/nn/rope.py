@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hdit.nn.norm import at_least_float32
+from hdit_kernels.fused import at_least_float32
 
 
 def axial_positions(h: int, w: int, device: torch.device | None = None) -> Tensor:
@@ -26,16 +26,8 @@ def downscale_positions(pos: Tensor) -> Tensor:
     return pos.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(1, 3))
 
 
-def rotate(x: Tensor, theta: Tensor) -> Tensor:
-    """Rotates pairs (i, i + f) of the first 2f elements by theta (... f); the rest of x stays."""
-    f = theta.shape[-1]
-    a, b, rest = x.split([f, f, x.shape[-1] - 2 * f], dim=-1)
-    cos, sin = theta.cos(), theta.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
 class AxialRoPE(nn.Module):
-    """Rotates each head of q and k (b h w n e) by the cell's position pos (h w 2).
+    """The angles by which each head of q and k turns at the cells of a grid.
 
     Of a head's elements the first `rotated` turn, all or half of them. Frequencies run from pi to
     10 pi, log-spaced and interleaved over the heads, alike for y and x. They are a buffer, so that
@@ -49,13 +41,38 @@ class AxialRoPE(nn.Module):
         n = n_heads * (rotated // 4)
         freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1].exp()
         self.register_buffer("freqs", freqs.view(-1, n_heads).mT.contiguous())  # (n rotated/4)
+        self._made_of: tuple[Tensor, Tensor, int] | None = None
+        self._table: Tensor | None = None
 
     def angles(self, pos: Tensor) -> Tensor:
-        """(h w 2) -> (h w n rotated/2), in float32 or wider."""
+        """(h w 2) -> (h w n rotated/2), in float32 or wider: first those of y, then of x."""
         y, x = pos[:, :, None, None, 0], pos[:, :, None, None, 1]
         freqs = at_least_float32(self.freqs)
         return torch.cat([y * freqs, x * freqs], dim=-1)
 
-    def forward(self, q: Tensor, k: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        theta = self.angles(pos)
-        return rotate(q, theta), rotate(k, theta)
+    def table(self, pos: Tensor) -> Tensor:
+        """Cosines and sines of the angles of a grid's rows, then of its columns.
+
+        pos (h w 2), each row with one y and each column with one x -> (h+w 2 n rotated/4).
+        """
+        rows, _ = self.angles(pos[:, :1]).chunk(2, dim=-1)  # (h 1 n rotated/4)
+        _, columns = self.angles(pos[:1]).chunk(2, dim=-1)  # (1 w n rotated/4)
+        angles = torch.cat([rows[:, 0], columns[0]])
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, pos: Tensor) -> Tensor:
+        """The table, made once for the positions that the last call came with."""
+        if torch.compiler.is_compiling():
+            return self.table(pos)
+        if self._table is None or not self._is_of(pos):
+            with torch.inference_mode(False), torch.no_grad():  # it may serve training as well
+                self._made_of = (pos, self.freqs, self.freqs._version)
+                self._table = self.table(pos)
+        return self._table
+
+    def _is_of(self, pos: Tensor) -> bool:
+        """Whether the table was made of these positions and of the frequencies as they are."""
+        if self._made_of is None:
+            return False
+        of, freqs, version = self._made_of
+        return of is pos and freqs is self.freqs and version == freqs._version

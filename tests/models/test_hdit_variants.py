@@ -17,6 +17,7 @@ from hdit.nn.norm import AdaLN
 from hdit.nn.rope import AxialRoPE, axial_positions
 from hdit.protocols import Cond, Signal, SpecError
 from hdit.training.optim import parameter_groups
+from hdit_kernels.fused import rotate, spread
 
 WINDOWS = {"kind": "shifted_window", "d_head": 8, "window_size": 4}
 NARROW = [{"depth": 1, "width": 6, "attention": {"kind": "none"}}]
@@ -232,14 +233,15 @@ def test_rope_over_the_whole_head_turns_every_pair():
     q, k = hfill((1, 1, 1, 2, 16), 1).double(), hfill((1, 1, 1, 2, 16), 2).double()
     pos = axial_positions(4, 4).double()
 
+    def turned(rope, x, cell):
+        return rotate(x, *spread(rope(pos[cell][None, None]), 1))
+
     def logits(a, b):
-        (turned, _), (_, other) = rope(q, k, pos[a][None, None]), rope(q, k, pos[b][None, None])
-        return (turned * other).sum(-1)
+        return (turned(rope, q, a) * turned(rope, k, b)).sum(-1)
 
     torch.testing.assert_close(logits((0, 0), (1, 2)), logits((2, 1), (3, 3)))
-    turned, _ = rope(q, k, pos[0, 0][None, None])
-    assert (turned != q).all()
-    half, _ = AxialRoPE(2, 8).double()(q, k, pos[0, 0][None, None])
+    assert (turned(rope, q, (0, 0)) != q).all()
+    half = turned(AxialRoPE(2, 8).double(), q, (0, 0))
     assert (half[..., :8] != q[..., :8]).all()
     assert torch.equal(half[..., 8:], q[..., 8:])
 

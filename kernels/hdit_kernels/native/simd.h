@@ -76,12 +76,6 @@ template <class S> using Compute = typename ComputeOf<S>::type;
 
 template <class T> INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
-template <class T> INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < LANES<T>; i++) total += v[i];
-  return total;
-}
-
 // 2^x, for any finite x: relative error below 2e-7.
 INLINE Vec<float> exp2(Vec<float> x) {
   x = maximum<float>(x, splat(-126.f));
@@ -113,6 +107,16 @@ template <class T> INLINE Vec<T> permute(Vec<T> v, Vec<Int<T>> index) {
 #else
   return __builtin_shuffle(v, index);
 #endif
+}
+
+template <class T> INLINE T sum(Vec<T> v) {
+#pragma GCC unroll 4
+  for (int apart = LANES<T> / 2; apart; apart /= 2) {
+    Vec<Int<T>> index;
+    for (int i = 0; i < LANES<T>; i++) index[i] = i ^ apart;
+    v += permute<T>(v, index);
+  }
+  return v[0];
 }
 
 // Lanes of a and b in turn: of their first halves, and of their second.
