@@ -219,6 +219,8 @@ def _write_samples(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     signal, classes = found.state.signal, found.state.classes
     backbone = _network(found, weights).to(device)
+    if spec.compile:
+        backbone.compile_blocks()
     guide = None
     if weak:
         worse = _network(weak, weak.weights(raw)).to(device)
@@ -494,6 +496,43 @@ def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
     kept = plain.gradients if settings.training.accumulate > 1 else 0
     row("at the peak", plain.peak + kept, checkpointed.peak + kept)
     return table
+
+
+@app.command()
+def doctor(
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Neither try torch.compile nor time anything.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, for a report of a bug.")
+    ] = False,
+) -> None:
+    """Tell whether this machine can run hdit well: devices, compilers, attention, packages.
+
+    Ends with status 1 where training cannot work, and says why.
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    try:
+        from hdit.doctor import examine, tables
+    except ImportError as error:
+        typer.echo(f"broken: hdit cannot be imported: {error}", err=True)
+        raise typer.Exit(1) from None
+    console = Console()
+    with _console().status("") as line:
+        report = examine(fast, lambda step: line.update(step))
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1))
+    else:
+        for table in tables(report):
+            console.print(table)
+    for problem in report.broken:
+        typer.echo(f"broken: {problem}", err=True)
+    if report.broken:
+        raise typer.Exit(1)
 
 
 def _si(number: int) -> str:

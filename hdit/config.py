@@ -87,6 +87,9 @@ class TrainingSpec(Spec):
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
+    compile: bool = Field(
+        False, description="torch.compile each block, in place: a slow first step, then faster ones"
+    )
     gradient_checkpointing: bool = Field(
         False, description="keep no activations within a block: less memory, a third more work"
     )
@@ -129,6 +132,7 @@ class SamplingSpec(Spec):
     guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
     precision: Literal["fp32", "bf16"] | None = Field(None, description="training's if absent")
     batch_size: int = Field(64, gt=0, description="images that are sampled at once")
+    compile: bool = Field(False, description="torch.compile each block for `hdit sample`")
     grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
 from hdit.nn.checkpointing import Run, call, recompute
+from hdit.nn.compiling import compile_in_place
 from hdit.nn.embed import ClassEmbedding, check_labels, sincos_positions, timestep_embedding
 from hdit.nn.mlp import MLP
 from hdit.nn.norm import modulated_norm
@@ -367,6 +368,10 @@ class DiT(nn.Module):
     def checkpoint_blocks(self) -> None:
         """From now on keeps no activations within a block, but computes them again for backward."""
         self.blocks.run = recompute
+
+    def compile_blocks(self) -> None:
+        """From now on runs each block as one compiled graph, in place; see compile_in_place."""
+        compile_in_place(self.blocks)
 
     def parameter_group(self, name: str) -> Group:
         """Weight decay, where asked for, is on matrices only: not on biases, norms and classes."""

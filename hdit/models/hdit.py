@@ -24,6 +24,7 @@ from hdit.nn.attention import (
     WithHeads,
 )
 from hdit.nn.checkpointing import Run, call, recompute
+from hdit.nn.compiling import compile_in_place
 from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels, sincos_positions
 from hdit.nn.mlp import GEGLU, GELU
 from hdit.nn.norm import AdaLN, AdaRMSNorm, RMSNorm
@@ -410,6 +411,10 @@ class HDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.run = recompute
+
+    def compile_blocks(self) -> None:
+        """From now on runs each layer as one compiled graph, in place; see compile_in_place."""
+        compile_in_place(module for module in self.modules() if isinstance(module, Layer))
 
     def parameter_group(self, name: str) -> Group:
         """The reference's four groups: the mapping network and what it feeds learn at lr/3."""

@@ -104,6 +104,8 @@ class Trainer:
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         if t.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
+        if t.compile:
+            self.backbone.compile_blocks()
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
         self.noise_scale = GradientNoiseScale()
