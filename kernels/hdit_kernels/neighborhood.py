@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hdit_kernels import cpu, reference, tile
+from hdit_kernels import cpu, flex, natten, reference, tile
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,19 @@ class Backend(Protocol):
         """The contract, on arguments that are known to be valid."""
 
 
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "tile": tile, "reference": reference}
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu,
+    "natten": natten,
+    "flex": flex,
+    "tile": tile,
+    "reference": reference,
+}
 """Backends by name."""
 
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "tile", "reference")}
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "tile", "reference"),
+    "cuda": ("natten", "flex", "tile", "reference"),
+}
 """The order in which "auto" tries backends on a type of device, best first."""
 
 ANYWHERE = ("tile", "reference")
@@ -59,6 +68,8 @@ ANYWHERE = ("tile", "reference")
 def select_backend(problem: Problem) -> str:
     """The name of the backend that "auto" takes for a problem."""
     for name in AUTO.get(problem.device, ANYWHERE):
+        if name == "natten" and not natten.has_libnatten():
+            continue  # it would be flex_attention with a detour
         if BACKENDS[name].unsupported(problem) is None:
             return name
     raise AssertionError(f"'reference' must support every valid problem, but refused {problem}")

@@ -318,14 +318,14 @@ def test_neighborhood_refuses_tensors_on_several_devices():
         neighborhood_attention(q, q.to("meta"), q, 3, scale=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_neighborhood_of_an_empty_batch_is_empty(backend):
     q = torch.zeros(0, 4, 5, 2, 8)
     out = neighborhood_attention(q, q, q, 3, scale=1, backend=backend)
     assert out.shape == q.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_neighborhood_keeps_its_dtype_under_autocast(backend):
     q, k, v = (t.requires_grad_() for t in draw((1, 5, 6, 2, 8), 0, torch.float32))
     plain = neighborhood_attention(q, k, v, 3, scale=1, backend=backend)

@@ -167,6 +167,11 @@ def library() -> Library | NativeError:
         return error
 
 
+def vector_bytes() -> int:
+    """Of the registers that the library for this machine computes with."""
+    return {"AVX512": 64, "AVX2": 32, "DEFAULT": 16}[cpu_capability()]
+
+
 def unavailable() -> str | None:
     """Why there is no library for this machine, or None; compiles it if need be."""
     found = library()
