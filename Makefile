@@ -1,12 +1,13 @@
-# make demo    install, train the default model on real digits, sample, check: a few minutes
-# make test    install and run the tests
-# make lint    ruff and mypy
+# make demo            install, train the default model on real digits, sample, check: a few minutes
+# make test            install and run the tests
+# make test-kernels    install triton and NATTEN too, and test their backends
+# make lint            ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-kernels lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hdit needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -22,6 +23,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-kernels: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]' setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation natten
+	$(BIN)/python -m pytest tests/kernels/test_triton.py tests/kernels/test_natten.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

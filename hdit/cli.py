@@ -59,6 +59,7 @@ def train(
     from hdit.config import load
     from hdit.protocols import UserError
     from hdit.training.trainer import Trainer
+    from hdit_kernels.host import keep_freed_memory
 
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)
@@ -68,6 +69,7 @@ def train(
             f"--run: {folder} would get its settings written over {config}; name another folder"
         )
     logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
+    keep_freed_memory()
     finished = Trainer(settings, folder).fit()
     if dist.is_initialized():
         gc.collect()  # what still holds the group, or its threads outlive it and abort the process
@@ -199,7 +201,9 @@ def _write_samples(
     from hdit.sampling import WeakModel, check_guidance
     from hdit.sampling import sample as sample_images
     from hdit.training.checkpoint import Export
+    from hdit_kernels.host import keep_freed_memory
 
+    keep_freed_memory()
     check_guidance(config, found.state.signal)
     config.space.open()
     spec = config.sampling
@@ -529,6 +533,8 @@ def doctor(
     else:
         for table in tables(report):
             console.print(table)
+        if not report.broken:
+            typer.echo("hdit can train here.")
     for problem in report.broken:
         typer.echo(f"broken: {problem}", err=True)
     if report.broken:

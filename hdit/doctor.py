@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,25 +23,28 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from hdit_kernels import BACKENDS, native, neighborhood_attention, select_backend
-from hdit_kernels.neighborhood import Problem
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import hdit
+from hdit.sampling import AUTOCAST
+from hdit_kernels import BACKENDS, native, neighborhood_attention, select_backend
+from hdit_kernels.neighborhood import Problem
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # as Linux names them on x86-64, and on Arm
 RUNS = 5  # whose median is a time
-LONGEST = 2.0  # seconds after which no further run begins
+LONGEST = 1.0  # second, after which no further run begins
+LONGEST_LINE = 300  # characters of a reason; a compiler may say anything
+COMPILING = 300  # seconds that torch.compile may take
 NEEDS = {"cpu": "compiler", "natten": "natten", "triton": "triton"}  # the others need torch alone
 TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 
 PACKAGES = {
     "natten": ("NATTEN's CUDA kernels", "pip install --no-build-isolation natten"),
-    "triton": ("fused CUDA kernels, torch.compile", "pip install triton; torch for CUDA brings it"),
+    "triton": ("CUDA: fused kernels, torch.compile", "pip install triton"),
     "clean-fid": ("FID", 'pip install "hdit[fid]"'),
     "diffusers": ("latents of VAEs", 'pip install "hdit[latent]"'),
     "datasets": ("images of Hugging Face", 'pip install "hdit[data]"'),
@@ -50,6 +54,25 @@ PACKAGES = {
     "matplotlib": ("plots", 'pip install "hdit[plots]"'),
 }
 """What each optional package is for, and how to install it."""
+
+COMPILE = """
+import sys, time, torch
+
+def double(x):
+    return x.sin() * (2 if torch.compiler.is_compiling() else 1)
+
+x = torch.ones(8, 8, device=sys.argv[1])
+started = time.perf_counter()
+try:
+    right = torch.allclose(torch.compile(double)(x), 2 * x.sin())
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(1)
+print(time.perf_counter() - started if right else "switched off: the function ran uncompiled")
+sys.exit(not right)
+"""
+"""Compiles for a device. In a process of its own, with an empty cache: what an earlier run compiled
+would hide that the compiler is gone, and a crash is no crash of the doctor."""
 
 
 @dataclass(frozen=True)
@@ -170,17 +193,15 @@ def examine(fast: bool = False, say: Callable[[str], None] = lambda step: None) 
     say("compiling the C++ kernels, where that was not done before")
     kernels, compiler = _kernels(), _compiler()
     first = used[:2]  # one of each type
-    compilations, attention = [], []
-    for device in first:
-        if not fast:
-            say(f"torch.compile on {device}")
-        compilations.append(Compilation(str(device), None, None) if fast else _compile(device))
-    for device in first:
-        attention.append(_attention(device, compiler, fast, say))
+    compilations = []
+    for device in [] if fast else first:
+        say(f"torch.compile on {device}")
+        compilations.append(_compile(device))
+    attention = [_attention(device, compiler, fast, say) for device in first]
     return Report(
         hdit=hdit.__version__,
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         torch_build=_torch_build(),
         platform=platform.platform(),
         fast=fast,
@@ -203,24 +224,27 @@ def _broken(precisions: list[Precision], attention: list[Attention]) -> list[str
         for found in precisions
         if found.dtype == "fp32" and not found.trains and found.device != "mps"
     ]
-    for part in attention:
-        for found in part.backends:
-            if "training" in found.auto and (why := found.problem or found.training_problem):
-                wrong.append(
-                    f"neighborhood attention on {part.device}: "
-                    f"auto takes {found.backend!r}, which fails: {why}"
-                )
+    wrong += [
+        f"neighborhood attention on {part.device}: auto takes {found.backend!r}, which fails: {why}"
+        for part in attention
+        for found in part.backends
+        if "training" in found.auto and (why := found.problem or found.training_problem)
+    ]
     return wrong
 
 
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-def first_line(error: BaseException) -> str:
-    """An error's class and the first line of what it says, or two where the first only leads in."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+def first_line(said: str) -> str:
+    """The first line of what a program said, or two where the first only leads in."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+
+
+def error_line(error: BaseException) -> str:
+    return first_line(f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -288,11 +312,11 @@ def _why_no_cuda(warned: list[str]) -> str:
             reason += "; for the GPU here install torch for CUDA (pytorch.org/get-started/locally)"
         return reason
     if warned:  # such as a driver that is too old
-        return warned[0].splitlines()[0]
+        return first_line(warned[0])
     try:
         torch.cuda.init()
     except Exception as error:
-        return first_line(error)
+        return error_line(error)
     return "torch finds no device"
 
 
@@ -308,7 +332,7 @@ def _precisions(device: torch.device, cpu: CPU) -> list[Precision]:
             with _without_warnings():
                 problem = check()
         except Exception as error:
-            problem = first_line(error)
+            problem = error_line(error)
         note = _bf16_speed(device, cpu) if name == "bf16" and problem is None else problem
         found.append(Precision(str(device), name, problem is None, note))
     return found
@@ -379,21 +403,19 @@ def _kernels() -> Kernels:
 
 
 def _compile(device: torch.device) -> Compilation:
-    def doubled(x: Tensor) -> Tensor:
-        return x.sin() * (2.0 if torch.compiler.is_compiling() else 1.0)
-
-    x = torch.ones(8, 8, device=device)
-    started = perf_counter()
-    try:
-        with _without_warnings():
-            # Nothing from an earlier time, or a compiler that is gone since would not be missed.
-            out = torch.compile(doubled, options={"force_disable_caches": True})(x)
-            factor = (out / x.sin()).mean().item()
-    except Exception as error:
-        return Compilation(str(device), None, first_line(error))
-    if abs(factor - 2) > 1e-3:
-        return Compilation(str(device), None, "it is switched off: the function ran uncompiled")
-    return Compilation(str(device), perf_counter() - started, None)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", COMPILE, str(device)]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=COMPILING
+            )
+        except subprocess.TimeoutExpired:
+            return Compilation(str(device), None, f"it did not end within {COMPILING} s")
+    if done.returncode == 0:
+        return Compilation(str(device), float(done.stdout.split()[-1]), None)
+    told = done.stdout.strip() or (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return Compilation(str(device), None, f"fails ({done.returncode}): {first_line(told)}")
 
 
 def _version(package: str) -> str | None:
@@ -491,7 +513,7 @@ def _time(name: str, device: torch.device, grad: bool) -> tuple[float | None, st
                 run()
                 times.append(perf_counter() - started)
     except Exception as error:
-        return None, first_line(error)
+        return None, error_line(error)
     return 1e3 * median(times), None
 
 
@@ -507,7 +529,11 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _machine_table(report: Report) -> Table:
-    table = Table(title="machine", show_header=False)
+    table = Table(
+        title="machine",
+        show_header=False,
+        caption=f"training.precision takes {' and '.join(AUTOCAST)}",
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
 
@@ -536,8 +562,9 @@ def _machine_table(report: Report) -> Table:
     row("C++ kernels", kernels.path, f"for {kernels.capability}", kernels.problem)
     for compiled in report.torch_compile:
         seconds = None if compiled.seconds is None else f"works: {compiled.seconds:.1f} s"
-        text = compiled.problem or seconds or "skipped"
-        row("torch.compile", f"{compiled.device}: {text}")
+        row("torch.compile", f"{compiled.device}: {compiled.problem or seconds}")
+    if report.fast:
+        row("torch.compile", "not tried")
     return table
 
 
@@ -554,11 +581,10 @@ def _attention_table(part: Attention, fast: bool) -> Table:
         f"{'not timed' if fast else 'medians'}",
     )
     table.add_column("backend", no_wrap=True)
-    table.add_column("needs")
-    table.add_column("usable", overflow="fold", min_width=46)
+    table.add_column("needs", max_width=14)
+    table.add_column("usable" if fast else "forward pass", overflow="fold")
     for found in part.backends:
-        both = len(found.auto) == 2
-        mark = f" ({'auto' if both else f'auto: {found.auto[0]}'})" if found.auto else ""
+        mark = " (auto)" if len(found.auto) == 2 else "".join(f"\n(auto: {a})" for a in found.auto)
         table.add_row(Text(found.backend + mark), Text(found.needs), Text(_usable(found)))
     return table
 
@@ -566,18 +592,18 @@ def _attention_table(part: Attention, fast: bool) -> Table:
 def _usable(found: AttentionBackend) -> str:
     if found.problem:
         return f"no: {found.problem}"
-    forward = "yes" if found.forward_ms is None else f"{found.forward_ms:7.2f} ms forward"
+    forward = "yes" if found.forward_ms is None else f"{found.forward_ms:7.2f} ms"
     if found.training_problem:
         return f"{forward}\nnot to train with: {found.training_problem}"
     if found.forward_backward_ms is None:
         return forward
-    return f"{forward}, {found.forward_backward_ms:7.2f} ms with backward"
+    return f"{forward}, with backward {found.forward_backward_ms:7.2f} ms"
 
 
 def _package_table(packages: list[Package]) -> Table:
     table = Table(title="optional packages")
     table.add_column("package", no_wrap=True)
-    table.add_column("for")
+    table.add_column("for", max_width=21)
     table.add_column("version", overflow="fold")
     for found in packages:
         text = found.version or f"missing: {found.install}"

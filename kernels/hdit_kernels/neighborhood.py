@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hdit_kernels import cpu, flex, natten, reference, tile
+from hdit_kernels import cpu, flex, natten, reference, tile, triton
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
+    "triton": triton,
     "natten": natten,
     "flex": flex,
     "tile": tile,
@@ -60,7 +61,10 @@ AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "tile", "reference"),
     "cuda": ("natten", "flex", "tile", "reference"),
 }
-"""The order in which "auto" tries backends on a type of device, best first."""
+"""The order in which "auto" tries backends on a type of device, best first.
+
+One that is measured nowhere, as triton on CUDA, is taken by name alone.
+"""
 
 ANYWHERE = ("tile", "reference")
 
