@@ -12,6 +12,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.nn.dropout import Dropout
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import Spec
 from hdit_kernels import neighborhood_attention
@@ -207,7 +208,7 @@ class SelfAttention(nn.Module):
         self.attend = spec.of_layer(index)
         self.n_heads = width // spec.d_head
         self.qkv_proj = nn.Linear(width, 3 * width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, pos: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hdit.nn.dropout import Dropout
 from hdit_kernels.fused import geglu
 
 
@@ -14,7 +15,7 @@ class GEGLU(nn.Module):
     def __init__(self, width: int, d_ff: int, dropout: float = 0.0):
         super().__init__()
         self.up_proj = nn.Linear(width, 2 * d_ff, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down_proj = nn.Linear(d_ff, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ class GELU(nn.Module):
     def __init__(self, width: int, d_ff: int, dropout: float = 0.0):
         super().__init__()
         self.up_proj = nn.Linear(width, d_ff, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down_proj = nn.Linear(d_ff, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -134,6 +134,13 @@ def _gated_backward(g: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Te
     return dbranch, dgate
 
 
+@_operator("fused_dropout(Tensor x, float p, Tensor seed) -> Tensor", _like_first)
+def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    out = _like_first(x)
+    native.run(f"dropout_{NAMES[x.dtype]}", x.numel(), p, seed, x, out)
+    return out
+
+
 def _fake_geglu(up: Tensor) -> Tensor:
     return up.new_empty(*up.shape[:-1], up.shape[-1] // 2)
 
@@ -236,6 +243,18 @@ class _Gated(torch.autograd.Function):
         return g, dbranch, dgate.sum(1)
 
 
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        return _dropout(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _dropout(g.contiguous(), ctx.p, *ctx.saved_tensors), None, None
+
+
 class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, up: Tensor) -> Tensor:
@@ -307,6 +326,17 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     if in_native(x, branch) and x.is_contiguous() and branch.is_contiguous():
         return _Gated.apply(x, branch, _plain(gate))
     return x + gate[:, None, None] * branch
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Each element 0 with probability p < 1, else divided by 1 - p (Srivastava et al., 2014).
+
+    The choice follows from one number of torch's generator of the device, or, where it is the
+    formula, from as many as torch takes.
+    """
+    if in_native(x) and x.is_contiguous():
+        return _Dropout.apply(x, p, torch.randint(2**62, ()))
+    return F.dropout(x, p)
 
 
 def geglu(up: Tensor) -> Tensor:

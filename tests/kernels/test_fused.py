@@ -190,6 +190,37 @@ def test_prologue_is_its_formula(dtype, b, h, w, n, e, quarter, rotated):
     )
 
 
+@dtypes
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.75])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype, p):
+    x = torch.ones(3, 100_003, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    with Seen() as seen:
+        out = fused.dropout(x, p)
+    assert "fused_dropout" in seen.names
+    kept = out.detach() != 0
+    assert torch.equal(out[kept], (1 / (1 - torch.full((1,), p))).to(dtype).expand(kept.sum()))
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=5 * deviation + 1e-9)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out.detach())  # of ones: the same elements, the same factor
+    torch.manual_seed(0)
+    assert torch.equal(fused.dropout(x, p), out)
+    assert p == 0 or not torch.equal(fused.dropout(x, p), out)
+
+
+def test_dropout_of_neighbours_pieces_and_seeds_is_independent():
+    torch.manual_seed(1)
+    x = torch.ones(1 << 20)
+    a, b = ((fused.dropout(x, 0.5) > 0).double() - 0.5 for _ in range(2))
+    pairs = {"seeds": (a, b)} | {
+        f"{lag} apart": (a[:-lag], a[lag:]) for lag in (1, 2, 16, 384, 1 << 14, 1 << 15)
+    }
+    for name, (left, right) in pairs.items():
+        correlation = float((left * right).mean()) * 4
+        assert abs(correlation) < 5 / len(left) ** 0.5, name
+
+
 def cases(dtype=torch.float32):
     """Each function with inputs (arguments, those that need a gradient)."""
     angle = normal(5, 2, 2, seed=3)

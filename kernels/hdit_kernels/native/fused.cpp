@@ -197,6 +197,38 @@ void geglu_backward(const Threads &threads, long tokens, long d, const S *g, con
   });
 }
 
+// ---- dropout --------------------------------------------------------------------------------------
+
+INLINE uint64_t mixed(uint64_t x) {  // SplitMix64 (Steele et al., 2014)
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// Each element times `factor`, or 0 where a hash of the seed and its place is below `threshold`.
+template <class S>
+void dropout(const Threads &threads, long count, uint64_t seed, uint32_t threshold, float factor,
+             const S *x, S *out) {
+  constexpr long PIECE = 1 << 14;
+  typedef Types<uint32_t>::Vec U;
+  U lane;
+  for (int i = 0; i < L; i++) lane[i] = i;
+  for_each(threads, (count + PIECE - 1) / PIECE, [&](long task) {
+    const long first = task * PIECE;
+    const uint64_t key = mixed(seed + mixed(uint64_t(task)));
+    const uint32_t begin = uint32_t(key), end = uint32_t(key >> 32);
+    row(std::min(PIECE, count - first), [&](long i, int n) __attribute__((always_inline)) {
+      U h = lane + (begin + uint32_t(i));
+      h = (h ^ (h >> 16)) * 0x7feb352du;
+      h = (h ^ (h >> 15)) * 0x846ca68bu;
+      h = (h ^ (h >> 16)) ^ end;
+      const V kept = get(x + first + i, n) * factor;
+      put(out + first + i, h >= threshold ? kept : V{}, n);
+    });
+  });
+}
+
 // ---- cosine similarity and axial RoPE of q and k -------------------------------------------------
 
 // An eighth of a cache line and a half: whole turns of a head come in multiples of these.
@@ -357,6 +389,11 @@ void prologue_backward(const Threads &threads, const Heads &p, const S *gq, Stri
                                         long stride, S *dbranch, float *dgate) {                   \
     gated_backward<S>({parallel, threads}, images, tokens, d, g, branch, gate, stride, dbranch,    \
                       dgate);                                                                      \
+  }                                                                                                \
+  extern "C" void dropout_##NAME(Parallel parallel, int threads, long count, double p,             \
+                                 const int64_t *seed, const S *x, S *out) {                        \
+    dropout<S>({parallel, threads}, count, uint64_t(*seed), uint32_t(p * 4294967296.0),            \
+               float(1 / (1 - p)), x, out);                                                        \
   }                                                                                                \
   extern "C" void geglu_##NAME(Parallel parallel, int threads, long tokens, long d, const S *up,   \
                                S *out) {                                                           \
