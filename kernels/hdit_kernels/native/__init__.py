@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 SOURCES = ("neighborhood.cpp", "fused.cpp")
 HEADERS = ("simd.h",)
@@ -108,21 +111,21 @@ def _compile(program: str, options: tuple[str, ...], source: Path, library: Path
         for name in SOURCES:
             made = Path(scratch, name).with_suffix(".o")
             command = [program, *compile_only, "-c", "-o", str(made), str(source / name)]
-            jobs.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        for command, job in jobs:
-            _, errors = job.communicate()
-            _check(command, job.returncode, errors)
+            jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        ended = [(job, job.communicate()[1]) for job in jobs]
+        for job, errors in ended:
+            _check(program, job.returncode, errors)
         objects = [str(path) for path in Path(scratch).glob("*.o")]
         command = [program, *options, "-o", str(Path(scratch, library.name)), *objects]
         linked = subprocess.run(command, capture_output=True, text=True)
-        _check(command, linked.returncode, linked.stderr)
+        _check(program, linked.returncode, linked.stderr)
         os.replace(Path(scratch, library.name), library)
 
 
-def _check(command: list[str], status: int, errors: str) -> None:
+def _check(program: str, status: int, errors: str) -> None:
     if status:
         first = next((line for line in errors.splitlines() if "error" in line), errors[-300:])
-        raise NativeError(f"{command[0]} failed ({status}): {first.strip()}")
+        raise NativeError(f"{program} failed ({status}): {first.strip()}")
 
 
 class Library:
@@ -137,6 +140,7 @@ class Library:
         try:  # of the OpenMP that torch has loaded
             self._parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
         except AttributeError:
+            log.warning("torch has loaded no OpenMP that is known here: one thread for C++ kernels")
             self._parallel = ctypes.c_void_p(None)
 
     def __call__(self, name: str, *arguments: Any) -> None:
@@ -169,7 +173,7 @@ def library() -> Library | NativeError:
 
 def vector_bytes() -> int:
     """Of the registers that the library for this machine computes with."""
-    return {"AVX512": 64, "AVX2": 32, "DEFAULT": 16}[cpu_capability()]
+    return 64 if cpu_capability() == "AVX512" else 32
 
 
 def unavailable() -> str | None:

@@ -34,7 +34,9 @@ template <class S> INLINE V get_or(const S *p, long i, int n, float otherwise) {
 }
 
 // A row's mean (0 where it is not taken off) and 1 over its root mean square about that.
-struct Moments { float mean, factor; };
+struct Moments {
+  float mean, factor;
+};
 template <bool CENTRE, class S> INLINE Moments moments(const S *x, long d, float eps) {
   V total{}, square{};
   float mean = 0;
@@ -51,13 +53,14 @@ template <bool CENTRE, class S> INLINE Moments moments(const S *x, long d, float
   return {mean, 1.f / std::sqrt(sum<float>(square) / float(d) + eps)};
 }
 
-// ---- norms: y = scale * (x - mean) / rms + shift, scale and shift of an image ----------------------
+// ---- norms: y = scale * (x - mean) / rms + shift, scale and shift of an image
+// ----------------------
 
 // x: images of `tokens` rows of d; scale, shift: a row for each image, `stride` apart (0: one for
 // all), or null.
-template <bool CENTRE, class S>
-void norm(const Threads &threads, long images, long tokens, long d, float eps, const S *x,
-          const float *scale, const float *shift, long stride, S *out) {
+template <bool CENTRE, class S> void norm(const Threads &threads, long images, long tokens, long d,
+                                          float eps, const S *x, const float *scale,
+                                          const float *shift, long stride, S *out) {
   const long per = chunks(tokens);
   for_each(threads, images * per, [&](long task) {
     const long image = task / per, first = task % per * CHUNK;
@@ -76,10 +79,10 @@ void norm(const Threads &threads, long images, long tokens, long d, float eps, c
 }
 
 // dx, and for each chunk of tokens its part of dscale and dshift: (images, chunks, d), or null.
-template <bool CENTRE, class S>
-void norm_backward(const Threads &threads, long images, long tokens, long d, float eps, const S *g,
-                   const S *x, const float *scale, long stride, S *dx, float *dscale,
-                   float *dshift) {
+template <bool CENTRE, class S> void norm_backward(const Threads &threads, long images, long tokens,
+                                                   long d, float eps, const S *g, const S *x,
+                                                   const float *scale, long stride, S *dx,
+                                                   float *dscale, float *dshift) {
   const long per = chunks(tokens);
   for_each(threads, images * per, [&](long task) {
     const long image = task / per, first = task % per * CHUNK;
@@ -112,9 +115,8 @@ void norm_backward(const Threads &threads, long images, long tokens, long d, flo
 
 // ---- gated residual: out = x + gate * branch, the gate of an image -----------------------------
 
-template <class S>
-void gated(const Threads &threads, long images, long tokens, long d, const S *x, const S *branch,
-           const float *gate, long stride, S *out) {
+template <class S> void gated(const Threads &threads, long images, long tokens, long d, const S *x,
+                              const S *branch, const float *gate, long stride, S *out) {
   const long per = chunks(tokens);
   for_each(threads, images * per, [&](long task) {
     const long image = task / per, first = task % per * CHUNK;
@@ -129,9 +131,9 @@ void gated(const Threads &threads, long images, long tokens, long d, const S *x,
 }
 
 // dbranch, and for each chunk of tokens its part of dgate: (images, chunks, d).
-template <class S>
-void gated_backward(const Threads &threads, long images, long tokens, long d, const S *g,
-                    const S *branch, const float *gate, long stride, S *dbranch, float *dgate) {
+template <class S> void gated_backward(const Threads &threads, long images, long tokens, long d,
+                                       const S *g, const S *branch, const float *gate, long stride,
+                                       S *dbranch, float *dgate) {
   const long per = chunks(tokens);
   for_each(threads, images * per, [&](long task) {
     const long image = task / per, first = task % per * CHUNK;
@@ -148,13 +150,15 @@ void gated_backward(const Threads &threads, long images, long tokens, long d, co
   });
 }
 
-// ---- GEGLU: value * gelu(gate) of rows [value | gate] --------------------------------------------
+// ---- GEGLU: value * gelu(gate) of rows [value | gate]
+// --------------------------------------------
 
 // The normal distribution: its integral up to x, from a fit of the Mills ratio (relative error
 // 4e-9 before rounding), and its density.
-struct Normal { V integral, density; };
+struct Normal {
+  V integral, density;
+};
 INLINE Normal normal(V x) {
-  constexpr float LOG2E = 1.44269504f;
   const V a = x < 0.f ? -x : x;
   const V t = splat(1.f) / (a * 0.3f + 1.f);
   V p = splat(-0.0208782614f);
@@ -167,13 +171,12 @@ INLINE Normal normal(V x) {
   p = p * t + 0.110361191f;
   p = p * t + 0.119557241f;
   p = p * t + 0.119687407f;
-  const V power = exp2(a * a * (-0.5f * LOG2E));
+  const V power = exp2(a * a * float(-0.5 * LOG2E));
   const V tail = t * p * power;
   return {x < 0.f ? tail : 1.f - tail, power * 0.398942280f};
 }
 
-template <class S>
-void geglu(const Threads &threads, long tokens, long d, const S *up, S *out) {
+template <class S> void geglu(const Threads &threads, long tokens, long d, const S *up, S *out) {
   for_each(threads, chunks(tokens), [&](long task) {
     for (long t = task * CHUNK; t < std::min(tokens, (task + 1) * CHUNK); t++)
       row(d, [&](long i, int n) __attribute__((always_inline)) {
@@ -197,7 +200,8 @@ void geglu_backward(const Threads &threads, long tokens, long d, const S *g, con
   });
 }
 
-// ---- dropout --------------------------------------------------------------------------------------
+// ---- dropout
+// --------------------------------------------------------------------------------------
 
 INLINE uint64_t mixed(uint64_t x) {  // SplitMix64 (Steele et al., 2014)
   x += 0x9e3779b97f4a7c15;
@@ -207,9 +211,8 @@ INLINE uint64_t mixed(uint64_t x) {  // SplitMix64 (Steele et al., 2014)
 }
 
 // Each element times `factor`, or 0 where a hash of the seed and its place is below `threshold`.
-template <class S>
-void dropout(const Threads &threads, long count, uint64_t seed, uint32_t threshold, float factor,
-             const S *x, S *out) {
+template <class S> void dropout(const Threads &threads, long count, uint64_t seed,
+                                uint32_t threshold, float factor, const S *x, S *out) {
   constexpr long PIECE = 1 << 14;
   typedef Types<uint32_t>::Vec U;
   U lane;
@@ -229,7 +232,8 @@ void dropout(const Threads &threads, long count, uint64_t seed, uint32_t thresho
   });
 }
 
-// ---- cosine similarity and axial RoPE of q and k -------------------------------------------------
+// ---- cosine similarity and axial RoPE of q and k
+// -------------------------------------------------
 
 // An eighth of a cache line and a half: whole turns of a head come in multiples of these.
 typedef float V8 __attribute__((vector_size(32)));
@@ -242,9 +246,8 @@ INLINE void put8(float *p, V8 v) { memcpy(p, &v, sizeof v); }
 
 // Turns the pairs (x[i], x[i + f]), i < f, by the angles whose cosines and sines are given: the
 // first half of f by those of y, the second by those of x. SIGN -1 turns back.
-template <int SIGN>
-INLINE void turn(float *x, int f, const float *cos_y, const float *sin_y, const float *cos_x,
-                 const float *sin_x) {
+template <int SIGN> INLINE void turn(float *x, int f, const float *cos_y, const float *sin_y,
+                                     const float *cos_x, const float *sin_x) {
   for (int half = 0; half < 2; half++) {
     const float *c = half ? cos_x : cos_y, *s = half ? sin_x : sin_y;
     float *a = x + half * f / 2, *b = a + f;
@@ -287,9 +290,8 @@ INLINE float norm_factor(const float *x, long e) {
 }
 
 // q and k of qkv, of length root[n] each and then turned, heads last: (b h w n e).
-template <class S>
-void prologue(const Threads &threads, const Heads &p, const S *qkv, const float *root,
-              const float *table, S *q, S *k) {
+template <class S> void prologue(const Threads &threads, const Heads &p, const S *qkv,
+                                 const float *root, const float *table, S *q, S *k) {
   const Tables tables{table, p};
   for_each(threads, p.b * p.h, [&](long task) {
     const long y = task % p.h, width = p.n * p.e;
@@ -300,9 +302,8 @@ void prologue(const Threads &threads, const Heads &p, const S *qkv, const float 
         for (long n = 0; n < p.n; n++) {
           const S *from = qkv + token * 3 * width + which * width + n * p.e;
           S *to = (which ? k : q) + token * width + n * p.e;
-          row(p.e, [&](long i, int c) __attribute__((always_inline)) {
-            put(head + i, get(from + i, c), c);
-          });
+          row(p.e, [&](long i, int c)
+                       __attribute__((always_inline)) { put(head + i, get(from + i, c), c); });
           const float factor = root[n] * norm_factor(head, p.e);
           if (table)
             turn<1>(head, int(p.f), tables.at(y, 0, n), tables.at(y, 1, n),
@@ -315,14 +316,16 @@ void prologue(const Threads &threads, const Heads &p, const S *qkv, const float 
   });
 }
 
-struct Strides { long b, h, w, n; };
+struct Strides {
+  long b, h, w, n;
+};
 
 // The gradient of qkv, of which v's is copied; and for each row of tokens its part of that of root:
 // (b h, n).
-template <class S>
-void prologue_backward(const Threads &threads, const Heads &p, const S *gq, Strides qs,
-                       const S *gk, Strides ks, const S *gv, Strides vs, const S *qkv,
-                       const float *root, const float *table, S *dqkv, float *droot) {
+template <class S> void prologue_backward(const Threads &threads, const Heads &p, const S *gq,
+                                          Strides qs, const S *gk, Strides ks, const S *gv,
+                                          Strides vs, const S *qkv, const float *root,
+                                          const float *table, S *dqkv, float *droot) {
   const Tables tables{table, p};
   for_each(threads, p.b * p.h, [&](long task) {
     const long b = task / p.h, y = task % p.h, width = p.n * p.e;
@@ -364,57 +367,56 @@ void prologue_backward(const Threads &threads, const Heads &p, const S *gq, Stri
 
 }  // namespace
 
-#define FUNCTIONS(NAME, S)                                                                         \
-  extern "C" void norm_##NAME(Parallel parallel, int threads, long centre, long images,            \
-                              long tokens, long d, double eps, const S *x, const float *scale,     \
-                              const float *shift, long stride, S *out) {                           \
-    (centre ? norm<true, S> : norm<false, S>)({parallel, threads}, images, tokens, d, float(eps),  \
-                                              x, scale, shift, stride, out);                       \
-  }                                                                                                \
-  extern "C" void norm_backward_##NAME(Parallel parallel, int threads, long centre, long images,   \
-                                       long tokens, long d, double eps, const S *g, const S *x,    \
-                                       const float *scale, long stride, S *dx, float *dscale,      \
-                                       float *dshift) {                                            \
-    (centre ? norm_backward<true, S> : norm_backward<false, S>)(                                   \
-        {parallel, threads}, images, tokens, d, float(eps), g, x, scale, stride, dx, dscale,       \
-        dshift);                                                                                   \
-  }                                                                                                \
-  extern "C" void gated_##NAME(Parallel parallel, int threads, long images, long tokens, long d,   \
-                               const S *x, const S *branch, const float *gate, long stride,        \
-                               S *out) {                                                           \
-    gated<S>({parallel, threads}, images, tokens, d, x, branch, gate, stride, out);                \
-  }                                                                                                \
-  extern "C" void gated_backward_##NAME(Parallel parallel, int threads, long images, long tokens,  \
-                                        long d, const S *g, const S *branch, const float *gate,    \
-                                        long stride, S *dbranch, float *dgate) {                   \
-    gated_backward<S>({parallel, threads}, images, tokens, d, g, branch, gate, stride, dbranch,    \
-                      dgate);                                                                      \
-  }                                                                                                \
-  extern "C" void dropout_##NAME(Parallel parallel, int threads, long count, double p,             \
-                                 const int64_t *seed, const S *x, S *out) {                        \
-    dropout<S>({parallel, threads}, count, uint64_t(*seed), uint32_t(p * 4294967296.0),            \
-               float(1 / (1 - p)), x, out);                                                        \
-  }                                                                                                \
-  extern "C" void geglu_##NAME(Parallel parallel, int threads, long tokens, long d, const S *up,   \
-                               S *out) {                                                           \
-    geglu<S>({parallel, threads}, tokens, d, up, out);                                             \
-  }                                                                                                \
-  extern "C" void geglu_backward_##NAME(Parallel parallel, int threads, long tokens, long d,       \
-                                        const S *g, const S *up, S *dup) {                         \
-    geglu_backward<S>({parallel, threads}, tokens, d, g, up, dup);                                 \
-  }                                                                                                \
-  extern "C" void prologue_##NAME(Parallel parallel, int threads, const long *s, const S *qkv,     \
-                                  const float *root, const float *table, S *q, S *k) {             \
-    prologue<S>({parallel, threads}, {s[0], s[1], s[2], s[3], s[4], s[5]}, qkv, root, table, q,    \
-                k);                                                                                \
-  }                                                                                                \
-  extern "C" void prologue_backward_##NAME(Parallel parallel, int threads, const long *s,          \
-                                           const long *st, const S *gq, const S *gk, const S *gv,  \
-                                           const S *qkv, const float *root, const float *table,    \
-                                           S *dqkv, float *droot) {                                \
-    prologue_backward<S>({parallel, threads}, {s[0], s[1], s[2], s[3], s[4], s[5]}, gq,            \
-                         {st[0], st[1], st[2], st[3]}, gk, {st[4], st[5], st[6], st[7]}, gv,       \
-                         {st[8], st[9], st[10], st[11]}, qkv, root, table, dqkv, droot);           \
+#define FUNCTIONS(NAME, S)                                                                        \
+  extern "C" void norm_##NAME(Parallel parallel, int threads, long centre, long images,           \
+                              long tokens, long d, double eps, const S *x, const float *scale,    \
+                              const float *shift, long stride, S *out) {                          \
+    (centre ? norm<true, S> : norm<false, S>)({parallel, threads}, images, tokens, d, float(eps), \
+                                              x, scale, shift, stride, out);                      \
+  }                                                                                               \
+  extern "C" void norm_backward_##NAME(Parallel parallel, int threads, long centre, long images,  \
+                                       long tokens, long d, double eps, const S *g, const S *x,   \
+                                       const float *scale, long stride, S *dx, float *dscale,     \
+                                       float *dshift) {                                           \
+    (centre ? norm_backward<true, S>                                                              \
+            : norm_backward<false, S>)({parallel, threads}, images, tokens, d, float(eps), g, x,  \
+                                       scale, stride, dx, dscale, dshift);                        \
+  }                                                                                               \
+  extern "C" void gated_##NAME(Parallel parallel, int threads, long images, long tokens, long d,  \
+                               const S *x, const S *branch, const float *gate, long stride,       \
+                               S *out) {                                                          \
+    gated<S>({parallel, threads}, images, tokens, d, x, branch, gate, stride, out);               \
+  }                                                                                               \
+  extern "C" void gated_backward_##NAME(Parallel parallel, int threads, long images, long tokens, \
+                                        long d, const S *g, const S *branch, const float *gate,   \
+                                        long stride, S *dbranch, float *dgate) {                  \
+    gated_backward<S>({parallel, threads}, images, tokens, d, g, branch, gate, stride, dbranch,   \
+                      dgate);                                                                     \
+  }                                                                                               \
+  extern "C" void dropout_##NAME(Parallel parallel, int threads, long count, double p,            \
+                                 const int64_t *seed, const S *x, S *out) {                       \
+    dropout<S>({parallel, threads}, count, uint64_t(*seed), uint32_t(p * 4294967296.0),           \
+               float(1 / (1 - p)), x, out);                                                       \
+  }                                                                                               \
+  extern "C" void geglu_##NAME(Parallel parallel, int threads, long tokens, long d, const S *up,  \
+                               S *out) {                                                          \
+    geglu<S>({parallel, threads}, tokens, d, up, out);                                            \
+  }                                                                                               \
+  extern "C" void geglu_backward_##NAME(Parallel parallel, int threads, long tokens, long d,      \
+                                        const S *g, const S *up, S *dup) {                        \
+    geglu_backward<S>({parallel, threads}, tokens, d, g, up, dup);                                \
+  }                                                                                               \
+  extern "C" void prologue_##NAME(Parallel parallel, int threads, const long *s, const S *qkv,    \
+                                  const float *root, const float *table, S *q, S *k) {            \
+    prologue<S>({parallel, threads}, {s[0], s[1], s[2], s[3], s[4], s[5]}, qkv, root, table, q,   \
+                k);                                                                               \
+  }                                                                                               \
+  extern "C" void prologue_backward_##NAME(                                                       \
+      Parallel parallel, int threads, const long *s, const long *st, const S *gq, const S *gk,    \
+      const S *gv, const S *qkv, const float *root, const float *table, S *dqkv, float *droot) {  \
+    prologue_backward<S>({parallel, threads}, {s[0], s[1], s[2], s[3], s[4], s[5]}, gq,           \
+                         {st[0], st[1], st[2], st[3]}, gk, {st[4], st[5], st[6], st[7]}, gv,      \
+                         {st[8], st[9], st[10], st[11]}, qkv, root, table, dqkv, droot);          \
   }
 FUNCTIONS(float32, float)
 FUNCTIONS(bfloat16, bfloat16)

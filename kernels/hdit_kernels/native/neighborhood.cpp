@@ -5,7 +5,9 @@
 
 namespace {
 
-struct Strides { long b, h, w, n; };
+struct Strides {
+  long b, h, w, n;
+};
 
 struct Shape {
   long b, h, w, n;
@@ -18,8 +20,8 @@ INLINE long window_start(long i, long length, int k) {
 
 template <class T> constexpr int STRIP = VECTOR_BYTES == 64 ? 2 * LANES<T> : 4 * LANES<T>;
 constexpr int OFFSETS = VECTOR_BYTES == 64 ? 7 : 4;  // of keys in registers at once
-constexpr int PARTS = VECTOR_BYTES == 64 ? 4 : 2;  // of a token's vectors in registers at once
-constexpr int GROUP = 4;  // queries whose sums are in registers at once
+constexpr int PARTS = VECTOR_BYTES == 64 ? 4 : 2;    // of a token's vectors in registers at once
+constexpr int GROUP = 4;                             // queries whose sums are in registers at once
 
 template <class T> int padded(int e) { return (e + LANES<T> - 1) / LANES<T> * LANES<T>; }
 
@@ -27,9 +29,9 @@ template <class T> int padded(int e) { return (e + LANES<T> - 1) / LANES<T> * LA
 template <class T> struct Strip {
   static constexpr int L = LANES<T>, VECTORS = STRIP<T> / L;
   int x0, n, vectors, first, columns;
-  int begin[STRIP<T>];  // of each query's window, counted from `first`; of the last beyond n
-  int base[VECTORS];  // of a vector's first query
-  bool even[VECTORS];  // whether each lane's window begins one after that of the lane before
+  int begin[STRIP<T>];        // of each query's window, counted from `first`; of the last beyond n
+  int base[VECTORS];          // of a vector's first query
+  bool even[VECTORS];         // whether each lane's window begins one after that of the lane before
   Vec<Int<T>> lane[VECTORS];  // begin - base
 
   Strip(int x0, long w, int k) : x0(x0), n(int(std::min<long>(STRIP<T>, w - x0))) {
@@ -94,9 +96,9 @@ INLINE void pack_queries(const S *from, long stride, int n, int e, T *to, T fact
 
 // logits[o * L + lane] = q . key at the lane's window start + o, for J offsets of one row of keys;
 // for two rows of queries where ROWS is 2.
-template <class T, int J, int ROWS, bool EVEN>
-INLINE void dot(const T *q0, const T *q1, const T *keys, int step, int e, Vec<Int<T>> lane, T *s0,
-                T *s1) {
+template <class T, int J, int ROWS, bool EVEN> INLINE void dot(const T *q0, const T *q1,
+                                                               const T *keys, int step, int e,
+                                                               Vec<Int<T>> lane, T *s0, T *s1) {
   constexpr int L = LANES<T>;
   Vec<T> a[J], b[J];
 #pragma GCC unroll 8
@@ -118,15 +120,17 @@ INLINE void dot(const T *q0, const T *q1, const T *keys, int step, int e, Vec<In
   }
 }
 
-template <class T, int ROWS, bool EVEN>
-void dot_row(const T *q0, const T *q1, const T *keys, int step, int e, int k, Vec<Int<T>> lane,
-             T *s0, T *s1) {
+template <class T, int ROWS, bool EVEN> void dot_row(const T *q0, const T *q1, const T *keys,
+                                                     int step, int e, int k, Vec<Int<T>> lane,
+                                                     T *s0, T *s1) {
   const int passes = (k + OFFSETS - 1) / OFFSETS;
   for (int pass = 0, o = 0; pass < passes; pass++) {
     const int count = (k - o + passes - pass - 1) / (passes - pass);
     switch (count) {
-#define CASE(J) \
-  case J: dot<T, J, ROWS, EVEN>(q0, q1, keys + o, step, e, lane, s0, s1); break;
+#define CASE(J)                                                     \
+  case J:                                                           \
+    dot<T, J, ROWS, EVEN>(q0, q1, keys + o, step, e, lane, s0, s1); \
+    break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
 #undef CASE
     }
@@ -144,20 +148,10 @@ template <class T> struct Ring {
   T *row(long r) const { return memory + r % slots * size; }
 };
 
-// Asks for the piece-th of `pieces` parts of a row of tokens, ahead of their use. They lie apart in
-// memory, by their heads, so that the hardware does not see what comes next. (What does nothing
-// else must be inlined all the way up: GCC drops a call of it as one without effect.)
-template <class S>
-INLINE void prefetch(const S *row, long stride, int tokens, int e, int piece, int pieces) {
-  for (int i = tokens * piece / pieces; i < tokens * (piece + 1) / pieces; i++)
-    for (int j = 0; j < e; j += 64 / int(sizeof(S)))
-      __builtin_prefetch(row + i * stride + j, 0, 2);  // into the second cache: the first is full
-}
-
 // Logits of vector v of a strip for query rows y and, where ROWS is 2, y + 1.
-template <class T>
-INLINE void logits(const Strip<T> &strip, int v, long y, int rows, const Shape &p, const T *q0,
-                   const T *q1, const Ring<T> &keys, int step, T *s0, T *s1) {
+template <class T> INLINE void logits(const Strip<T> &strip, int v, long y, int rows,
+                                      const Shape &p, const T *q0, const T *q1, const Ring<T> &keys,
+                                      int step, T *s0, T *s1) {
   const int k = p.k, kl = k * LANES<T>;
   const long w0 = window_start(y, p.h, k), w1 = rows == 2 ? window_start(y + 1, p.h, k) : w0;
   for (long r = w0; r < w1 + k; r++) {
@@ -188,14 +182,14 @@ template <class T> INLINE Vec<T> powers(T *s, int count) {
   return splat(T(1)) / total;
 }
 
-// ---- sums over a window --------------------------------------------------------------------------
+// ---- sums over a window
+// --------------------------------------------------------------------------
 
 // Calls body(column, active) for the columns that the windows of GROUP queries hold, where
 // active(i) says whether query i's window holds it; a constant wherever it can be.
 template <class Body> INLINE void columns(const int *begin, int k, const Body &body) {
   const int b = begin[0];
-  const bool regular =
-      begin[1] == b + 1 && begin[2] == b + 2 && begin[3] == b + 3 && k >= GROUP;
+  const bool regular = begin[1] == b + 1 && begin[2] == b + 2 && begin[3] == b + 3 && k >= GROUP;
   if (regular) {
     body(b, [](int i) { return i <= 0; });
     body(b + 1, [](int i) { return i <= 1; });
@@ -211,9 +205,9 @@ template <class Body> INLINE void columns(const int *begin, int k, const Body &b
 }
 
 // out[i][part] = sum over query i's window of weight * row of values.
-template <class T, int P>
-INLINE void gather(const T *weights, const Ring<T> &values, long w0, int part, int wide,
-                   const int *begin, int k, Vec<T> (&sums)[GROUP][PARTS]) {
+template <class T, int P> INLINE void gather(const T *weights, const Ring<T> &values, long w0,
+                                             int part, int wide, const int *begin, int k,
+                                             Vec<T> (&sums)[GROUP][PARTS]) {
   constexpr int L = LANES<T>;
 #pragma GCC unroll 4
   for (int i = 0; i < GROUP; i++)
@@ -240,9 +234,9 @@ INLINE void gather(const T *weights, const Ring<T> &values, long w0, int part, i
 }
 
 // row of sums += weight * query i, over its window: the transpose of gather.
-template <class T, int P>
-INLINE void scatter(const T *weights, const Ring<T> &sums, long w0, int part, int wide,
-                    const int *begin, int k, const T *queries) {
+template <class T, int P> INLINE void scatter(const T *weights, const Ring<T> &sums, long w0,
+                                              int part, int wide, const int *begin, int k,
+                                              const T *queries) {
   constexpr int L = LANES<T>;
   Vec<T> query[GROUP][P];
 #pragma GCC unroll 4
@@ -271,6 +265,26 @@ INLINE void scatter(const T *weights, const Ring<T> &sums, long w0, int part, in
   }
 }
 
+// Ask ahead for the share of a row that falls to the group of queries at `at`: of the columns of
+// its keys, or of the queries. Tokens lie apart in memory, by their heads, so that the hardware
+// does not see what comes next. (What does nothing else must be inlined all the way up: GCC drops a
+// call of it as one without effect.)
+template <class S> INLINE void prefetch(const S *token, int e) {
+  for (int j = 0; j < e; j += 64 / int(sizeof(S)))
+    __builtin_prefetch(token + j, 0, 2);  // into the second cache: the first is full
+}
+template <class T, class S>
+INLINE void prefetch_keys(const Strip<T> &strip, const S *x, Strides xs, long row, int e, int at) {
+  const int groups = (strip.n + GROUP - 1) / GROUP, group = at / GROUP;
+  for (int i = strip.columns * group / groups; i < strip.columns * (group + 1) / groups; i++)
+    prefetch(x + row * xs.h + (strip.first + i) * xs.w, e);
+}
+template <class T, class S> INLINE void prefetch_queries(const Strip<T> &strip, const S *x,
+                                                         Strides xs, long row, int e, int at) {
+  for (int i = at; i < std::min(at + GROUP, strip.n); i++)
+    prefetch(x + row * xs.h + (strip.x0 + i) * xs.w, e);
+}
+
 template <class S, class T> INLINE void put(S *to, Vec<T> v, int room) {
   if (room >= LANES<T>) return store(to, v);
   for (int i = 0; i < room; i++) narrow(v[i], to + i);
@@ -279,8 +293,7 @@ template <class S, class T> INLINE void put(S *to, Vec<T> v, int room) {
 // Each query of a strip: its sum over its window times factor[lane] -> out, stride `step` a query.
 template <class T, class S, class Between>
 INLINE void gather_strip(const Strip<T> &strip, const T *weights, const Ring<T> &values, long w0,
-                         int e, int k, const T *factor, S *out, long step,
-                         const Between &between) {
+                         int e, int k, const T *factor, S *out, long step, const Between &between) {
   constexpr int L = LANES<T>;
   const int wide = padded<T>(e), parts = wide / L;
   for (int g = 0; g < strip.n; g += GROUP) {
@@ -291,11 +304,19 @@ INLINE void gather_strip(const Strip<T> &strip, const T *weights, const Ring<T> 
       const int now = std::min(PARTS, parts - part);
       const int *begin = strip.begin + g;
       switch (now) {
-        case 1: gather<T, 1>(p, values, w0, part, wide, begin, k, sums); break;
-        case 2: gather<T, 2>(p, values, w0, part, wide, begin, k, sums); break;
+        case 1:
+          gather<T, 1>(p, values, w0, part, wide, begin, k, sums);
+          break;
+        case 2:
+          gather<T, 2>(p, values, w0, part, wide, begin, k, sums);
+          break;
 #if defined(__AVX512F__)
-        case 3: gather<T, 3>(p, values, w0, part, wide, begin, k, sums); break;
-        case 4: gather<T, 4>(p, values, w0, part, wide, begin, k, sums); break;
+        case 3:
+          gather<T, 3>(p, values, w0, part, wide, begin, k, sums);
+          break;
+        case 4:
+          gather<T, 4>(p, values, w0, part, wide, begin, k, sums);
+          break;
 #endif
       }
       for (int i = 0; i < std::min(GROUP, strip.n - g); i++)
@@ -307,9 +328,9 @@ INLINE void gather_strip(const Strip<T> &strip, const T *weights, const Ring<T> 
   }
 }
 
-template <class T>
-INLINE void scatter_strip(const Strip<T> &strip, const T *weights, const Ring<T> &sums, long w0,
-                          int e, int k, const T *queries) {
+template <class T> INLINE void scatter_strip(const Strip<T> &strip, const T *weights,
+                                             const Ring<T> &sums, long w0, int e, int k,
+                                             const T *queries) {
   constexpr int L = LANES<T>;
   const int wide = padded<T>(e), parts = wide / L;
   for (int g = 0; g < strip.n; g += GROUP) {
@@ -318,18 +339,27 @@ INLINE void scatter_strip(const Strip<T> &strip, const T *weights, const Ring<T>
     for (int part = 0; part < parts; part += PARTS) {
       const int *begin = strip.begin + g;
       switch (std::min(PARTS, parts - part)) {
-        case 1: scatter<T, 1>(p, sums, w0, part, wide, begin, k, q); break;
-        case 2: scatter<T, 2>(p, sums, w0, part, wide, begin, k, q); break;
+        case 1:
+          scatter<T, 1>(p, sums, w0, part, wide, begin, k, q);
+          break;
+        case 2:
+          scatter<T, 2>(p, sums, w0, part, wide, begin, k, q);
+          break;
 #if defined(__AVX512F__)
-        case 3: scatter<T, 3>(p, sums, w0, part, wide, begin, k, q); break;
-        case 4: scatter<T, 4>(p, sums, w0, part, wide, begin, k, q); break;
+        case 3:
+          scatter<T, 3>(p, sums, w0, part, wide, begin, k, q);
+          break;
+        case 4:
+          scatter<T, 4>(p, sums, w0, part, wide, begin, k, q);
+          break;
 #endif
       }
     }
   }
 }
 
-// ---- a strip from row y0 to row y1 ---------------------------------------------------------------
+// ---- a strip from row y0 to row y1
+// ---------------------------------------------------------------
 
 // Consecutive pieces of a thread's scratch memory.
 template <class T> struct Pieces {
@@ -342,13 +372,11 @@ template <class T> struct Pieces {
   }
 };
 
-constexpr float LOG2E = 1.44269504088896340736f;
-
 template <class T> struct Plan {
   Strip<T> strip;
   Shape p;
   int step, wide, slots;  // of a transposed row of keys; of a token; rows of a ring
-  long size, logits;  // of a row of the rings; of the logits of a row of queries
+  long size, logits;      // of a row of the rings; of the logits of a row of queries
   Plan(const Shape &p, int x0) : strip(x0, p.w, p.k), p(p) {
     constexpr int L = LANES<T>;
     step = (STRIP<T> + p.k - 1 + L - 1) / L * L;
@@ -378,7 +406,7 @@ void forward_strip(const Shape &p, int x0, long y0, long y1, double scale, const
     }
     if (pass == 0) pieces = {0, static_cast<T *>(scratch(pieces.used * sizeof(T)))};
   }
-  const T factor = T(scale * 1.44269504088896340736);
+  const T factor = T(scale * LOG2E);
   long have = window_start(y0, p.h, p.k);
   for (long y = y0; y < y1; y += 2) {
     const int rows = y + 1 < y1 ? 2 : 1;
@@ -395,22 +423,21 @@ void forward_strip(const Shape &p, int x0, long y0, long y1, double scale, const
                         query[z] + at, factor);
       logits<T>(strip, i, y, rows, p, query[0] + at, query[1] + at, keys, plan.step, s[0] + logit,
                 s[1] + logit);
-      for (int z = 0; z < rows; z++)
-        store(inverse[z] + i * L, powers<T>(s[z] + logit, p.k * p.k));
+      for (int z = 0; z < rows; z++) store(inverse[z] + i * L, powers<T>(s[z] + logit, p.k * p.k));
     }
     for (int z = 0; z < rows; z++)
       gather_strip<T>(strip, s[z], values, window_start(y + z, p.h, p.k), p.e, p.k, inverse[z],
-                      out + (y + z) * os.h + x0 * os.w, os.w, [&](int g) __attribute__((always_inline)) {
-        const int piece = g / GROUP, pieces = (strip.n + GROUP - 1) / GROUP;
-        if (z < soon) {
-          prefetch(k + (have + z) * ks.h + strip.first * ks.w, ks.w, strip.columns, p.e, piece, pieces);
-          prefetch(v + (have + z) * vs.h + strip.first * vs.w, vs.w, strip.columns, p.e, piece, pieces);
-        }
-        if (y + 2 + z < y1) {
-          prefetch(q + (y + 2 + z) * qs.h + x0 * qs.w, qs.w, strip.n, p.e, piece, pieces);
-          prefetch(out + (y + 2 + z) * os.h + x0 * os.w, os.w, strip.n, p.e, piece, pieces);
-        }
-      });
+                      out + (y + z) * os.h + x0 * os.w, os.w,
+                      [&](int at) __attribute__((always_inline)) {
+                        if (z < soon) {
+                          prefetch_keys(strip, k, ks, have + z, p.e, at);
+                          prefetch_keys(strip, v, vs, have + z, p.e, at);
+                        }
+                        if (y + 2 + z < y1) {
+                          prefetch_queries(strip, q, qs, y + 2 + z, p.e, at);
+                          prefetch_queries(strip, out, os, y + 2 + z, p.e, at);
+                        }
+                      });
   }
 }
 
@@ -459,7 +486,7 @@ void backward_strip(const Shape &p, int x0, long y0, long y1, double scale, cons
   memset(plain_query, 0, (long)plan.wide * STRIP<T> * sizeof(T));  // queries beyond the strip's
   memset(plain_grad, 0, (long)plan.wide * STRIP<T> * sizeof(T));
   std::fill_n(ones, STRIP<T>, T(1));
-  const T factor = T(scale * 1.44269504088896340736);
+  const T factor = T(scale * LOG2E);
   long have = window_start(y0, p.h, p.k), held = have;  // rows packed; the first not yet flushed
   for (long y = y0; y < y1; y += 2) {
     const int rows = y + 1 < y1 ? 2 : 1;
@@ -508,24 +535,18 @@ void backward_strip(const Shape &p, int x0, long y0, long y1, double scale, cons
       pack<T>(g + (y + z) * gs.h + x0 * gs.w, gs.w, strip.n, p.e, plain_grad);
       gather_strip<T>(strip, t[z], plain, w0, p.e, p.k, ones, dq + (y + z) * dqs.h + x0 * dqs.w,
                       dqs.w, [&](int at) __attribute__((always_inline)) {
-        const int piece = at / GROUP, pieces = (strip.n + GROUP - 1) / GROUP;
-        if (z < soon) {
-          const long row = have + z;
-          prefetch(k + row * ks.h + strip.first * ks.w, ks.w, strip.columns, p.e, piece, pieces);
-          prefetch(v + row * vs.h + strip.first * vs.w, vs.w, strip.columns, p.e, piece, pieces);
-        }
-        if (z < soon && held + z < p.h) {
-          const long row = held + z;
-          prefetch(dk + row * dks.h + strip.first * dks.w, dks.w, strip.columns, p.e, piece, pieces);
-          prefetch(dv + row * dvs.h + strip.first * dvs.w, dvs.w, strip.columns, p.e, piece, pieces);
-        }
-        if (y + 2 + z < y1) {
-          const long row = y + 2 + z;
-          prefetch(q + row * qs.h + x0 * qs.w, qs.w, strip.n, p.e, piece, pieces);
-          prefetch(g + row * gs.h + x0 * gs.w, gs.w, strip.n, p.e, piece, pieces);
-          prefetch(dq + row * dqs.h + x0 * dqs.w, dqs.w, strip.n, p.e, piece, pieces);
-        }
-      });
+                        if (z < soon) {
+                          prefetch_keys(strip, k, ks, have + z, p.e, at);
+                          prefetch_keys(strip, v, vs, have + z, p.e, at);
+                          prefetch_keys(strip, dk, dks, held + z, p.e, at);
+                          prefetch_keys(strip, dv, dvs, held + z, p.e, at);
+                        }
+                        if (y + 2 + z < y1) {
+                          prefetch_queries(strip, q, qs, y + 2 + z, p.e, at);
+                          prefetch_queries(strip, g, gs, y + 2 + z, p.e, at);
+                          prefetch_queries(strip, dq, dqs, y + 2 + z, p.e, at);
+                        }
+                      });
       scatter_strip<T>(strip, s[z], dvalues, w0, p.e, p.k, plain_grad);
       scatter_strip<T>(strip, t[z], dkeys, w0, p.e, p.k, plain_query);
     }
@@ -536,7 +557,8 @@ void backward_strip(const Shape &p, int x0, long y0, long y1, double scale, cons
   }
 }
 
-// ---- over the image, in parallel -----------------------------------------------------------------
+// ---- over the image, in parallel
+// -----------------------------------------------------------------
 
 // Number of bands of rows, each of at least k, that gives each thread a few of `tasks` tasks.
 long bands(const Shape &p, long tasks, int threads) {
@@ -544,9 +566,9 @@ long bands(const Shape &p, long tasks, int threads) {
   return std::max(1L, std::min(wanted, p.h / std::max(2 * p.k, 16)));
 }
 
-template <class T, class S>
-void forward(const Threads &threads, const Shape &p, double scale, const S *q, Strides qs,
-             const S *k, Strides ks, const S *v, Strides vs, S *out, Strides os) {
+template <class T, class S> void forward(const Threads &threads, const Shape &p, double scale,
+                                         const S *q, Strides qs, const S *k, Strides ks, const S *v,
+                                         Strides vs, S *out, Strides os) {
   const long strips = (p.w + STRIP<T> - 1) / STRIP<T>;
   const long nb = bands(p, p.b * p.n * strips, threads.number);
   for_each(threads, p.b * p.n * strips * nb, [&](long task) {
@@ -560,10 +582,10 @@ void forward(const Threads &threads, const Shape &p, double scale, const S *q, S
 
 // dk and dv are added to. Bands that lie next to each other share rows of keys, so those of even
 // number come first: no two threads ever add to one place, and the order of sums is always one.
-template <class T, class S>
-void backward(const Threads &threads, const Shape &p, double scale, const S *q, Strides qs,
-              const S *k, Strides ks, const S *v, Strides vs, const S *g, Strides gs, S *dq,
-              Strides dqs, T *dk, Strides dks, T *dv, Strides dvs) {
+template <class T, class S> void backward(const Threads &threads, const Shape &p, double scale,
+                                          const S *q, Strides qs, const S *k, Strides ks,
+                                          const S *v, Strides vs, const S *g, Strides gs, S *dq,
+                                          Strides dqs, T *dk, Strides dks, T *dv, Strides dvs) {
   const long nb = bands(p, p.b * p.n, threads.number);
   for (long parity = 0; parity < std::min(nb, 2L); parity++) {
     const long count = (nb + 1 - parity) / 2;
@@ -594,10 +616,9 @@ Strides strides(const long *s) { return {s[0], s[1], s[2], s[3]}; }
                   strides(st + 8), out, strides(st + 12));                                         \
   }
 #define BACKWARD(NAME, T, S)                                                                       \
-  extern "C" void neighborhood_backward_##NAME(Parallel parallel, int threads, const long *sizes,  \
-                                               const long *st, double scale, const S *q,           \
-                                               const S *k, const S *v, const S *g, S *dq, T *dk,   \
-                                               T *dv) {                                            \
+  extern "C" void neighborhood_backward_##NAME(                                                    \
+      Parallel parallel, int threads, const long *sizes, const long *st, double scale, const S *q, \
+      const S *k, const S *v, const S *g, S *dq, T *dk, T *dv) {                                   \
     backward<T, S>({parallel, threads}, shape(sizes), scale, q, strides(st), k, strides(st + 4),   \
                    v, strides(st + 8), g, strides(st + 12), dq, strides(st + 16), dk,              \
                    strides(st + 20), dv, strides(st + 24));                                        \

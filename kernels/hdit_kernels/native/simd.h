@@ -9,11 +9,11 @@
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
-#elif defined(__AVX__)
+#else  // without AVX2 the compiler makes two of each
 constexpr int VECTOR_BYTES = 32;
-#else
-constexpr int VECTOR_BYTES = 16;
 #endif
+
+constexpr double LOG2E = 1.44269504088896340736;
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -24,11 +24,17 @@ template <class T> struct Types {
 };
 template <class T> using Vec = typename Types<T>::Vec;
 template <class T> struct IntOf;
-template <> struct IntOf<float> { using type = int32_t; };
-template <> struct IntOf<double> { using type = int64_t; };
+template <> struct IntOf<float> {
+  using type = int32_t;
+};
+template <> struct IntOf<double> {
+  using type = int64_t;
+};
 template <class T> using Int = typename IntOf<T>::type;
 
-struct bfloat16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
 
 template <class T> INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
@@ -70,8 +76,12 @@ INLINE void narrow(float x, bfloat16 *p) {
 }
 
 // What arithmetic is done in, for what is stored.
-template <class S> struct ComputeOf { using type = S; };
-template <> struct ComputeOf<bfloat16> { using type = float; };
+template <class S> struct ComputeOf {
+  using type = S;
+};
+template <> struct ComputeOf<bfloat16> {
+  using type = float;
+};
 template <class S> using Compute = typename ComputeOf<S>::type;
 
 template <class T> INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
@@ -148,7 +158,8 @@ template <class T> INLINE void transpose(Vec<T> (&rows)[LANES<T>]) {
   }
 }
 
-// ---- a parallel loop over the threads that torch has ---------------------------------------------
+// ---- a parallel loop over the threads that torch has
+// ---------------------------------------------
 
 // As libgomp's GOMP_parallel: calls fn(data) on each of `threads` threads.
 using Parallel = void (*)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
@@ -172,10 +183,8 @@ template <class Body> void for_each(const Threads &threads, long tasks, const Bo
     for (long task; (task = job.next++) < job.tasks;) (*job.body)(task);
   };
   const int number = int(std::min<long>(threads.number, tasks));
-  if (threads.parallel && number > 1)
-    threads.parallel(work, &job, unsigned(number), 0);
-  else
-    work(&job);
+  if (threads.parallel && number > 1) threads.parallel(work, &job, unsigned(number), 0);
+  else work(&job);
 }
 
 // Memory of this thread, kept for the next call; aligned to a vector.
