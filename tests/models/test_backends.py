@@ -1,0 +1,119 @@
+"""Whole models with each backend of neighborhood attention."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hdit.config import load
+from hdit.models import build
+from hdit.nn.attention import Neighborhood
+from hdit.protocols import Cond, Signal
+from hdit.sampling import make_denoiser
+from hdit_kernels import BACKENDS, reference, select_backend
+from hdit_kernels.neighborhood import AUTO, Problem
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ON_CPU = [
+    name
+    for name, backend in BACKENDS.items()
+    if backend.unsupported(Problem("cpu", torch.float32, 16, 16, 7, 64, True)) is None
+]
+
+
+def random_network(config, signal):
+    """Weights of which none is zero."""
+    torch.manual_seed(0)
+    network = build(config.model, signal)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.03)
+    return network.eval()
+
+
+def loss_and_gradients(network, config, signal):
+    rng = torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, 2, *signal.shape, generator=rng).unbind(0)
+    denoiser = make_denoiser(network, config, signal)
+    sigma = torch.tensor([0.1, 3.0])
+    labels = Cond(torch.tensor([0, 1])) if signal.num_classes else Cond()
+    loss = denoiser.loss(x0, noise, sigma, labels, config.diffusion.weighting, 1).mean()
+    network.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_has_the_same_loss_and_gradients_with_each_backend(precision, monkeypatch):
+    assert {"cpu", "tile", "reference"} <= set(ON_CPU)
+    settings = [f"training.precision={precision}", "data.size=64", "data.path=none"]
+    config = load(CONFIGS / "hdit-oxford-flowers.toml", settings)
+    signal = Signal(3, 64, 64, 0, 0.5)
+    network = random_network(config, signal)
+    results = {}
+    for name in ON_CPU:
+        monkeypatch.setitem(AUTO, "cpu", (name,))
+        results[name] = loss_and_gradients(network, config, signal)
+    exact, gradients = results.pop("reference")
+    # In float32 some roundings of sums; in bfloat16 its 8 bits at each layer.
+    rtol = 1e-5 if precision == "fp32" else 2e-3
+    for name, (loss, found) in results.items():
+        torch.testing.assert_close(loss, exact, atol=0, rtol=rtol, msg=name)
+        for key, gradient in gradients.items():
+            if gradient is None:
+                continue
+            apart = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+            assert apart < (1e-4 if precision == "fp32" else 0.1), (name, key)
+
+
+@pytest.mark.parametrize("name", [n for n in ON_CPU if n not in ("flex", "natten")])
+def test_a_sample_step_is_the_same_with_each_backend(name, monkeypatch):
+    config = load(
+        CONFIGS / "hdit-oxford-flowers.toml",
+        ["training.precision=fp32", "data.size=96", "data.path=none"],
+    )
+    signal = Signal(3, 96, 96, 0, 0.5)
+    network = random_network(config, signal)
+    denoise = make_denoiser(network, config, signal).bind(Cond())
+    x, sigma = torch.randn(1, *signal.shape), torch.ones(1)
+    with torch.inference_mode():
+        monkeypatch.setitem(AUTO, "cpu", ("reference",))
+        expected = denoise(x, sigma)
+        monkeypatch.setitem(AUTO, "cpu", (name,))
+        torch.testing.assert_close(denoise(x, sigma), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_megapixel_forward_has_the_references_attention_on_every_local_level(monkeypatch):
+    """With `auto`, on FFHQ-1024: in the corner, and inside, where a crop has the same windows."""
+    config = load(CONFIGS / "hdit-ffhq1024.toml", ["data.path=none"])
+    signal = Signal(3, 1024, 1024, 0, 0.5)
+    network = random_network(config, signal)
+    seen = {}
+    attend = Neighborhood.attend
+
+    def keep_the_first(self, q, k, v, scale):
+        out = attend(self, q, k, v, scale)
+        seen.setdefault(q.shape[1:3], (q, k, v, scale, self.kernel_size, out))
+        return out
+
+    monkeypatch.setattr(Neighborhood, "attend", keep_the_first)
+    for module in network.modules():
+        if hasattr(module, "attend") and isinstance(getattr(module, "spec", None), Neighborhood):
+            module.attend = module.spec.of_layer(0)
+    with torch.inference_mode():
+        out = network(torch.randn(1, *signal.shape), torch.zeros(1), Cond())
+    assert out.isfinite().all()
+    assert out.std() > 0
+    assert list(seen) == [(256, 256), (128, 128), (64, 64)]
+    for (side, _), (q, k, v, scale, kernel_size, actual) in seen.items():
+        problem = Problem("cpu", q.dtype, side, side, kernel_size, q.shape[-1], False)
+        assert select_backend(problem) != "reference"
+        halo = kernel_size // 2
+        for first, inner in ((0, slice(0, 16)), (side // 2 - 10, slice(halo, 20 - halo))):
+            crop = slice(first, first + 20)
+            parts = (t[:, crop, crop].double() for t in (q, k, v))
+            expected = reference.attention(*parts, kernel_size, scale)[:, inner, inner]
+            # sums of 64 and of 49 terms in float32
+            torch.testing.assert_close(
+                actual[:, crop, crop][:, inner, inner].double(), expected, atol=2e-5, rtol=1e-5
+            )
