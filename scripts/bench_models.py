@@ -158,18 +158,20 @@ def forward_only(case: Case, arguments: argparse.Namespace) -> list[list[str]]:
     return rows(case, "forward", contenders, "fp32", case.work, arguments.pairs)
 
 
-def per_pixel(small: Case, large: Case, arguments: argparse.Namespace) -> list[list[str]]:
-    """Time a pixel of one model at two sizes."""
-    network = small.network()
-    calls = {"small": small.forward(network), "large": large.forward(network)}
-    times = rounds(calls, arguments.pairs, small.device)
-    pixels = [case.x[:, 0].numel() for case in (small, large)]
-    ratio = median(
-        b / pixels[1] / (a / pixels[0]) for a, b in zip(times["small"], times["large"], strict=True)
-    )
+def per_pixel(cases: list[Case], arguments: argparse.Namespace) -> list[list[str]]:
+    """Time a pixel of one model at several sizes; ratios are to the first."""
+    network = cases[0].network()
+    calls = {case.name: case.forward(network) for case in cases}
+    times = rounds(calls, arguments.pairs, cases[0].device)
+    each = {case.name: [t / case.x[:, 0].numel() for t in times[case.name]] for case in cases}
+    first = each[cases[0].name]
     return [
-        [case.name, f"{median(t) / n * 1e9:.0f}", f"{r:.2f}"]
-        for case, t, n, r in zip((small, large), times.values(), pixels, (1, ratio), strict=True)
+        [
+            name,
+            f"{median(mine) * 1e9:.0f}",
+            f"{median(a / b for a, b in zip(mine, first, strict=True)):.2f}",
+        ]
+        for name, mine in each.items()
     ]
 
 
@@ -244,8 +246,9 @@ def main() -> None:
         head = ["model", "direction", "contender", "ms", "times the first's speed", "of matmul"]
         print(table(head, found), flush=True)
     if "pixels" in wanted:
-        small, large = (Case("hdit-ffhq1024", size, 1, device) for size in (256, 1024))
-        lines = per_pixel(small, large, arguments)
+        sizes = ((256, 16), (512, 4), (1024, 1), (256, 1))  # as many pixels, and then fewer
+        cases = [Case("hdit-ffhq1024", size, batch, device) for size, batch in sizes]
+        lines = per_pixel(cases, arguments)
         print("\n" + table(["model", "ns a pixel", "to the first"], lines))
 
 
