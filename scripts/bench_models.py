@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from hdit.interop import diffusers_dit
 from hdit.interop.model import Model
 from hdit.models.cost import cost
 from hdit.protocols import Cond, Signal
+from hdit_kernels import native
 from hdit_kernels.host import keep_freed_memory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -138,13 +140,25 @@ def rows(
     ]
 
 
-def hdit(case: Case, arguments: argparse.Namespace, compiled: bool = True) -> list[list[str]]:
-    """Eager, compiled and bf16 of one HDiT, in both directions."""
+def without_library(call: Call) -> Call:
+    """The same without the compiled C++ library, as where there is no compiler."""
+
+    def run() -> None:
+        with mock.patch.object(native, "library", return_value=native.NativeError("left out")):
+            call()
+
+    return run
+
+
+def hdit(case: Case, arguments: argparse.Namespace) -> list[list[str]]:
+    """One HDiT in both directions: fp32, bf16, compiled, and without the C++ library."""
     bf16 = torch.bfloat16
     found = []
     for title, make, factor in (("forward", case.forward, 1.0), ("both", case.both, 3.0)):
         contenders = {"fp32": make(case.network()), "bf16": make(case.network(), bf16)}
-        if compiled and arguments.compiled:
+        if case.device.type == "cpu":
+            contenders["fp32, no C++ compiler"] = without_library(make(case.network()))
+        if arguments.compiled:
             network = case.network()
             network.compile_blocks()  # type: ignore[operator]
             contenders["fp32, compiled"] = make(network)
@@ -224,15 +238,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="rounds")
     parser.add_argument("--only", choices=["flowers", "ffhq", "pixels", "dit"], action="append")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false")
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="leave the C library as it is, to compare"
+    )
     arguments = parser.parse_args()
     wanted = arguments.only or ["flowers", "ffhq", "pixels", "dit"]
     device = torch.device(arguments.device)
-    keep_freed_memory()
+    if not arguments.default_malloc:
+        keep_freed_memory()
     warnings.simplefilter("ignore")  # of torch.compile itself
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {device}, "
-        f"{arguments.pairs} rounds\n",
+        f"{arguments.pairs} rounds{', default malloc' if arguments.default_malloc else ''}\n",
         flush=True,
     )
     found: list[list[str]] = []

@@ -10,8 +10,8 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB"}
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Upright, without alpha (what is transparent lies on white), grey or RGB, 8 bits a channel.
+def to_mode(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+    """Upright, without alpha (what is transparent lies on `background`), grey or RGB, 8 bits each.
 
     Raises ValueError for a picture of 32-bit numbers, whose white has no fixed value.
     """
@@ -22,7 +22,9 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; save 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    if image.mode != "L":
+        image = image.convert("RGB")  # there is no way from every mode to grey, LAB for one
     return image.convert(MODES[channels])
 
 
@@ -41,7 +43,32 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def shorter_side_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre crop of k-diffusion (torchvision's Resize and CenterCrop), for any aspect ratio.
+
+    Resizes once with a bicubic filter until the target just fits, then crops its centre; the longer
+    side is rounded down and an odd margin to even, as torchvision does.
+    """
+    if height * image.width >= width * image.height:
+        size = max(width, int(height * image.width / image.height)), height
+    else:
+        size = width, max(height, int(width * image.height / image.width))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """(c h w) uint8."""
     pixels = np.array(image)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """(h w c) uint8 -> a picture that is grey, grey with alpha, RGB or RGBA, by c from 1 to 4."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4:
+        shape = " x ".join(map(str, pixels.shape))
+        raise ValueError(f"must be uint8 with 1 to 4 channels, got {pixels.dtype} of {shape}")
+    if not pixels.size:
+        raise ValueError(f"has {pixels.shape[0]} x {pixels.shape[1]} pixels")
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
