@@ -447,15 +447,15 @@ class HDiT(nn.Module):
 
         The same tensors for the grid of the last call: what is made of them is kept by them.
         """
-        if not torch.compiler.is_compiling() and self._positions is not None:
-            first = self._positions[0]
-            if first.shape[:2] == (h, w) and first.device == device:
-                return self._positions
+        compiling = torch.compiler.is_compiling()
+        kept = None if compiling else self._positions  # read once: another thread may replace it
+        if kept is not None and kept[0].shape[:2] == (h, w) and kept[0].device == device:
+            return kept
         with torch.inference_mode(False):
             levels = [axial_positions(h, w, device)]
             for _ in self.merges:
                 levels.append(downscale_positions(levels[-1]))
-        if not torch.compiler.is_compiling():
+        if not compiling and type(levels[0]) is Tensor:
             self._positions = levels
         return levels
 

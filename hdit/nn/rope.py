@@ -41,8 +41,7 @@ class AxialRoPE(nn.Module):
         n = n_heads * (rotated // 4)
         freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1].exp()
         self.register_buffer("freqs", freqs.view(-1, n_heads).mT.contiguous())  # (n rotated/4)
-        self._made_of: tuple[Tensor, Tensor, int] | None = None
-        self._table: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor, int, Tensor] | None = None
 
     def angles(self, pos: Tensor) -> Tensor:
         """(h w 2) -> (h w n rotated/2), in float32 or wider: first those of y, then of x."""
@@ -61,18 +60,18 @@ class AxialRoPE(nn.Module):
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, pos: Tensor) -> Tensor:
-        """The table, made once for the positions that the last call came with."""
-        if torch.compiler.is_compiling():
-            return self.table(pos)
-        if self._table is None or not self._is_of(pos):
-            with torch.inference_mode(False), torch.no_grad():  # it may serve training as well
-                self._made_of = (pos, self.freqs, self.freqs._version)
-                self._table = self.table(pos)
-        return self._table
+        """The table, made once for the positions that the last call came with.
 
-    def _is_of(self, pos: Tensor) -> bool:
-        """Whether the table was made of these positions and of the frequencies as they are."""
-        if self._made_of is None:
-            return False
-        of, freqs, version = self._made_of
-        return of is pos and freqs is self.freqs and version == freqs._version
+        Anew where `freqs` is another tensor or was written to (but not through `freqs.data`).
+        """
+        freqs = self.freqs
+        if torch.compiler.is_compiling() or type(pos) is not Tensor or freqs.is_inference():
+            return self.table(pos)
+        kept = self._kept  # read once: another thread may replace it
+        if kept is not None and kept[0] is pos and kept[1] is freqs and kept[2] == freqs._version:
+            return kept[3]
+        with torch.inference_mode(False), torch.no_grad():  # it may serve training as well
+            table = self.table(pos)
+        if type(table) is Tensor:
+            self._kept = (pos, freqs, freqs._version, table)
+        return table

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hdit_kernels import native
 
@@ -217,6 +218,7 @@ class _Norm(torch.autograd.Function):
         return _norm(x, scale, shift, eps, centre)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         shifted = ctx.shape is not None
@@ -237,6 +239,7 @@ class _Gated(torch.autograd.Function):
         return _gated(x, branch, gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
         branch, gate = ctx.saved_tensors
         dbranch, dgate = _gated_backward(g.contiguous(), branch, gate)
@@ -251,6 +254,7 @@ class _Dropout(torch.autograd.Function):
         return _dropout(x, p, seed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _dropout(g.contiguous(), ctx.p, *ctx.saved_tensors), None, None
 
@@ -262,6 +266,7 @@ class _GEGLU(torch.autograd.Function):
         return _geglu(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return _geglu_backward(g.contiguous(), *ctx.saved_tensors)
 
@@ -276,6 +281,7 @@ class _Prologue(torch.autograd.Function):
         return q, k, qkv[:, :, :, 2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dqkv, droot = _prologue_backward(*grads, *ctx.saved_tensors)
         return dqkv, droot.sum(0), None
@@ -303,7 +309,11 @@ def norm(
     Statistics in float32 or wider; result as x.
     Source: RMS norm of Zhang & Sennrich, 2019; layer norm of Ba et al., 2016.
     """
-    if in_native(x) and x.is_contiguous():
+    rows = [row for row in (scale, shift) if row is not None]
+    alike = all(row.shape == rows[0].shape for row in rows) and all(
+        row.shape in ((x.shape[-1],), (len(x), x.shape[-1])) for row in rows
+    )
+    if x.ndim > 1 and alike and in_native(x) and x.is_contiguous():
         return _Norm.apply(x, _plain(scale), _plain(shift), eps, centre)
     wide = at_least_float32(x)
     if centre:
@@ -323,9 +333,10 @@ def norm(
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + gate * branch: x and branch (b h w d), gate (b d), one for each image."""
-    if in_native(x, branch) and x.is_contiguous() and branch.is_contiguous():
+    fits = x.ndim > 1 and branch.shape == x.shape and gate.shape == (len(x), x.shape[-1])
+    if fits and in_native(x, branch) and x.is_contiguous() and branch.is_contiguous():
         return _Gated.apply(x, branch, _plain(gate))
-    return x + gate[:, None, None] * branch
+    return (x + gate[:, None, None] * branch).to(x.dtype)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -335,7 +346,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     formula, from as many as torch takes.
     """
     if in_native(x) and x.is_contiguous():
-        return _Dropout.apply(x, p, torch.randint(2**62, ()))
+        return _Dropout.apply(x, p, torch.randint(2**62, (), device=x.device))
     return F.dropout(x, p)
 
 
@@ -344,7 +355,7 @@ def geglu(up: Tensor) -> Tensor:
 
     (... 2d) -> (... d)
     """
-    if in_native(up) and up.is_contiguous():
+    if up.shape[-1] % 2 == 0 and in_native(up) and up.is_contiguous():
         return _GEGLU.apply(up)
     value, gate = up.chunk(2, dim=-1)
     return value * F.gelu(gate)
@@ -375,6 +386,13 @@ def qk_prologue(qkv: Tensor, scale: Tensor, table: Tensor | None) -> tuple[Tenso
     qkv's dtype; v is a view.
     """
     root = at_least_float32(scale).sqrt()
+    _, h, w, _, n, e = qkv.shape
+    quarter = 0 if table is None else table.shape[-1]
+    if table is not None and (table.shape != (h + w, 2, n, quarter) or 4 * quarter > e):
+        raise ValueError(
+            f"the table of qkv {tuple(qkv.shape)} must be (h+w 2 n f/2) with f at most e/2, "
+            f"got {tuple(table.shape)}"
+        )
     if in_native(qkv) and qkv.is_contiguous():
         return _Prologue.apply(qkv, root, _plain(table))
     q, k, v = qkv.unbind(3)

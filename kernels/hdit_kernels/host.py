@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     done = [
         mallopt(M_MMAP_MAX, 0),  # no block is a mapping of its own
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1),
+        mallopt(M_TRIM_THRESHOLD, -1),  # never
         mallopt(M_TOP_PAD, 64 << 20),
     ]
     return all(done)

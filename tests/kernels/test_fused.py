@@ -291,3 +291,92 @@ def test_fused_compiles_into_one_graph(name):
     f, inputs = cases()[name]
     compiled = torch.compile(f, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), f(*inputs), atol=2e-6, rtol=2e-6)
+
+
+# ---- what is asked of it beyond its formula ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("form", ["expanded", "sliced", "permuted"])
+def test_gradients_that_come_in_other_layouts_are_read_right(name, form):
+    f, inputs = cases()[name]
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+
+    def laid_out(i, o):
+        noise = normal(*o.shape, seed=i)
+        if form == "expanded":
+            return noise[..., :1].expand(o.shape)
+        if form == "sliced":
+            return noise.repeat_interleave(2, dim=-1)[..., ::2]
+        order = [0, *torch.arange(o.ndim).roll(i + 1).tolist()]  # of the axes, another for each
+        order = list(dict.fromkeys(order))
+        back = [order.index(axis) for axis in range(o.ndim)]
+        return noise.permute(order).contiguous().permute(back)
+
+    gradients = [laid_out(i, o) for i, o in enumerate(out)]
+    actual = torch.autograd.grad(out, inputs, gradients, retain_graph=True)
+    expected = torch.autograd.grad(out, inputs, [g.contiguous() for g in gradients])
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_second_derivative_is_refused(name):
+    f, inputs = cases()[name]
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    (first,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+SHAPES = {  # (x, scale, shift): where the library's rows do not fit, the formula decides
+    "rows of one image": ((3, 2, 2, 8), (1, 8), None),
+    "rows of two kinds": ((3, 2, 2, 8), (8,), (3, 8)),
+    "one axis": ((8,), (8,), None),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_norm_broadcasts_its_rows_as_the_formula_does(name):
+    shape, *rows = SHAPES[name]
+    x = normal(*shape, seed=0)
+    scale, shift = (None if row is None else normal(*row, seed=i) for i, row in enumerate(rows))
+    wide = [None if t is None else t.double() for t in (x, scale, shift)]
+    torch.testing.assert_close(
+        fused.norm(x, scale, shift).double(), fused.norm(*wide), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_shapes_that_do_not_fit_raise():
+    x = normal(3, 2, 2, 8, seed=0)
+    for call in (
+        lambda: fused.norm(x, torch.ones(4)),
+        lambda: fused.norm(x, torch.ones(5, 8)),
+        lambda: fused.gated_residual(x, x, torch.ones(3, 4)),
+        lambda: fused.geglu(normal(4, 7, seed=0)),
+        lambda: fused.qk_prologue(normal(1, 2, 3, 3, 2, 8, seed=0), torch.ones(2),
+                                  torch.ones(6, 2, 2, 2)),
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, ValueError)):
+            call()
+
+
+def test_gated_residual_keeps_the_dtype_of_x_in_any_layout():
+    x = normal(2, 3, 4, 8, seed=0, dtype=torch.bfloat16)
+    gate = normal(2, 8, seed=1)
+    assert fused.gated_residual(x, x, gate).dtype == torch.bfloat16
+    assert fused.gated_residual(x.transpose(1, 2), x.transpose(1, 2), gate).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if name != "qk_prologue"])
+def test_what_is_not_a_number_stays_so(name):
+    f, (x, *rest) = cases()[name]
+    x = x.clone()
+    x[0, 0, 0, -1] = torch.nan
+    out = f(x, *rest)
+    assert out[0, 0, 0].isnan().any()
+    assert not out[1].isnan().any()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -13,6 +14,7 @@ from test_neighborhood import dense, draw, value_and_gradients
 from hdit_kernels import cpu, fused, native, select_backend
 from hdit_kernels.neighborhood import Problem
 
+LIBRARY = native.library
 ORDER = ["DEFAULT", "AVX2", "AVX512"]  # each processor has those before its own too
 needs_compiler = pytest.mark.skipif(
     native.unavailable() is not None, reason=f"no compiled library: {native.unavailable()}"
@@ -22,9 +24,9 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def fresh(monkeypatch):
     """As a process in which nothing was asked of the library yet."""
-    native.library.cache_clear()
+    LIBRARY.cache_clear()
     yield
-    native.library.cache_clear()
+    LIBRARY.cache_clear()
 
 
 @pytest.fixture
@@ -94,12 +96,16 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(build):
 
 
 @needs_compiler
-def test_attention_gives_the_same_bits_each_time():
+def test_attention_gives_the_same_bits_with_any_number_of_threads():
     shape = (1, 90, 40, 1, 16)
     *qkv, out_grad = *draw(shape, 0, torch.float32), draw(shape, 1, torch.float32)[0]
-    runs = [
-        value_and_gradients(lambda *t: cpu.attention(*t, 7, 0.2), qkv, out_grad) for _ in range(3)
-    ]
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(value_and_gradients(lambda *t: cpu.attention(*t, 7, 0.2), qkv, out_grad))
+    finally:
+        torch.set_num_threads(before)
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
@@ -115,6 +121,20 @@ def test_attention_is_right_on_any_number_of_threads(threads):
         actual = value_and_gradients(lambda *t: cpu.attention(*t, 5, 0.2), qkv, out_grad)
     finally:
         torch.set_num_threads(before)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang++")
+def test_clang_builds_it_as_well(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    library = native.Library(
+        native.build("AVX2" if native.cpu_capability() != "DEFAULT" else "DEFAULT")
+    )
+    monkeypatch.setattr(native, "library", lambda: library)
+    shape = (1, 10, 37, 1, 20)
+    *qkv, out_grad = *draw(shape, 0), draw(shape, 1)[0]
+    actual = value_and_gradients(lambda *t: cpu.attention(*t, 7, 0.3), qkv, out_grad)
+    expected = value_and_gradients(lambda *t: dense(*t, 7, 0.3), qkv, out_grad)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
 
 

@@ -159,6 +159,41 @@ def test_neighborhood_in_few_bits_stays_close_to_float64(dtype, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("scale", [60.0, -60.0])
+def test_neighborhood_of_large_logits_stays_finite_and_right(scale, backend):
+    """Logits of some hundreds, whose exponential float32 cannot hold."""
+    shape = (1, 12, 18, 1, 8)
+    *qkv, out_grad = *draw(shape, 0, torch.float32), draw(shape, 1, torch.float32)[0]
+    actual = value_and_gradients(
+        lambda q, k, v: neighborhood_attention(q, k, v, 5, scale=scale, backend=backend),
+        qkv,
+        out_grad,
+    )
+    expected = value_and_gradients(
+        lambda q, k, v: dense(q, k, v, 5, scale), [t.double() for t in qkv], out_grad.double()
+    )
+    for few_bits, exact in zip(actual, expected, strict=True):
+        worst = (few_bits.double() - exact).abs().max() / exact.abs().max()
+        assert worst < 1e-3  # logits of 500 have an ulp of 3e-5, and gradients are times 60
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_neighborhood_shows_what_is_not_a_number_to_those_who_see_it(bad, backend):
+    q, k, v = draw((1, 12, 20, 1, 4), 0, torch.float32)
+    k[0, 6, 9, 0, 1] = bad
+    out = neighborhood_attention(q, k, v, 3, scale=1, backend=backend)[0, ..., 0, 0]
+    seen = torch.zeros(12, 20, dtype=torch.bool)
+    seen[5:8, 8:11] = True
+    if backend != "tile":  # whose queries take it times a weight of 0
+        assert not out[~seen].isnan().any()
+    if bad != torch.inf:  # an infinite logit of -inf is a weight of 0
+        assert out[seen].isnan().all()
+    q[0, 0, 0] = torch.nan
+    assert neighborhood_attention(q, k, v, 3, scale=1, backend=backend)[0, 0, 0].isnan().all()
+
+
+@each_backend
 def test_neighborhood_does_not_depend_on_the_memory_layout(backend):
     q, k, v = draw((2, 9, 10, 2, 8), 0, torch.float32, "qkv")
     assert not q.is_contiguous()

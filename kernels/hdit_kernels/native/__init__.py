@@ -81,15 +81,18 @@ def build(capability: str) -> Path:
     source = Path(__file__).parent
     program = compiler()
     options = (*FLAGS, *VECTORS[capability])
-    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    try:
+        version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise NativeError(f"cannot run {program}: {error}") from error
     digest = hashlib.sha256("\0".join([platform.machine(), version, *options]).encode())
     for name in (*HEADERS, *SOURCES):
         digest.update((source / name).read_bytes())
     folder = cache_folder()
     library = folder / f"kernels-{capability.lower()}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
     try:
+        if library.exists():
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "compiling").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles

@@ -53,8 +53,7 @@ template <bool CENTRE, class S> INLINE Moments moments(const S *x, long d, float
   return {mean, 1.f / std::sqrt(sum<float>(square) / float(d) + eps)};
 }
 
-// ---- norms: y = scale * (x - mean) / rms + shift, scale and shift of an image
-// ----------------------
+// ---- norms: y = scale * (x - mean) / rms + shift, scale and shift of an image -------------------
 
 // x: images of `tokens` rows of d; scale, shift: a row for each image, `stride` apart (0: one for
 // all), or null.
@@ -113,7 +112,7 @@ template <bool CENTRE, class S> void norm_backward(const Threads &threads, long 
   });
 }
 
-// ---- gated residual: out = x + gate * branch, the gate of an image -----------------------------
+// ---- gated residual: out = x + gate * branch, the gate of an image ------------------------------
 
 template <class S> void gated(const Threads &threads, long images, long tokens, long d, const S *x,
                               const S *branch, const float *gate, long stride, S *out) {
@@ -150,8 +149,7 @@ template <class S> void gated_backward(const Threads &threads, long images, long
   });
 }
 
-// ---- GEGLU: value * gelu(gate) of rows [value | gate]
-// --------------------------------------------
+// ---- GEGLU: value * gelu(gate) of rows [value | gate] -------------------------------------------
 
 // The normal distribution: its integral up to x, from a fit of the Mills ratio (relative error
 // 4e-9 before rounding), and its density.
@@ -200,8 +198,7 @@ void geglu_backward(const Threads &threads, long tokens, long d, const S *g, con
   });
 }
 
-// ---- dropout
-// --------------------------------------------------------------------------------------
+// ---- dropout ------------------------------------------------------------------------------------
 
 INLINE uint64_t mixed(uint64_t x) {  // SplitMix64 (Steele et al., 2014)
   x += 0x9e3779b97f4a7c15;
@@ -232,10 +229,9 @@ template <class S> void dropout(const Threads &threads, long count, uint64_t see
   });
 }
 
-// ---- cosine similarity and axial RoPE of q and k
-// -------------------------------------------------
+// ---- cosine similarity and axial RoPE of q and k ------------------------------------------------
 
-// An eighth of a cache line and a half: whole turns of a head come in multiples of these.
+// Eight floats: with heads of 64, half of which turn, the angles of y are eight, and those of x.
 typedef float V8 __attribute__((vector_size(32)));
 INLINE V8 get8(const float *p) {
   V8 v;

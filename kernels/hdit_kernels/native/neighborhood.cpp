@@ -182,8 +182,7 @@ template <class T> INLINE Vec<T> powers(T *s, int count) {
   return splat(T(1)) / total;
 }
 
-// ---- sums over a window
-// --------------------------------------------------------------------------
+// ---- sums over a window -------------------------------------------------------------------------
 
 // Calls body(column, active) for the columns that the windows of GROUP queries hold, where
 // active(i) says whether query i's window holds it; a constant wherever it can be.
@@ -358,8 +357,7 @@ template <class T> INLINE void scatter_strip(const Strip<T> &strip, const T *wei
   }
 }
 
-// ---- a strip from row y0 to row y1
-// ---------------------------------------------------------------
+// ---- a strip from row y0 to row y1 --------------------------------------------------------------
 
 // Consecutive pieces of a thread's scratch memory.
 template <class T> struct Pieces {
@@ -557,20 +555,20 @@ void backward_strip(const Shape &p, int x0, long y0, long y1, double scale, cons
   }
 }
 
-// ---- over the image, in parallel
-// -----------------------------------------------------------------
+// ---- over the image, in parallel ----------------------------------------------------------------
 
-// Number of bands of rows, each of at least k, that gives each thread a few of `tasks` tasks.
-long bands(const Shape &p, long tasks, int threads) {
-  const long wanted = (4 * threads + tasks - 1) / tasks;
-  return std::max(1L, std::min(wanted, p.h / std::max(2 * p.k, 16)));
+constexpr long BACKWARD_TASKS = 32;  // for as many threads, in two turns
+
+// Number of bands of rows, none lower than two windows, that makes of `tasks` tasks about `wanted`.
+long bands(const Shape &p, long tasks, long wanted) {
+  return std::max(1L, std::min((wanted + tasks - 1) / tasks, p.h / std::max(2 * p.k, 16)));
 }
 
 template <class T, class S> void forward(const Threads &threads, const Shape &p, double scale,
                                          const S *q, Strides qs, const S *k, Strides ks, const S *v,
                                          Strides vs, S *out, Strides os) {
   const long strips = (p.w + STRIP<T> - 1) / STRIP<T>;
-  const long nb = bands(p, p.b * p.n * strips, threads.number);
+  const long nb = bands(p, p.b * p.n * strips, 4 * threads.number);
   for_each(threads, p.b * p.n * strips * nb, [&](long task) {
     const long band = task % nb, strip = task / nb % strips, head = task / nb / strips;
     const long b = head / p.n, n = head % p.n;
@@ -581,12 +579,13 @@ template <class T, class S> void forward(const Threads &threads, const Shape &p,
 }
 
 // dk and dv are added to. Bands that lie next to each other share rows of keys, so those of even
-// number come first: no two threads ever add to one place, and the order of sums is always one.
+// number come first: no two threads ever add to one place. How many there are depends on the shape
+// alone, and so does the order of sums.
 template <class T, class S> void backward(const Threads &threads, const Shape &p, double scale,
                                           const S *q, Strides qs, const S *k, Strides ks,
                                           const S *v, Strides vs, const S *g, Strides gs, S *dq,
                                           Strides dqs, T *dk, Strides dks, T *dv, Strides dvs) {
-  const long nb = bands(p, p.b * p.n, threads.number);
+  const long nb = bands(p, p.b * p.n, BACKWARD_TASKS);
   for (long parity = 0; parity < std::min(nb, 2L); parity++) {
     const long count = (nb + 1 - parity) / 2;
     for_each(threads, p.b * p.n * count, [&](long task) {

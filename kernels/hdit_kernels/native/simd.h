@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -22,6 +23,10 @@ template <class T> constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
 template <class T> struct Types {
   typedef T Vec __attribute__((vector_size(VECTOR_BYTES)));
 };
+struct bfloat16 {
+  uint16_t bits;
+};
+template <> struct Types<bfloat16> {};  // it is loaded as float
 template <class T> using Vec = typename Types<T>::Vec;
 template <class T> struct IntOf;
 template <> struct IntOf<float> {
@@ -31,10 +36,6 @@ template <> struct IntOf<double> {
   using type = int64_t;
 };
 template <class T> using Int = typename IntOf<T>::type;
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 template <class T> INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 
@@ -86,10 +87,10 @@ template <class S> using Compute = typename ComputeOf<S>::type;
 
 template <class T> INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
-// 2^x, for any finite x: relative error below 2e-7.
+// 2^x: relative error below 2e-7 for x in [-126, 127], to which others are clamped; NaN is NaN.
 INLINE Vec<float> exp2(Vec<float> x) {
-  x = maximum<float>(x, splat(-126.f));
-  x = x < 127.f ? x : splat(127.f);
+  x = x < -126.f ? splat(-126.f) : x;  // in this order NaN stays
+  x = x > 127.f ? splat(127.f) : x;
   const Vec<float> shifted = x + 12582912.f;  // the integer part, in the low bits
   const Vec<float> r = x - (shifted - 12582912.f);
   Vec<float> p = splat(1.54614475e-4f);  // fit of (2^r - 1) / r on [-1/2, 1/2]
@@ -158,8 +159,7 @@ template <class T> INLINE void transpose(Vec<T> (&rows)[LANES<T>]) {
   }
 }
 
-// ---- a parallel loop over the threads that torch has
-// ---------------------------------------------
+// ---- a parallel loop over the threads that torch has --------------------------------------------
 
 // As libgomp's GOMP_parallel: calls fn(data) on each of `threads` threads.
 using Parallel = void (*)(void (*fn)(void *), void *data, unsigned threads, unsigned flags);
@@ -199,7 +199,10 @@ INLINE void *scratch(size_t bytes) {
     free(kept.memory);
     kept.bytes = (bytes + 4095) / 4096 * 4096;
     kept.memory = aligned_alloc(64, kept.bytes);
-    if (!kept.memory) abort();
+    if (!kept.memory) {
+      fprintf(stderr, "hdit_kernels: no memory for %zu bytes of scratch\n", kept.bytes);
+      abort();
+    }
   }
   return kept.memory;
 }
