@@ -233,6 +233,7 @@ class RunConfig(Spec):
             self.model.check(self.signal(num_classes=0))
         except SpecError as error:
             problems += [(f"model.{path}", text) for path, text in error.problems]
+        problems += self._check_augmentation()
         problems += self._check_ranges()
         problems += self._check_sampling()
         if isinstance(self.model, HDiTSpec) and self.model.vector_width:
@@ -262,6 +263,23 @@ class RunConfig(Spec):
             )
         if problems:
             raise SpecError(problems)
+
+    def _check_augmentation(self) -> Iterator[tuple[str, str]]:
+        data = self.data
+        if not data.augment.probability:
+            return
+        if not isinstance(self.model, HDiTSpec):
+            yield (
+                "data.augment",
+                f"must be 0: it would leak into the samples of a {self.model.kind}, which is not "
+                "told of it as an hdit is",
+            )
+        if "flip" in type(data).model_fields and not data.flip:
+            yield (
+                "data.flip",
+                "false has no effect with data.augment above 0, which mirrors half of the images "
+                "and tells the model so: samples are not mirrored; leave out one of the two",
+            )
 
     def _check_sampling(self) -> Iterator[tuple[str, str]]:
         s = self.sampling

@@ -91,6 +91,15 @@ def complaints(*overrides: str, base: str = HDIT) -> list[str]:
     return [line.strip() for line in lines]
 
 
+def test_config_augments_only_what_is_told_of_it():
+    assert changed("data.augment=0.12").data.augment.probability == 0.12
+    assert "augment = 0.12" in changed("data.augment=0.12").dump()
+    [line] = complaints("data.augment=0.12", base=DIT)
+    assert line.startswith("data.augment: must be 0: it would leak into the samples of a dit")
+    [line] = complaints("data.augment=1.2")
+    assert line.startswith("data.augment")
+
+
 # ---- whole configs -------------------------------------------------------------------------------
 
 
@@ -406,7 +415,8 @@ def test_config_kind_that_is_wrong_names_the_nearest(key, wrong, right):
 
 def test_config_kind_that_resembles_none_lists_the_kinds():
     assert complaints("data.kind=imagenet") == [
-        "data.kind: must be one of ['digits', 'shapes', 'folder'], got 'imagenet'"
+        "data.kind: must be one of ['digits', 'shapes', 'folder', 'zip', 'npz', 'hub', 'python'], "
+        "got 'imagenet'"
     ]
 
 

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from hdit.data.archive import ZipSpec
+from hdit.data.arrays import NpzSpec
 from hdit.data.digits import DigitsSpec
 from hdit.data.folder import FolderSpec
+from hdit.data.hook import PythonSpec
+from hdit.data.hub import HubSpec
+from hdit.data.pictures import kind_of
 from hdit.data.shapes import ShapesSpec
 
-DataSpec = Annotated[DigitsSpec | ShapesSpec | FolderSpec, Field(discriminator="kind")]
 
-__all__ = ["DataSpec", "DigitsSpec", "FolderSpec", "ShapesSpec"]
+def _with_kind(table: Any) -> Any:
+    """A table of settings with its kind, where that is left out and its path tells it."""
+    if isinstance(table, dict) and "kind" not in table and isinstance(table.get("path"), str):
+        kind = kind_of(table["path"])
+        return table if kind is None else {"kind": kind, **table}
+    return table
+
+
+DataSpec = Annotated[
+    DigitsSpec | ShapesSpec | FolderSpec | ZipSpec | NpzSpec | HubSpec | PythonSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(_with_kind),
+]
+
+__all__ = [
+    "DataSpec",
+    "DigitsSpec",
+    "FolderSpec",
+    "HubSpec",
+    "NpzSpec",
+    "PythonSpec",
+    "ShapesSpec",
+    "ZipSpec",
+]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
 from hdit import randomness
@@ -39,11 +39,18 @@ class Augmentation(Spec):
 
 
 def _of_number(setting: Any) -> Any:
-    return {"probability": setting} if isinstance(setting, int | float) else setting
+    whole = isinstance(setting, dict | Augmentation)
+    return setting if whole else {"probability": setting}
 
 
-AugmentationSetting = Annotated[Augmentation, BeforeValidator(_of_number)]
-"""A setting that reads a probability, or a table with it, and holds an Augmentation."""
+def _to_number(augmentation: Augmentation) -> float:
+    return augmentation.probability
+
+
+AugmentationSetting = Annotated[
+    Augmentation, BeforeValidator(_of_number), PlainSerializer(_to_number, return_type=float)
+]
+"""A setting that reads and writes a probability, and holds an Augmentation."""
 
 
 # ---- what happens to an image --------------------------------------------------------------------

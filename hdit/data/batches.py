@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hdit.data.source import Sample, Skipped, Source
+from hdit.data.source import DataError, Sample, Skipped, Source
 
 
 @lru_cache(maxsize=2)
@@ -69,11 +69,32 @@ class _Counters:
             images += self.layout.batch_size
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Skipped]]:
+class _Guarded:
+    """A source whose DataError is a value: raised in a worker, torch writes a traceback into it."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample | DataError:
+        try:
+            return self.source[index]
+        except DataError as error:
+            return error.with_traceback(None)
+
+
+def collate(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor, list[Skipped]] | DataError:
+    good: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        good.append(sample)
     return (
-        torch.stack([sample.image for sample in samples]),
-        torch.tensor([sample.label for sample in samples]),
-        [skipped for sample in samples for skipped in sample.skipped],
+        torch.stack([sample.image for sample in good]),
+        torch.tensor([sample.label for sample in good]),
+        [skipped for sample in good for skipped in sample.skipped],
     )
 
 
@@ -89,7 +110,7 @@ def batches(
     """Batches without end, from the one that begins at image `start`."""
     sampler = _Counters(seed, start, len(source), layout)
     loader: DataLoader[Sample] = DataLoader(
-        source,  # type: ignore[arg-type]
+        _Guarded(source),  # type: ignore[arg-type]
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
@@ -99,9 +120,13 @@ def batches(
     )
     images = start
     step = 0
-    for pixels, labels, skipped in loader:
+    for loaded in loader:
+        if isinstance(loaded, DataError):
+            break
+        pixels, labels, skipped = loaded
         position = layout.positions(step)
         yield Batch(pixels, labels, images + position, position, skipped)
         step += 1
         if step == layout.accumulate:
             step, images = 0, images + layout.batch_size
+    raise loaded  # out of the loop, where the loader's iterator and its processes are gone

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.source import Sample
 from hdit.protocols import Spec
 
@@ -18,6 +19,9 @@ class DigitsSpec(Spec):
 
     kind: Literal["digits"] = "digits"
     split: Literal["train", "test", "all"] = Field("train", description="which images")
+    augment: AugmentationSetting = Field(
+        Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:

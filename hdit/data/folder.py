@@ -1,100 +1,78 @@
-"""A folder of image files, flat or with one sub-folder for each class."""
+"""A folder of image files: flat, with one sub-folder for each class, or with a sheet of labels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.source import DataError, Sample, Size, Skipped
-from hdit.data.transforms import center_crop, to_mode, to_tensor
-from hdit.protocols import Spec
+from hdit.data.listing import arrange
+from hdit.data.pictures import Pictures, PicturesSpec, open_picture, refuse_path
+from hdit.data.source import DataError
 
 
-class FolderSpec(Spec):
-    """Images of any format that Pillow reads, centre-cropped to `size`."""
+class FolderSpec(PicturesSpec):
+    """Images of any format that Pillow decodes.
+
+    `metadata.jsonl`, `metadata.csv` or `dataset.json` in the folder has the labels, if it is there.
+    """
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="the folder, relative to where the command runs")
-    size: Size = Field(description="side in pixels, or [height, width]")
-    channels: Literal[1, 3] = Field(3, description="3 for RGB, 1 for grey")
-    flip: bool = Field(True, description="mirror half of the images, at random")
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, *self.size
-
-    def open(self) -> Folder:
+    def open(self) -> Pictures:
         """Lists the folder. Raises DataError where it is missing, empty or of mixed layout."""
-        return Folder(self)
+        return Pictures(self, Folder(self.path))
 
 
 class Folder:
-    def __init__(self, spec: FolderSpec):
-        self.spec = spec
-        root = Path(spec.path).expanduser()
-        if not root.is_dir():
-            where = "is not a folder" if root.exists() else "does not exist"
-            raise DataError(
-                f"data.path: {spec.path!r} {where} (seen from {Path.cwd()}); set it in the config, "
-                "or with --set data.path=FOLDER"
-            )
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        flat = _images([p for p in sorted(root.iterdir()) if p.is_file()])
-        classes = {p.name: found for p in folders if (found := _images(_walk(p)))}
-        if flat and classes:
-            raise DataError(
-                f"data.path: {spec.path!r} has images beside sub-folders with images "
-                f"({next(iter(classes))}/...); give it either images or a sub-folder for each class"
-            )
-        if not flat and not classes:
-            raise DataError(f"data.path: {spec.path!r} has no image files that Pillow can read")
-        self.classes = list(classes)
-        self.files = [(path, 0) for path in flat] + [
-            (path, label) for label, found in enumerate(classes.values()) for path in found
-        ]
-        self.unreadable: dict[int, Skipped] = {}
+    setting = "data.path"
+
+    def __init__(self, path: str):
+        self.place = path
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise refuse_path(path, "folder", "is not a folder")
+        try:
+            names = list(_walk(self.root))
+        except OSError as error:
+            raise DataError(f"data.path: {path!r} cannot be listed: {error}") from None
+        listing = arrange(
+            names, lambda name: (self.root / name).read_bytes(), f"data.path: {path!r}"
+        )
+        self.names, self.labels, self.classes = listing
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
-        """The image at `index`; where that file cannot be read, the next one that can."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        skipped = []
-        for i in range(index, index + len(self)):
-            path, label = self.files[i % len(self)]
-            if (known := self.unreadable.get(i % len(self))) is not None:
-                skipped.append(known)
-                continue
-            try:
-                with Image.open(path) as image:
-                    pixels = center_crop(to_mode(image, self.spec.channels), *self.spec.shape[1:])
-            except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
-                reason = f"{type(error).__name__}: {error}"
-                self.unreadable[i % len(self)] = Skipped(str(path), reason)
-                skipped.append(self.unreadable[i % len(self)])
-                continue
-            return Sample(to_tensor(pixels), label, tuple(skipped))
-        raise DataError(
-            f"data.path: none of the {len(self)} files in {self.spec.path!r} could be read; "
-            f"the first: {skipped[0].path}: {skipped[0].reason}"
-        )
+    def name(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return open_picture(self.name(index)), self.labels[index]
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(names)]
-    return found
+def _walk(root: Path) -> Iterator[str]:
+    """Files of the folder and all folders in it, by their name relative to it.
+
+    Hidden folders are left out, and links to a folder are followed at the top alone.
+    """
+    with os.scandir(root) as found:
+        entries = list(found)
+    for entry in entries:
+        # of a link that leads nowhere, or to itself, entry.is_dir() may raise
+        if not (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()):
+            yield entry.name
+        elif not entry.name.startswith("."):
+            for parent, folders, files in os.walk(entry.path, onerror=_raise):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                inside = Path(parent).relative_to(root).as_posix()
+                yield from (f"{inside}/{name}" for name in files)
 
 
-def _images(paths: list[Path]) -> list[Path]:
-    """Those whose extension is of a format that Pillow reads; hidden files are none."""
-    known = {ext for ext, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
-    return [p for p in paths if p.suffix.lower() in known and not p.name.startswith(".")]
+def _raise(error: OSError) -> None:
+    raise error

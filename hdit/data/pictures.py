@@ -1,4 +1,4 @@
-"""What all sources of picture files share: their settings, pixels, and what happens to a bad one."""
+"""What all sources of picture files share: settings, pixels, and what happens to a bad one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.source import DataError, Sample, Size, Skipped
 from hdit.data.transforms import center_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
@@ -57,6 +58,9 @@ class PicturesSpec(Spec):
     size: Size = Field(description="side in pixels, or [height, width]")
     channels: Literal[1, 3] = Field(3, description="3 for RGB, 1 for grey")
     flip: bool = Field(True, description="mirror half of the images, at random")
+    augment: AugmentationSetting = Field(
+        Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
+    )
     crop: Literal["center", "shorter_side"] = Field(
         "center", description="ADM's, by halving, or k-diffusion's, by one bicubic resize"
     )
@@ -70,7 +74,10 @@ class PicturesSpec(Spec):
         "skip", description="name one that cannot be read and take the next, or end there"
     )
     max_bad_share: float | None = Field(
-        None, ge=0, le=1, description=f"of the pictures, or training ends; {MAX_BAD_SHARE} if absent"
+        None,
+        ge=0,
+        le=1,
+        description=f"of the pictures, or training ends; {MAX_BAD_SHARE} if absent",
     )
 
     @field_validator("max_bad_share")
@@ -93,11 +100,12 @@ class PicturesSpec(Spec):
 class Entries(Protocol):
     """Pictures and their labels by index, listed but not read.
 
-    `origin` is the setting that they come from, for errors; `classes` is empty without labels.
-    `load` may raise anything where a picture is bad, and DataError where all of them are.
+    `setting` and `place` say in errors where they come from; `classes` is empty without labels.
+    `load` may raise anything where a picture is bad, and DataError where more is wrong than that.
     """
 
-    origin: str
+    setting: str
+    place: str
     classes: list[str]
 
     def __len__(self) -> int: ...
@@ -141,8 +149,8 @@ class Pictures:
                 return Sample(*found, tuple(skipped))
             skipped.append(found)
         raise DataError(
-            f"{self.entries.origin}: none of the {len(self)} pictures could be read; "
-            f"the first: {skipped[0].path}: {skipped[0].reason}"
+            f"{self.entries.setting}: none of the {len(self)} files in {self.entries.place!r} "
+            f"could be read; the first: {skipped[0].path}: {skipped[0].reason}"
         )
 
     def _read(self, index: int) -> tuple[Tensor, int] | Skipped:
@@ -165,22 +173,21 @@ class Pictures:
         """Counts a picture that was drawn. Raises DataError where too many of them are bad."""
         bad = isinstance(found, Skipped)
         if bad and self.spec.bad_files == "fail":
+            file = self.unreadable[index]
             raise DataError(
-                f"{found.path}: {found.reason}\nNo picture may be bad (data.bad_files = 'fail'): "
-                "mend or remove it, or set data.bad_files = 'skip'"
+                f"{file.path}: {file.reason}; mend or remove it, or set data.bad_files = 'skip'"
             )
-        if self._drawn[index]:
-            return
-        self._drawn[index] = True
-        self._num_drawn += 1
-        self._num_bad += bad
+        if not self._drawn[index]:
+            self._drawn[index] = True
+            self._num_drawn += 1
+            self._num_bad += bad
         share = MAX_BAD_SHARE if self.spec.max_bad_share is None else self.spec.max_bad_share
-        if bad and too_many(self._num_bad, self._num_drawn, len(self), share):
-            assert isinstance(found, Skipped)
+        if too_many(self._num_bad, self._num_drawn, len(self), share):
+            file = next(reversed(self.unreadable.values()))
             raise DataError(
-                f"{self.entries.origin}: {self._num_bad} of the first {self._num_drawn} pictures "
-                f"are bad, more than data.max_bad_share = {share:g} of them; the last: "
-                f"{found.path}: {found.reason}"
+                f"{self.entries.setting}: {self._num_bad} of {self._num_drawn} files drawn from "
+                f"{self.entries.place!r} so far are bad, beyond data.max_bad_share = {share:g}; "
+                f"the last: {file.path}: {file.reason}"
             )
 
 
@@ -201,7 +208,7 @@ def too_many(bad: int, drawn: int, length: int, share: float) -> bool:
 
 
 def to_pixels(image: Image.Image, spec: PicturesSpec) -> Tensor:
-    """(c h w) uint8, as the settings say. Raises ValueError, before decoding, for a huge picture."""
+    """(c h w) uint8, by the settings. Raises ValueError, before decoding, for a huge picture."""
     _, height, width = spec.shape
     size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > spec.max_pixels:
@@ -270,7 +277,7 @@ def refuse_path(path: str, kind: str, trouble: str) -> DataError:
 
 def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
     """Names of classes that are numbered from 0. Raises DataError for a number that cannot be."""
-    low, high = int(min(labels)), int(max(labels))
+    low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= MAX_CLASSES:
         bad = low if low < 0 else high
         raise DataError(f"{where}: labels must be class indices from 0, got {bad}")
@@ -279,8 +286,3 @@ def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
 
 MAX_CLASSES = 1_000_000
 """Beyond it a label is rather an identifier, and its table of embeddings would not fit."""
-
-
-def first_few(names: Iterator[str] | Sequence[str], total: int) -> str:
-    shown = [name for name, _ in zip(names, range(3), strict=False)]
-    return ", ".join(map(repr, shown)) + (", ..." if total > 3 else "")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.source import Sample, Size
 from hdit.protocols import Spec
 
@@ -21,6 +22,9 @@ class ShapesSpec(Spec):
     size: Size = Field((64, 64), description="side in pixels, or [height, width]")
     num_images: int = Field(10_000, gt=0, description="size of the data set")
     seed: int = Field(0, ge=0, lt=2**63)
+    augment: AugmentationSetting = Field(
+        Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -75,7 +75,6 @@ SCHEDULES = {
     "exponential": ("warmup", "num_steps", "decay", "min_lr"),
 }
 INERT = {
-    "model.augment_prob": 0,
     "model.augment_wrapper": False,
     "model.skip_stages": 0,
     "model.has_variance": False,
@@ -119,6 +118,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tu
                 "path": str(dataset.get("location", "images")),
                 "size": [height, width],
                 "channels": channels if channels in (1, 3) else 3,
+                "augment": m.number("augment_prob", 0),
             },
             "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
@@ -309,7 +309,7 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
         "model": {
             "sigma_data": signal.sigma_data,
             "dropout_rate": [level.dropout for level in spec.levels],
-            "augment_prob": 0.0,
+            "augment_prob": model.config.data.augment.probability,
             "loss_config": "karras",
             "loss_weighting": _their_weighting(d.weighting, signal.sigma_data),
             "loss_scales": d.loss_scales,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -309,7 +310,11 @@ class Trainer:
         t, d, counters = self.config.training, self.config.diffusion, batch.counters
         self._name_skipped(batch.skipped)
         images = batch.images.to(self.device, non_blocking=True)
-        if self.config.data.flip:
+        aug = None
+        if self.config.data.augment.probability:
+            images, aug = self.config.data.augment(images, t.seed, counters)
+            images = 255 * images  # as the space takes them
+        elif self.config.data.flip:
             mirrored = randomness.uniform(t.seed, "flip", counters) < 0.5
             mirrored = mirrored.to(self.device, non_blocking=True)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
@@ -320,12 +325,12 @@ class Trainer:
         rand = randomness.uniform(t.seed, "sigma", counters)
         u = stratify(rand, torch.from_numpy(batch.position), t.batch_size)
         sigma = d.density(u, self.signal, self.config.schedule).to(self.device, non_blocking=True)
-        cond = Cond()
+        cond = Cond(aug=aug)
         if self.signal.num_classes:
             dropped = randomness.uniform(t.seed, "label dropout", counters) < t.label_dropout
             labels = Cond(batch.labels).drop(dropped).labels
             assert labels is not None, "the model has classes"
-            cond = Cond(labels.to(self.device, non_blocking=True))
+            cond = replace(cond, labels=labels.to(self.device, non_blocking=True))
         # Dropout within the network draws from the global generator.
         torch.manual_seed(int(randomness.bits(t.seed, "dropout", counters[:1])[0] >> np.uint64(1)))
         return self.denoiser.loss(x0, noise, sigma, cond, d.weighting, d.loss_scales).mean()

@@ -211,7 +211,7 @@ def test_folder_ignores_hidden_files_and_folders(tmp_path):
     save(tmp_path / ".b.png", BLUE)
     folder = open_folder(tmp_path)
     assert folder.classes == ["cat"]
-    assert [path.name for path, _ in folder.files] == ["a.png"]
+    assert folder.entries.names == ["cat/a.png"]
 
 
 def test_folder_ignores_other_extensions_and_folders_without_images(tmp_path):
@@ -221,7 +221,7 @@ def test_folder_ignores_other_extensions_and_folders_without_images(tmp_path):
         (tmp_path / name).write_text("not an image")
     folder = open_folder(tmp_path)
     assert folder.classes == ["cat"]
-    assert [path.name for path, _ in folder.files] == ["a.png"]
+    assert folder.entries.names == ["cat/a.png"]
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "jpeg", "bmp", "gif", "tif", "webp", "ppm"])

@@ -231,9 +231,10 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
     assert x0.max() <= 1
 
 
-def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("augment", [0, 0.5])
+def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch, augment):
     """What 2 processes draw in 2 accumulation steps each is what one process draws at once."""
-    trainer = Trainer(config.load(tiny), tmp_path)
+    trainer = Trainer(config.load(tiny, [f"data.augment={augment}"]), tmp_path)
     seen = []
     monkeypatch.setattr(
         trainer.denoiser, "loss", lambda *a: seen.append(a[:4]) or torch.zeros(len(a[0]))
@@ -252,10 +253,37 @@ def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch)
         assert torch.equal(noise, whole[1][index])
         assert torch.equal(sigma, whole[2][index])
         assert torch.equal(cond.labels, whole[3].labels[index])
+        assert (cond.aug is None) == (augment == 0)
+        assert augment == 0 or torch.equal(cond.aug, whole[3].aug[index])
     u = torch.linspace(0, 1, 17, dtype=torch.float64)
     edges = trainer.config.diffusion.density(u, trainer.signal, trainer.config.schedule)
     drawn = torch.cat([sigma for _, _, sigma, _ in seen[1:]]).sort().values
     assert ((edges[:-1] <= drawn) & (drawn <= edges[1:])).all(), "one sigma in each stratum"
+
+
+def test_augmented_images_are_trained_with_their_conditions(tiny, tmp_path, monkeypatch):
+    """Those whose conditions are zero are the images themselves, and the others are not."""
+    seen = []
+    for augment in (0, 0.2):
+        trainer = Trainer(config.load(tiny, [f"data.augment={augment}"]), tmp_path / str(augment))
+        monkeypatch.setattr(
+            trainer.denoiser, "loss", lambda *a: seen.append(a) or torch.zeros(len(a[0]))
+        )
+        trainer._loss(trainer_batch(trainer, Layout(64)))
+    (plain, *_), (x0, _, _, cond, *_) = seen
+    untouched = (cond.aug == 0).all(1)
+    assert 0 < untouched.sum() < 64
+    same = (x0 == plain).flatten(1).all(1)
+    assert same[untouched].all()
+    assert not same[~untouched].all()
+
+
+def test_augmented_run_resumes_to_the_weights_of_the_uninterrupted_one(tiny, tmp_path):
+    whole, run, augment = tmp_path / "whole", tmp_path / "run", "data.augment=0.5"
+    Trainer(config.load(tiny, [augment]), whole).fit()
+    Trainer(config.load(tiny, ["training.images=48", augment]), run).fit()
+    Trainer(config.load(tiny, [augment]), run).fit()
+    assert same_weights(run / "checkpoints" / LAST, whole / "checkpoints" / LAST)
 
 
 # ---- learned variance, loss by frequency ---------------------------------------------------------

@@ -1,0 +1,137 @@
+"""A data set of your own: a Python function that returns it."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import AfterValidator, Field
+
+from hdit.data.pictures import Pictures, PicturesSpec
+from hdit.data.source import DataError
+from hdit.data.transforms import to_image
+
+
+def _is_hook(text: str) -> str:
+    if not re.fullmatch(r"[\w.]+:[\w.]+", text):
+        raise ValueError("must be module:function, as in 'my_data:open_pets'")
+    return text
+
+
+class PythonSpec(PicturesSpec):
+    """What a function without arguments returns: an object with `__len__` and `__getitem__`.
+
+    `__getitem__(index)` gives a PIL image, or a uint8 tensor (c h w), and its class index, or None.
+    `classes`, the names, is needed where there are labels. What it raises counts as a bad file.
+    """
+
+    kind: Literal["python"] = "python"
+    hook: Annotated[str, AfterValidator(_is_hook)] = Field(
+        description="module:function, from the current folder or the environment"
+    )
+
+    def open(self) -> Pictures:
+        """Calls the hook. Raises DataError for what is wrong with it, or with what it returned."""
+        return Pictures(self, Hooked(self.hook))
+
+
+class Hooked:
+    setting = "data.hook"
+
+    def __init__(self, hook: str):
+        self.place = hook
+        where = f"data.hook: {hook!r}"
+        function = _find(hook, where)
+        try:
+            self.images = function()
+        except Exception as error:
+            raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
+        got = f"{where} returned {type(self.images).__name__}"
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(self.images, method):
+                raise DataError(f"{got}, which has no {method}")
+        if not len(self.images):
+            raise DataError(f"{got}, which is empty")
+        classes = getattr(self.images, "classes", None)
+        classes = [] if classes is None else classes
+        if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
+            raise DataError(f"{got}, whose classes must be a list of names, got {classes!r:.60}")
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.place}[{index}]"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        item = self.images[index]
+        where = f"data.hook: {self.place!r} returned a data set whose item {index}"
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise DataError(f"{where} must be (image, label or None), got {_describe(item)}")
+        return self._image(item[0], where), self._label(item[1], where)
+
+    def _image(self, image: Any, where: str) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image
+        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+            try:
+                return to_image(image.permute(1, 2, 0).numpy(force=True))
+            except ValueError as error:
+                raise DataError(f"{where} has a tensor (c h w) that {error}") from None
+        raise DataError(
+            f"{where} must have a PIL image or a uint8 tensor (c h w), got {_describe(image)}"
+        )
+
+    def _label(self, label: Any, where: str) -> int:
+        if label is None and not self.classes:
+            return 0
+        if label is not None and not self.classes:
+            raise DataError(f"{where} has a label, {label!r:.60}, but the data set has no classes")
+        try:
+            index = operator.index(label)
+        except TypeError:
+            index = -1
+        if isinstance(label, bool) or not 0 <= index < len(self.classes):
+            raise DataError(
+                f"{where} must have a class index below {len(self.classes)} as its label, got "
+                f"{label!r:.60}"
+            )
+        return index
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}, {' x '.join(map(str, value.shape))}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def _find(hook: str, where: str) -> Callable[[], Any]:
+    module, _, name = hook.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # and there it stays, for what the hook imports later
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise DataError(
+            f"{where}: importing {module!r} (from {here}, or installed) raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    try:
+        found = operator.attrgetter(name)(found)
+    except AttributeError:
+        at = getattr(found, "__file__", "built in")
+        raise DataError(f"{where}: {module!r} has no {name!r} ({at})") from None
+    if not callable(found):
+        raise DataError(f"{where} is a {type(found).__name__}, not a function")
+    return found
