@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hdit.config import RunConfig
+    from hdit.evaluation.images import ImageSet, Sampled
     from hdit.models import DiT, HDiT
     from hdit.protocols import Signal
     from hdit.training.checkpoint import Checkpoint
@@ -205,7 +206,6 @@ def _write_samples(
 
     keep_freed_memory()
     check_guidance(config, found.state.signal)
-    config.space.open()
     spec = config.sampling
     weights = found.weights(raw)
     if out is None:
@@ -221,6 +221,12 @@ def _write_samples(
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    space = config.space.open(device)
+    if found.state.space and space.identity != found.state.space:
+        raise UserError(
+            f"space.vae: the model was trained on latents of another VAE: its hash is "
+            f"{found.state.space:.12}, this one's {space.identity:.12}"
+        )
     signal, classes = found.state.signal, found.state.classes
     backbone = _network(found, weights).to(device)
     if spec.compile:
@@ -238,7 +244,7 @@ def _write_samples(
     with Progress(console=_console(), transient=True) as bar:
         task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
         parts = sample_images(
-            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide
+            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide, space
         )
         evaluations = 0
         for part in parts:
@@ -292,6 +298,7 @@ def _find_weak(source: Path, strong: Checkpoint, config: RunConfig) -> Checkpoin
         ("images", found.state.signal.shape, strong.state.signal.shape),
         ("classes", found.state.classes, strong.state.classes),
         ("sigma_data", found.state.signal.sigma_data, strong.state.signal.sigma_data),
+        ("latents, by the hash of their VAE", found.state.space, strong.state.space),
     ):
         if theirs != ours:
             raise UserError(f"--weak: {source} has other {what}: {theirs}, and the model {ours}")
@@ -325,10 +332,10 @@ def _remove_old_samples(folder: Path) -> None:
 def _only_sampling(override: str) -> None:
     from hdit.config import ConfigError
 
-    if not override.startswith("sampling."):
+    if not override.startswith(("sampling.", "space.vae", "space.tile")):
         raise ConfigError(
-            f"--set {override!r}: sampling can change [sampling] settings only; "
-            "the rest belongs to the trained model"
+            f"--set {override!r}: sampling can change [sampling] settings, space.vae and "
+            "space.tile only; the rest belongs to the trained model"
         )
 
 
@@ -354,6 +361,80 @@ def _labels(text: str | None, number: int, found: Checkpoint) -> list[int] | Non
             raise UserError(f"--labels: {part!r} is no class of this model: {known}")
     chosen = chosen or list(range(len(classes)))
     return [chosen[i % len(chosen)] for i in range(number)]
+
+
+@app.command()
+def encode(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder.  [default: space.stored of CONFIG]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, or float16 for half the bytes.")
+    ] = "float32",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 1024,
+    overrides: Overrides = None,
+) -> None:
+    """Take a config's pictures through its VAE once, for training to read them as latents.
+
+    The folder gets shards of posteriors (mean and standard deviation, of the mirror images too),
+    labels and a manifest. The same command goes on after an interrupt; torchrun shares it among
+    processes. Train with --set space.stored=DIR.
+    """
+    import os
+
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from hdit.config import load
+    from hdit.data.source import Skipped
+    from hdit.encode import DTYPES
+    from hdit.encode import encode as encode_images
+    from hdit.protocols import UserError
+    from hdit_kernels.host import keep_freed_memory
+
+    settings = load(config, overrides or [])
+    stored = getattr(settings.space, "stored", None)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: must be {' or '.join(DTYPES)}, got {dtype!r}")
+    folder = out or (Path(stored).expanduser() if stored else None)
+    if folder is None:
+        raise UserError("--out: name the folder to write, or set space.stored")
+    keep_freed_memory()
+    console = _console()
+    named: set[str] = set()
+
+    def name(file: Skipped) -> None:
+        if file.path not in named:
+            named.add(file.path)
+            text = f"warning: skipped {file.path}: {file.reason}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("encoding", total=None)
+        done = encode_images(
+            settings,
+            folder,
+            batch_size=batch_size,
+            workers=settings.training.workers,
+            dtype=dtype,
+            shard_size=shard_size,
+            rank=int(os.environ.get("RANK", 0)),
+            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            on_start=lambda done, total: bar.update(task, completed=done, total=total),
+            on_images=lambda n: bar.advance(task, n),
+            on_skipped=name,
+        )
+    if done.sigma_data is None:
+        typer.echo(f"{folder}: {done.shards} shards written; {done.absent} are still missing")
+        return
+    typer.echo(
+        f"{folder}: latents of {done.images:,} images, {done.bytes / 2**20:.1f} MiB; standard "
+        f"deviation {done.sigma_data:.4f} (space.sigma_data is {settings.space.sigma_data:g})\n"
+        f"train with --set space.stored={folder}"
+    )
 
 
 @app.command()
@@ -416,6 +497,7 @@ def info(
     from rich.table import Table
 
     from hdit.config import load
+    from hdit.data.latents import read_manifest
     from hdit.data.source import DataError
     from hdit.models import DiTSpec
     from hdit.models.cost import cost
@@ -424,7 +506,9 @@ def info(
     note = ""
     if classes is None:
         try:
-            classes = len(settings.data.open().classes)
+            stored = getattr(settings.space, "stored", None)
+            held = read_manifest(Path(stored).expanduser()) if stored else settings.data.open()
+            classes = len(held.classes)
         except DataError as error:
             classes = 0
             note = (
@@ -538,6 +622,81 @@ def doctor(
     for problem in report.broken:
         typer.echo(f"broken: {problem}", err=True)
     if report.broken:
+        raise typer.Exit(1)
+
+
+data = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."
+)
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def check_data(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A folder, .zip or .npz, as data.path; for --kind hub or python its name or hook.",
+        ),
+    ],
+    size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the crop: a side, or HEIGHTxWIDTH.")
+    ] = "256",
+    channels: Annotated[int, typer.Option(help="3 for RGB, 1 for grey.")] = 3,
+    crop: Annotated[str, typer.Option(metavar="NAME", help="As data.crop.")] = "center",
+    kind: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where PATH does not tell: hub, python, ...")
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A PNG.  [default: <name>-contact-sheet.png, here]"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that read; 0 for this one.  [default: one for a CPU]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Read every picture of a data set, as training would, and tell what is there.
+
+    Sizes, classes, unreadable files, exact duplicates, sigma_data, and a contact sheet of up to 100
+    pictures after the crop. Ends with status 1 where training would end, and says why.
+    """
+    import json
+    import os
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from hdit.data import check
+    from hdit.report.grid import save_grid
+
+    path = check.sheet_path(place, sheet)
+    source = check.open_source(place, kind, size, channels=channels, crop=crop)
+    workers = check.processes() if workers is None else workers
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=_console(), transient=True) as bar:
+        task = bar.add_task("reading", total=len(source))
+        report, shown = check.check(source, workers, lambda count: bar.advance(task, count))
+    if as_json:
+        written = str(path) if shown else None
+        typer.echo(json.dumps(report.to_json() | {"contact_sheet": written}, indent=1))
+    else:
+        console = Console()
+        for line in check.lines(report):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for table in check.tables(report):
+            console.print(table)
+    if shown:
+        tiles = check.contact_sheet(source, shown)
+        with TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # all of it, or nothing
+            save_grid(tiles, Path(folder, path.name))
+            os.replace(Path(folder, path.name), path)
+        typer.echo(f"{len(tiles)} pictures as training sees them: {path}", err=as_json)
+    if report.unusable:
+        typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)
 
 

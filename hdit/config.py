@@ -266,6 +266,11 @@ class RunConfig(Spec):
 
     def _check_augmentation(self) -> Iterator[tuple[str, str]]:
         data = self.data
+        if getattr(self.space, "stored", None) is not None:
+            if data.augment.probability:
+                yield "data.augment", "must be 0 with space.stored: it is new at each draw"
+            if getattr(data, "cache", None) is not None:
+                yield "data.cache", "has no effect with space.stored, which reads no pictures"
         if not data.augment.probability:
             return
         if not isinstance(self.model, HDiTSpec):

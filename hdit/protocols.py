@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
@@ -125,18 +125,26 @@ class Group:
     lr_scale: float = 1.0
 
 
+NormalNoise = Callable[[Sequence[int]], Tensor]
+"""(c, h, w) -> standard normal noise (b c h w), float32, of the images at hand."""
+
+
 class Space(Protocol):
-    """Between uint8 images (b c h w) and the x0 that the diffusion sees."""
+    """Between images (b c h w) of 0 to 255 and the x0 that the diffusion sees."""
 
     @property
     def sigma_data(self) -> float:
         """Standard deviation of x0 over all its elements."""
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images -> what is stored."""
+    @property
+    def identity(self) -> str:
+        """Tells one VAE's latents from another's; empty where there is no VAE."""
 
-    def normalize(self, stored: Tensor) -> Tensor:
-        """What is stored -> x0, float32."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Images -> what can be stored of them."""
+
+    def normalize(self, stored: Tensor, noise: NormalNoise) -> Tensor:
+        """What is stored -> x0, float32; a space whose x0 is drawn calls `noise` once."""
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 -> uint8 images."""

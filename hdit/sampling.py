@@ -15,7 +15,7 @@ from hdit.config import RunConfig
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
-from hdit.protocols import Backbone, Cond, Signal, UserError
+from hdit.protocols import Backbone, Cond, Signal, Space, UserError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -88,14 +88,16 @@ def sample(
     device: torch.device,
     on_step: Callable[[], None] | None = None,
     weak: WeakModel | None = None,
+    space: Space | None = None,
 ) -> Iterator[Samples]:
     """One image for each seed (and label), by config.sampling, in batches.
 
     The image of a seed does not depend on the others, nor on the batch size, to float tolerance;
     and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
-    is called after each step of each batch.
+    is called after each step of each batch; `space` is config's, opened, if it is at hand.
     """
-    spec, guidance, space = config.sampling, config.sampling.guidance, config.space.open()
+    spec, guidance = config.sampling, config.sampling.guidance
+    space = space or config.space.open(device)
     networks = [_Counted(backbone)]
     denoiser = make_denoiser(networks[0], config, signal, spec.precision)
     if weak:

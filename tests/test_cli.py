@@ -162,7 +162,7 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--labels", "eleven"], "'eleven' is no class of this model: 0, 1, 2"),
         (["--labels", "10"], "'10' is no class"),
         (["--sampler", "dpmpp_2n"], "did you mean 'dpmpp_2m'?"),
-        (["--set", "training.seed=3"], "sampling can change [sampling] settings only"),
+        (["--set", "training.seed=3"], "sampling can change [sampling] settings, space.vae"),
         (["--set", "sampling.step=3"], "did you mean sampling.steps?"),
         (
             ["--set", "sampling.guidance.scale=-1"],

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from hdit.config import ConfigError, RunConfig, differences, load, merge, parse, set_key
 from hdit.diffusion.ladders import Ladder
@@ -415,8 +416,8 @@ def test_config_kind_that_is_wrong_names_the_nearest(key, wrong, right):
 
 def test_config_kind_that_resembles_none_lists_the_kinds():
     assert complaints("data.kind=imagenet") == [
-        "data.kind: must be one of ['digits', 'shapes', 'folder', 'zip', 'npz', 'hub', 'python'], "
-        "got 'imagenet'"
+        "data.kind: must be one of ['digits', 'shapes', 'folder', 'zip', 'tar', 'npz', 'hub', "
+        "'python'], got 'imagenet'"
     ]
 
 
@@ -1162,7 +1163,7 @@ def test_config_kind_without_its_table_is_shown_one():
 def test_config_of_latents_tells_the_shape_that_the_model_sees():
     config = changed("space.kind=latent", "data.size=[64, 128]", "model.patch_size=1", base=DIT2)
     assert config.signal(7) == Signal(4, 8, 16, 7, 1.0)
-    with pytest.raises(UserError, match=r"space\.kind: 'latent' needs a VAE"):
-        config.space.open()
-    [line] = complaints("space={kind='latent', factor=7}", "model.patch_size=1", base=DIT2)
+    with pytest.raises(UserError, match=r"space\.vae: must be set to train"):
+        config.space.open(torch.device("cpu"))
+    [line] = complaints("space={kind='latent', factor=7, tile=0}", "model.patch_size=1", base=DIT2)
     assert line == "space.factor: 7 does not divide the image of 64x64"

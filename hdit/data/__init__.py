@@ -14,6 +14,7 @@ from hdit.data.hook import PythonSpec
 from hdit.data.hub import HubSpec
 from hdit.data.pictures import kind_of
 from hdit.data.shapes import ShapesSpec
+from hdit.data.tars import TarSpec
 
 
 def _with_kind(table: Any) -> Any:
@@ -25,7 +26,7 @@ def _with_kind(table: Any) -> Any:
 
 
 DataSpec = Annotated[
-    DigitsSpec | ShapesSpec | FolderSpec | ZipSpec | NpzSpec | HubSpec | PythonSpec,
+    DigitsSpec | ShapesSpec | FolderSpec | ZipSpec | TarSpec | NpzSpec | HubSpec | PythonSpec,
     Field(discriminator="kind"),
     BeforeValidator(_with_kind),
 ]
@@ -38,5 +39,6 @@ __all__ = [
     "NpzSpec",
     "PythonSpec",
     "ShapesSpec",
+    "TarSpec",
     "ZipSpec",
 ]

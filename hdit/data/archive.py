@@ -124,6 +124,10 @@ class Archive:
             )
         return open_picture(self._read(member)), self.labels[index]
 
+    def stamp(self, index: int) -> str:
+        member = self.members[index]
+        return f"{member.filename} {self.labels[index]} {member.CRC} {member.file_size}"
+
     def _read(self, member: zipfile.ZipInfo) -> bytes:
         """All of a member, for the archive's own checksum is compared at its end."""
         return self.zip.read(member)
@@ -135,17 +139,22 @@ BYTES_OF_A_PIXEL = 8
 
 def escape(member: zipfile.ZipInfo) -> str | None:
     """How a member would leave the folder that it is unpacked in, if it would."""
-    name = member.orig_filename.replace("\\", "/")
-    if "\0" in name:
-        return "has a zero byte in its name"
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return "has an absolute path"
-    if ".." in name.split("/"):
-        return "leads out of its folder"
+    if trouble := leads_out(member.orig_filename):
+        return trouble
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         return "is a link" if stat.S_ISLNK(kind) else "is a device"
     return None
+
+
+def leads_out(name: str) -> str | None:
+    """How a name leads out of the folder that it is unpacked in, if it does."""
+    name = name.replace("\\", "/")
+    if "\0" in name:
+        return "has a zero byte in its name"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path"
+    return "leads out of its folder" if ".." in name.split("/") else None
 
 
 def _common_folder(names: list[str]) -> str:

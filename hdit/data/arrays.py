@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.pictures import Pictures, PicturesSpec, numbered, refuse_path
+from hdit.data.pictures import Pictures, PicturesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 
@@ -36,6 +36,7 @@ class Arrays:
         if not self.path.is_file():
             raise refuse_path(path, "npz", "is not a file")
         where = f"data.path: {path!r}"
+        self.stamp_of_file = file_stamp(self.path)
         try:
             keys, arrays = _read(self.path)
         except UNREADABLE as error:
@@ -81,6 +82,9 @@ class Arrays:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return to_image(self.images[index]), int(self.labels[index])
+
+    def stamp(self, index: int) -> str:
+        return f"{index} {self.stamp_of_file}"
 
 
 LABELS = ("arr_1", "labels")

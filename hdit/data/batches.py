@@ -1,18 +1,32 @@
-"""Deterministic batches: which images make up a batch depends on seed and image count alone."""
+"""Deterministic batches: which images make up a batch depends on seed and image count alone.
+
+That is so for any number of processes and workers. A stream has a position beside the count.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hdit.data.source import DataError, Sample, Skipped, Source
+from hdit import randomness
+from hdit.data.source import (
+    CENTER,
+    Chance,
+    DataError,
+    Drawn,
+    Order,
+    Sample,
+    Skipped,
+    Source,
+    Stream,
+)
 
 
 @lru_cache(maxsize=2)
@@ -32,7 +46,7 @@ def dataset_indices(seed: int, counters: np.ndarray, length: int) -> np.ndarray:
 class Batch(NamedTuple):
     """One process's part of a batch, or of one accumulation step of it."""
 
-    images: Tensor  # (b c h w) uint8
+    images: Tensor  # (b c h w) uint8, or what a space stored
     labels: Tensor  # (b,) int64
     counters: np.ndarray  # (b,) running count of each image
     position: np.ndarray  # (b,) place of each image in the batch over all processes and steps
@@ -54,33 +68,54 @@ class Layout(NamedTuple):
         return np.arange(start, start + size)
 
 
-class _Counters:
-    """A batch sampler that never ends."""
+class _Draw(NamedTuple):
+    """One image to be loaded."""
 
-    def __init__(self, seed: int, start: int, length: int, layout: Layout):
-        self.seed, self.start, self.length, self.layout = seed, start, length, layout
+    reference: Any  # an index, or what a stream calls it
+    chance: Chance
 
-    def __iter__(self) -> Iterator[list[int]]:
-        images = self.start
+
+class _Draws:
+    """A batch sampler that never ends: this process's part of each accumulation step."""
+
+    def __init__(
+        self, references: Callable[[np.ndarray], list[Any]], seed: int, start: int, layout: Layout
+    ):
+        self.references, self.seed, self.start, self.layout = references, seed, start, layout
+
+    def __iter__(self) -> Iterator[list[_Draw]]:
+        images, layout = self.start, self.layout
         while True:
-            for step in range(self.layout.accumulate):
-                counters = images + self.layout.positions(step)
-                yield dataset_indices(self.seed, counters, self.length).tolist()
-            images += self.layout.batch_size
+            references = self.references(images + np.arange(layout.batch_size))
+            for step in range(layout.accumulate):
+                positions = layout.positions(step)
+                counters = images + positions
+                chances = zip(
+                    *(randomness.uniform(self.seed, name, counters).tolist() for name in CHANCES),
+                    strict=True,
+                )
+                yield [
+                    _Draw(references[p], chance)
+                    for p, chance in zip(positions, chances, strict=True)
+                ]
+            images += layout.batch_size
+
+
+CHANCES = ("crop size", "crop top", "crop left")
 
 
 class _Guarded:
     """A source whose DataError is a value: raised in a worker, torch writes a traceback into it."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source | Stream):
         self.source = source
+        self.drawn = source if isinstance(source, Drawn) else None
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample | DataError:
+    def __getitem__(self, draw: _Draw) -> Sample | DataError:
         try:
-            return self.source[index]
+            if self.drawn is not None:
+                return self.drawn.draw(draw.reference, draw.chance)
+            return self.source[draw.reference]
         except DataError as error:
             return error.with_traceback(None)
 
@@ -104,29 +139,95 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(
-    source: Source, *, seed: int, start: int, layout: Layout, workers: int = 0
+class Batches:
+    """Batches without end, from the one that begins at image `start`.
+
+    A stream goes on from `state`, which `state()` gave after as many images. Iterating raises
+    DataError where the source does.
+    """
+
+    def __init__(
+        self,
+        source: Source | Stream,
+        *,
+        seed: int,
+        start: int,
+        layout: Layout,
+        workers: int = 0,
+        state: dict[str, Any] | None = None,
+    ):
+        self.layout, self.images, self.step = layout, start, 0
+        self.behind: Order | None = None
+        references: Callable[[np.ndarray], list[Any]]
+        if isinstance(source, Stream):
+            ahead = source.order(seed, state)  # the loader takes more than was handed out so far
+            self.behind, self.behind_at = source.order(seed, state), start
+
+            def references(counters: np.ndarray) -> list[Any]:
+                return [next(ahead) for _ in counters]
+        else:
+            length = len(source)
+
+            def references(counters: np.ndarray) -> list[Any]:
+                return dataset_indices(seed, counters, length).tolist()
+
+        loader: DataLoader[Sample] = DataLoader(
+            _Guarded(source),  # type: ignore[arg-type]
+            batch_sampler=_Draws(references, seed, start, layout),
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_trainer if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        self.loaded = iter(loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        loaded = next(self.loaded)
+        if isinstance(loaded, DataError):
+            del self.loaded  # and its processes with it
+            raise loaded
+        position = self.layout.positions(self.step)
+        batch = Batch(loaded[0], loaded[1], self.images + position, position, loaded[2])
+        self.step += 1
+        if self.step == self.layout.accumulate:
+            self.step, self.images = 0, self.images + self.layout.batch_size
+        return batch
+
+    def state(self) -> dict[str, Any] | None:
+        """Of a stream, behind the whole batches that were handed out; None of other sources."""
+        if self.behind is None:
+            return None
+        for _ in range(self.images - self.behind_at):
+            next(self.behind)
+        self.behind_at = self.images
+        return self.behind.state()
+
+
+def in_order(
+    source: Source | Stream, references: Sequence[Any], batch_size: int, workers: int = 0
 ) -> Iterator[Batch]:
-    """Batches without end, from the one that begins at image `start`."""
-    sampler = _Counters(seed, start, len(source), layout)
+    """These images once, as they are without chance. Raises DataError where the source does."""
+    draws = [_Draw(reference, CENTER) for reference in references]
+    parts = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     loader: DataLoader[Sample] = DataLoader(
         _Guarded(source),  # type: ignore[arg-type]
-        batch_sampler=sampler,
+        batch_sampler=parts,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=torch.Generator(),
     )
-    images = start
-    step = 0
+    first = 0
     for loaded in loader:
         if isinstance(loaded, DataError):
             break
-        pixels, labels, skipped = loaded
-        position = layout.positions(step)
-        yield Batch(pixels, labels, images + position, position, skipped)
-        step += 1
-        if step == layout.accumulate:
-            step, images = 0, images + layout.batch_size
-    raise loaded  # out of the loop, where the loader's iterator and its processes are gone
+        position = np.arange(first, first + len(loaded[0]))
+        yield Batch(loaded[0], loaded[1], position, position, loaded[2])
+        first += len(position)
+    else:
+        return
+    raise loaded  # out of the loop, where the loader's processes are gone

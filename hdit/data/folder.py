@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field
 
 from hdit.data.listing import arrange
-from hdit.data.pictures import Pictures, PicturesSpec, open_picture, refuse_path
+from hdit.data.pictures import Pictures, PicturesSpec, file_stamp, open_picture, refuse_path
 from hdit.data.source import DataError
 
 
@@ -35,6 +35,7 @@ class Folder:
     def __init__(self, path: str):
         self.place = path
         self.root = Path(path).expanduser()
+        self.prefix = os.path.join(self.root, "")
         if not self.root.is_dir():
             raise refuse_path(path, "folder", "is not a folder")
         try:
@@ -50,10 +51,13 @@ class Folder:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.names[index])
+        return f"{self.prefix}{self.names[index]}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return open_picture(self.name(index)), self.labels[index]
+
+    def stamp(self, index: int) -> str:
+        return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from hdit.data.pictures import Pictures, PicturesSpec
 from hdit.data.source import DataError
@@ -36,6 +36,13 @@ class PythonSpec(PicturesSpec):
     hook: Annotated[str, AfterValidator(_is_hook)] = Field(
         description="module:function, from the current folder or the environment"
     )
+
+    @field_validator("cache")
+    @classmethod
+    def _never(cls, folder: str | None) -> str | None:
+        if folder is not None:
+            raise ValueError("cannot be used with kind = 'python': its images may be new each time")
+        return folder
 
     def open(self) -> Pictures:
         """Calls the hook. Raises DataError for what is wrong with it, or with what it returned."""
@@ -77,6 +84,9 @@ class Hooked:
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise DataError(f"{where} must be (image, label or None), got {_describe(item)}")
         return self._image(item[0], where), self._label(item[1], where)
+
+    def stamp(self, index: int) -> str:
+        raise AssertionError("there is none: data.cache is refused")
 
     def _image(self, image: Any, where: str) -> Image.Image:
         if isinstance(image, Image.Image):

@@ -156,3 +156,6 @@ class Hub:
             raise ValueError("there is no image")
         content = stored["bytes"]
         return open_picture(stored["path"] if content is None else content), self.labels[index]
+
+    def stamp(self, index: int) -> str:
+        return f"{index} {self.labels[index]} {self.images._fingerprint}"

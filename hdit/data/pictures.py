@@ -7,11 +7,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -19,14 +19,15 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from hdit.data.augmentation import Augmentation, AugmentationSetting
-from hdit.data.source import DataError, Sample, Size, Skipped
-from hdit.data.transforms import center_crop, shorter_side_crop, to_mode, to_tensor
+from hdit.data.cache import Cache
+from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped
+from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
 MAX_PIXELS = 178_956_970  # Pillow opens no picture that has more
 MAX_BAD_SHARE = 0.05
+MIN_CROP = 0.8
 MIN_DRAWN = 100  # before the share of bad pictures says anything
-CROPS = {"center": center_crop, "shorter_side": shorter_side_crop}
 
 UNREADABLE = {
     "EPS": "is a program that another program has to run",
@@ -61,8 +62,16 @@ class PicturesSpec(Spec):
     augment: AugmentationSetting = Field(
         Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
     )
-    crop: Literal["center", "shorter_side"] = Field(
-        "center", description="ADM's, by halving, or k-diffusion's, by one bicubic resize"
+    crop: Literal["center", "shorter_side", "random"] = Field(
+        "center",
+        description="the centre as in ADM, by halving, or as in k-diffusion, by one bicubic "
+        "resize; or ADM's random window, another at each draw",
+    )
+    min_crop: float | None = Field(
+        None,
+        ge=0.1,
+        le=1,
+        description=f"smallest side of a random window, of the largest; {MIN_CROP} if absent",
     )
     background: Annotated[str, AfterValidator(_colour)] = Field(
         "white", description="colour that what is transparent lies on"
@@ -79,6 +88,26 @@ class PicturesSpec(Spec):
         le=1,
         description=f"of the pictures, or training ends; {MAX_BAD_SHARE} if absent",
     )
+
+    cache: str | None = Field(
+        None, description="folder that keeps the cropped pixels, and gives them from then on"
+    )
+
+    @field_validator("min_crop")
+    @classmethod
+    def _only_of_a_random_window(cls, share: float | None, info: ValidationInfo) -> float | None:
+        if share is not None and info.data.get("crop") != "random":
+            raise ValueError("has no effect without crop = 'random'")
+        return share
+
+    @field_validator("cache")
+    @classmethod
+    def _only_where_pixels_stay(cls, folder: str | None, info: ValidationInfo) -> str | None:
+        if folder is not None and info.data.get("crop") == "random":
+            raise ValueError(
+                "cannot keep the pixels of crop = 'random', which are new at each draw"
+            )
+        return folder
 
     @field_validator("max_bad_share")
     @classmethod
@@ -102,6 +131,7 @@ class Entries(Protocol):
 
     `setting` and `place` say in errors where they come from; `classes` is empty without labels.
     `load` may raise anything where a picture is bad, and DataError where more is wrong than that.
+    `stamp` changes when the picture does.
     """
 
     setting: str
@@ -114,20 +144,24 @@ class Entries(Protocol):
 
     def load(self, index: int) -> tuple[Image.Image, int]: ...
 
+    def stamp(self, index: int) -> str: ...
+
 
 class Pictures:
-    """A source of labelled images, in which the next good picture stands in for a bad one.
-
-    A known bad picture is not tried again. How many there are is judged by those that were drawn,
-    which are a fair choice; those that were tried as a stand-in are often neighbours.
-    """
+    """A source of labelled images, in which the next good picture stands in for a bad one."""
 
     def __init__(self, spec: PicturesSpec, entries: Entries):
         self.spec, self.entries = spec, entries
         self.classes = entries.classes
-        self.unreadable: dict[int, Skipped] = {}
+        self.bad: BadFiles[int] = BadFiles(spec, entries.setting, entries.place, len(entries))
+        self.unreadable = self.bad.known  # by index
         self._drawn = np.zeros(len(entries), bool)  # not counted: each once
-        self._num_drawn = self._num_bad = 0
+        self.cache = None if spec.cache is None else Cache(spec.cache, self._key(), spec.shape)
+
+    def _key(self) -> str:
+        """Of what makes pixels of pictures, and of how many."""
+        s = self.spec
+        return repr((len(self), s.shape, s.crop, ImageColor.getrgb(s.background), s.max_pixels))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -138,55 +172,109 @@ class Pictures:
         Raises DataError where too many are bad: all of them, more than their share, or one where
         none may be.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        return self.draw(index, CENTER)
+
+    def draw(self, reference: int, chance: Chance) -> Sample:
+        """The same, with the window that a random crop takes by `chance`."""
+        if not 0 <= reference < len(self):
+            raise IndexError(f"image {reference} of {len(self)}")
+        is_new = not self._drawn[reference]
+        self._drawn[reference] = True
+        indices = chain(range(reference, len(self)), range(reference))
+        return self.bad.draw(indices, lambda i: self._get(i, chance), self.entries.name, is_new)
+
+    def _get(self, index: int, chance: Chance) -> tuple[Tensor, int]:
+        if self.cache is None:
+            return self._load(index, chance)
+        stamp = self.entries.stamp(index)
+        if (kept := self.cache.get(index, stamp)) is None:
+            kept = self._load(index, chance)
+            self.cache.put(index, stamp, *kept)
+        return kept
+
+    def _load(self, index: int, chance: Chance) -> tuple[Tensor, int]:
+        image, label = self.entries.load(index)
+        with image:
+            return to_pixels(image, self.spec, chance), label
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class BadFiles(Generic[Key]):
+    """The pictures of a source that cannot be read, and whether they are too many.
+
+    A known bad picture is not tried again. How many there are is judged by those that were drawn,
+    which are a fair choice; those that were tried as a stand-in are often neighbours.
+    """
+
+    def __init__(self, spec: PicturesSpec, setting: str, place: str, length: int | None = None):
+        """`setting`, `place` as in Entries; `length` is how many pictures there are, if known."""
+        self.spec, self.setting, self.place, self.length = spec, setting, place, length
+        self.known: dict[Key, Skipped] = {}
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Forgets how many were drawn."""
+        self.num_drawn = self.num_bad = 0
+
+    def draw(
+        self,
+        pictures: Iterable[Key],
+        load: Callable[[Key], tuple[Tensor, int]],
+        name: Callable[[Key], str],
+        is_new: bool = True,
+    ) -> Sample:
+        """The first of these pictures, or where that is bad, the next that is not.
+
+        The first is what was drawn; it is counted where it `is_new`. Raises DataError where too
+        many are bad.
+        """
         skipped: list[Skipped] = []
-        for i in chain(range(index, len(self)), range(index)):
-            found = self._read(i)
-            if i == index:
-                self._judge(index, found)
+        for picture in pictures:
+            found = self._read(picture, load, name)
+            if not skipped:
+                self._judge(found if isinstance(found, Skipped) else None, is_new)
             if not isinstance(found, Skipped):
                 return Sample(*found, tuple(skipped))
             skipped.append(found)
         raise DataError(
-            f"{self.entries.setting}: none of the {len(self)} files in {self.entries.place!r} "
+            f"{self.setting}: none of the {len(skipped)} files in {self.place!r} "
             f"could be read; the first: {skipped[0].path}: {skipped[0].reason}"
         )
 
-    def _read(self, index: int) -> tuple[Tensor, int] | Skipped:
-        if (known := self.unreadable.get(index)) is not None:
+    def _read(
+        self,
+        picture: Key,
+        load: Callable[[Key], tuple[Tensor, int]],
+        name: Callable[[Key], str],
+    ) -> tuple[Tensor, int] | Skipped:
+        if (known := self.known.get(picture)) is not None:
             return known
         try:
-            image, label = self.entries.load(index)
-            with image:
-                return to_pixels(image, self.spec), label
+            return load(picture)
         except (MemoryError, DataError):
             raise
         except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            self.unreadable[index] = Skipped(self.entries.name(index), reason)
-            return self.unreadable[index]
+            self.known[picture] = Skipped(name(picture), f"{type(error).__name__}: {error}")
+            return self.known[picture]
 
-    def _judge(self, index: int, found: tuple[Tensor, int] | Skipped) -> None:
+    def _judge(self, bad: Skipped | None, is_new: bool) -> None:
         """Counts a picture that was drawn. Raises DataError where too many of them are bad."""
-        bad = isinstance(found, Skipped)
         if bad and self.spec.bad_files == "fail":
-            file = self.unreadable[index]
             raise DataError(
-                f"{file.path}: {file.reason}; mend or remove it, or set data.bad_files = 'skip'"
+                f"{bad.path}: {bad.reason}; mend or remove it, or set data.bad_files = 'skip'"
             )
-        if not self._drawn[index]:
-            self._drawn[index] = True
-            self._num_drawn += 1
-            self._num_bad += bad
+        self.num_drawn += is_new
+        self.num_bad += is_new and bad is not None
         share = MAX_BAD_SHARE if self.spec.max_bad_share is None else self.spec.max_bad_share
-        if too_many(self._num_bad, self._num_drawn, len(self), share):
-            file = next(reversed(self.unreadable.values()))
+        if too_many(self.num_bad, self.num_drawn, self.length, share):
+            file = next(reversed(self.known.values()))
             raise DataError(
-                f"{self.entries.setting}: {self._num_bad} of {self._num_drawn} files drawn from "
-                f"{self.entries.place!r} so far are bad, beyond data.max_bad_share = {share:g}; "
+                f"{self.setting}: {self.num_bad} of {self.num_drawn} files drawn from "
+                f"{self.place!r} so far are bad, beyond data.max_bad_share = {share:g}; "
                 f"the last: {file.path}: {file.reason}"
             )
 
@@ -195,7 +283,7 @@ EXHAUSTED = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """What a file cannot be blamed for: no memory, too many open files."""
 
 
-def too_many(bad: int, drawn: int, length: int, share: float) -> bool:
+def too_many(bad: int, drawn: int, length: int | None, share: float) -> bool:
     """Whether `bad` of `drawn` are more than a share, by more than chance (3 standard deviations).
 
     Where all were drawn there is no chance in it.
@@ -207,7 +295,7 @@ def too_many(bad: int, drawn: int, length: int, share: float) -> bool:
 # ---- pixels --------------------------------------------------------------------------------------
 
 
-def to_pixels(image: Image.Image, spec: PicturesSpec) -> Tensor:
+def to_pixels(image: Image.Image, spec: PicturesSpec, chance: Chance = CENTER) -> Tensor:
     """(c h w) uint8, by the settings. Raises ValueError, before decoding, for a huge picture."""
     _, height, width = spec.shape
     size = f"{image.width} x {image.height} pixels"
@@ -217,15 +305,25 @@ def to_pixels(image: Image.Image, spec: PicturesSpec) -> Tensor:
     if image.width * image.height * scale**2 > max(MAX_PIXELS, 4 * height * width):
         raise ValueError(f"{size} are too narrow to be made {width} x {height}")
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata; they name no file
-        image = CROPS[spec.crop](to_mode(image, spec.channels, spec.background), height, width)
+        image = to_mode(image, spec.channels, spec.background)
+        if spec.crop == "random":
+            image = random_crop(image, height, width, spec.min_crop or MIN_CROP, chance)
+        else:
+            crop = center_crop if spec.crop == "center" else shorter_side_crop
+            image = crop(image, height, width)
     return to_tensor(image)
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those that Pillow decodes by itself."""
+    """Those that Pillow decodes by itself, in the order that it is to try them in."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - set(UNREADABLE)))
+    known = sorted(set(Image.OPEN) - set(UNREADABLE))
+    return tuple(sorted(known, key=lambda name: name not in COMMON))
+
+
+COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""To be tried first: some of the others look at more than the first bytes."""
 
 
 @cache
@@ -249,6 +347,12 @@ def open_picture(file: str | bytes) -> Image.Image:
             ) from None
 
 
+def file_stamp(path: str | Path) -> str:
+    """Tells a file from another, and from what it was before its content changed."""
+    found = os.stat(path)
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
 # ---- words for those who list pictures -----------------------------------------------------------
 
 
@@ -256,12 +360,17 @@ def kind_of(path: str) -> str | None:
     """The kind of source that a path tells; None where it is a file of another kind."""
     place = Path(path).expanduser()
     suffix = place.suffix.lower()
-    if place.is_dir():
+    if os.path.isdir(place):  # False where several names in braces are too long for one
         saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
         return "hub" if saved else "folder"
-    if suffix in (".zip", ".npz"):
+    if suffix in (".zip", ".npz", ".tar"):
         return suffix[1:]
-    return None if place.exists() else "folder"
+    if place.name.lower().endswith(COMPRESSED_TARS):
+        return "tar"  # which refuses them with the reason
+    return None if os.path.exists(place) else "folder"
+
+
+COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 def refuse_path(path: str, kind: str, trouble: str) -> DataError:

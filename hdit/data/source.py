@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator
 from torch import Tensor
@@ -24,7 +25,7 @@ class Skipped(NamedTuple):
 class Sample(NamedTuple):
     """An image and what stood in its way."""
 
-    image: Tensor  # (c h w) uint8
+    image: Tensor  # (c h w) uint8; or what a space stored of it and of its mirror image
     label: int  # class index; 0 where there are no classes
     skipped: tuple[Skipped, ...] = ()  # unreadable files that this image stands in for
 
@@ -37,6 +38,57 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+Chance = tuple[float, float, float]
+"""Three numbers in [0, 1) that a draw may choose by: the size, top and left of a crop."""
+
+CENTER: Chance = (0.0, 0.5 - 2**-30, 0.5 - 2**-30)
+"""What stands for chance where nothing is drawn: an odd margin is smaller at the top and left."""
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """Of a source whose images need not be the same at each draw."""
+
+    def draw(self, reference: Any, chance: Chance) -> Sample: ...
+
+
+class Order(Protocol):
+    """The images of a stream, one after the other without end, by what it calls them."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def state(self) -> dict[str, Any]:
+        """What `Stream.order` goes on from, behind the images that were given out; for JSON."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Labelled images of one shape whose number is not known; each pass has each of them once."""
+
+    classes: list[str]
+
+    def order(self, seed: int, state: dict[str, Any] | None = None) -> Order:
+        """From the front, or from where another order was in `state`. Raises DataError."""
+
+    def references(self) -> list[Any]:
+        """What an order calls the images, one pass in the order that they lie in."""
+
+    def __getitem__(self, reference: Any) -> Sample:
+        """The image that is called so, in any process."""
+
+
+def size_of(source: Source | Stream) -> int | None:
+    """How many images there are; None where that is not known."""
+    return None if isinstance(source, Stream) else len(source)
+
+
+def first(source: Source | Stream) -> Sample:
+    """Any image, to learn whether there is one. Raises DataError."""
+    return source[next(source.order(seed=0)) if isinstance(source, Stream) else 0]
 
 
 def _sides(size: Any) -> Any:

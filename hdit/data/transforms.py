@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from hdit.data.source import Chance
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -15,7 +19,8 @@ def to_mode(image: Image.Image, channels: int, background: str = "white") -> Ima
 
     Raises ValueError for a picture of 32-bit numbers, whose white has no fixed value.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # else it would copy
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -23,9 +28,9 @@ def to_mode(image: Image.Image, channels: int, background: str = "white") -> Ima
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    if image.mode != "L":
+    if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")  # there is no way from every mode to grey, LAB for one
-    return image.convert(MODES[channels])
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -34,13 +39,33 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     Halves with a box filter while the image stays larger than twice the target, resizes with a
     bicubic one until the target just fits, then crops its centre.
     """
+    image = _fit(image, height, width)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(
+    image: Image.Image, height: int, width: int, min_crop: float, chance: Chance
+) -> Image.Image:
+    """The random crop of ADM (Dhariwal & Nichol, 2021), here for any aspect ratio.
+
+    Its window takes at least `min_crop` of what the centre crop takes, along each side, and lies
+    anywhere. `chance` holds three numbers in [0, 1): the size, the top and the left.
+    """
+    fit = height + int(chance[0] * (math.ceil(height / min_crop) - height + 1))
+    image = _fit(image, fit, max(width, round(fit * width / height)))
+    top = int(chance[1] * (image.height - height + 1))
+    left = int(chance[2] * (image.width - width + 1))
+    return image.crop((left, top, left + width, top + height))
+
+
+def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Halved with a box filter, then resized with a bicubic one, until the target just fits."""
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def shorter_side_crop(image: Image.Image, height: int, width: int) -> Image.Image:

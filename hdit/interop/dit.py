@@ -11,6 +11,9 @@ from hdit.models import DiTSpec
 from hdit.protocols import Signal
 from hdit.spaces import LatentSpace
 
+VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-ema", 4
+"""Of the published samples; DiT's own checkpoints do not name it."""
+
 
 def settings(
     model: dict[str, Any],
@@ -28,6 +31,9 @@ def settings(
     """
     latent = channels not in (1, 3)
     side = size * LatentSpace().factor if latent else size
+    space = {"kind": "latent", "channels": channels}
+    if channels == VAE_CHANNELS:
+        space["vae"] = VAE
     table = schedule or {"kind": "linear", "steps": 1000}
     raw = {
         "data": {
@@ -36,7 +42,7 @@ def settings(
             "size": [side, side],
             "channels": 3 if latent else channels,
         },
-        "space": {"kind": "latent", "channels": channels} if latent else {"kind": "pixel"},
+        "space": space if latent else {"kind": "pixel"},
         "model": {"kind": "dit", **model},
         "diffusion": {
             "parametrization": {"kind": "eps_vp"},

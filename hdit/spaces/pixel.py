@@ -8,7 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hdit.protocols import Spec
+from hdit.protocols import NormalNoise, Spec
+
+
+def from_pixels(images: Tensor) -> Tensor:
+    """0 to 255 -> float32 in [-1, 1]: x/127.5 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """floor(clamp(127.5 x + 128, 0, 255)): rounds to the nearest of 0..255."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
 class PixelSpace(Spec):
@@ -24,17 +34,19 @@ class PixelSpace(Spec):
     def check(self, height: int, width: int) -> list[tuple[str, str]]:
         return []
 
-    def open(self) -> PixelSpace:
+    def open(self, device: torch.device) -> PixelSpace:
         return self
+
+    @property
+    def identity(self) -> str:
+        return ""
 
     def encode(self, images: Tensor) -> Tensor:
         """What is stored is the image."""
         return images
 
-    def normalize(self, stored: Tensor) -> Tensor:
-        """uint8 -> float32 in [-1, 1]: x/127.5 - 1."""
-        return stored.float() / 127.5 - 1
+    def normalize(self, stored: Tensor, noise: NormalNoise) -> Tensor:
+        return from_pixels(stored)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """floor(clamp(127.5 x + 128, 0, 255)): rounds to the nearest of 0..255."""
-        return (127.5 * x0 + 128).clamp(0, 255).to(torch.uint8)
+        return to_pixels(x0)

@@ -43,10 +43,12 @@ class State:
 
     images: int
     step: int
-    data_size: int  # images in the data set
+    data_size: int | None  # images in the data set; None of a stream
     signal: Signal
     classes: tuple[str, ...]
     noise_scale: tuple[float, float, int] = (0.0, 0.0, 0)  # of the gradient, as it is averaged
+    space: str = ""  # identity of the VAE, where there is one
+    stream: dict[str, Any] | None = None  # where a stream of images stands
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, samples/ and checkpoints/."""
+"""The folder of a run: config.toml, classes.json, metrics.jsonl, samples/ and checkpoints/."""
 
 from __future__ import annotations
 
@@ -37,9 +37,13 @@ class RunFolder:
                 ) from None
             yield
 
-    def prepare(self, config: RunConfig, images: int) -> None:
-        """Writes the config, and sets aside what came after the checkpoint at `images`."""
+    def prepare(self, config: RunConfig, images: int, classes: list[str]) -> None:
+        """Writes config and classes, and sets aside what came after the checkpoint at `images`."""
         checkpoint.write_atomically(self.path / "config.toml", config.dump())
+        if classes:
+            mapping = {name: label for label, name in enumerate(classes)}
+            text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n"
+            checkpoint.write_atomically(self.path / "classes.json", text)
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text().splitlines() if _at(line) <= images]
             checkpoint.write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))

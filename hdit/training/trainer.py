@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from rich.console import Console
 
 from hdit import models, randomness
 from hdit.config import RunConfig, differences
-from hdit.data.batches import Batch, Layout, batches
-from hdit.data.source import Skipped
+from hdit.data.batches import Batch, Batches, Layout
+from hdit.data.latents import Latents, choose
+from hdit.data.source import Skipped, first, size_of
 from hdit.diffusion.noise import stratify
-from hdit.protocols import Cond, Space, UserError
+from hdit.encode import open_source
+from hdit.protocols import Cond, NormalNoise, Space, UserError
 from hdit.report.grid import save_grid
 from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training import checkpoint
@@ -40,7 +43,10 @@ from hdit.training.progress import Progress
 from hdit.training.run_folder import RunFolder
 
 FIXED = (
-    "space.",
+    "space.kind",
+    "space.channels",
+    "space.factor",
+    "space.sigma_data",
     "model.",
     "diffusion.parametrization",
     "diffusion.noise_label",
@@ -89,9 +95,9 @@ class Trainer:
                 f"training.batch_size: {t.batch_size} images cannot be shared by "
                 f"{self.layout.processes} processes in {t.accumulate} accumulation steps"
             )
-        self.space: Space = config.space.open()
-        self.source = config.data.open()
-        _ = self.source[0]  # raises DataError here, not in a worker, where nothing can be read
+        self.space: Space = config.space.open(self.device)
+        self.source = open_source(config, self.space)
+        first(self.source)  # raises DataError here, not in a worker, where nothing can be read
         self.signal = config.signal(len(self.source.classes))
         if config.sampling.grid:
             check_guidance(config, self.signal)
@@ -110,6 +116,7 @@ class Trainer:
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
         self.noise_scale = GradientNoiseScale()
+        self.stream: dict[str, Any] | None = None
         self._introduce()
         if found:
             self._restore(found)
@@ -117,6 +124,7 @@ class Trainer:
         self.denoiser = make_denoiser(self.network, config, self.signal)
         self.skipped: dict[str, Skipped] = {}
         self.signalled = False
+        self.waited = 0.0  # seconds for data, since the last line of metrics
 
     # ---- words -----------------------------------------------------------------------------------
 
@@ -132,8 +140,11 @@ class Trainer:
         classes = f" of {len(self.source.classes)} classes" if self.source.classes else ""
         processes = f" x {self.layout.processes}" if self.layout.processes > 1 else ""
         shape = " x ".join(map(str, self.signal.shape))
+        number = size_of(self.source)
+        images = "a stream of images" if number is None else f"{number:,} images"
+        images = f"stored latents of {images}" if isinstance(self.source, Latents) else images
         self._say(
-            f"{len(self.source):,} images{classes}, {shape}; "
+            f"{images}{classes}, {shape}; "
             f"{self.config.model.kind} of {parameters:,} parameters; "
             f"{self.device.type}{processes}, {self.config.training.precision}"
         )
@@ -160,15 +171,23 @@ class Trainer:
             pairs = zip(found.state.classes, self.source.classes, strict=True)
             names = [f"{a!r} is {b!r} now" for a, b in pairs if a != b]
             fixed.append(f"data: other names of classes: {', '.join(names[:5])}")
+        if found.state.space != self.space.identity:
+            before, after = (
+                name[:12] or "none" for name in (found.state.space, self.space.identity)
+            )
+            fixed.append(f"space.vae: another VAE: hash {before} in the run, {after} now")
         if fixed:
             listing = "\n  ".join(fixed)
             raise CheckpointError(
                 f"{self.run.path}: holds a run of another model:\n  {listing}\n"
                 "undo the change to resume it, or start anew with another --run"
             )
-        if found.state.data_size != len(self.source):
-            size = f"{found.state.data_size:,} images in the run, {len(self.source):,} now"
-            changed.append(f"data: {size}; they are drawn in another order")
+        size = size_of(self.source)
+        if found.state.data_size != size:
+            before, after = (
+                "a stream" if n is None else f"{n:,} images" for n in (found.state.data_size, size)
+            )
+            changed.append(f"data: {before} in the run, {after} now; drawn in another order")
         for line in changed:
             self._say(f"resuming with another setting: {line}")
 
@@ -178,19 +197,22 @@ class Trainer:
         load_optimizer_tensors(self.backbone, self.optimizer, found.tensors("optimizer"))
         self.images, self.step = found.state.images, found.state.step
         self.noise_scale = GradientNoiseScale(*found.state.noise_scale)
+        self.stream = found.state.stream
         self._say(f"resuming from {found.folder} at {self.images:,} images")
 
-    def _save(self) -> None:
+    def _save(self, stream: dict[str, Any] | None) -> None:
         if not self.main:
             return
         scale = self.noise_scale
         state = State(
             self.images,
             self.step,
-            len(self.source),
+            size_of(self.source),
             self.signal,
             tuple(self.source.classes),
             (scale.square, scale.variance, scale.updates),
+            self.space.identity,
+            stream,
         )
         tensors = {
             "model": self.backbone.state_dict(),
@@ -215,7 +237,14 @@ class Trainer:
         seeds = list(range(n))
         try:
             parts = sample(
-                self.ema, self.config, self.signal, seeds, labels, self.device, stop_if_signalled
+                self.ema,
+                self.config,
+                self.signal,
+                seeds,
+                labels,
+                self.device,
+                stop_if_signalled,
+                space=self.space,
             )
             pictures = torch.cat([part.images for part in parts])
         except _Stopped:
@@ -235,7 +264,7 @@ class Trainer:
             return True
         with self.run.locked() if self.main else nullcontext(), self._watching_signals():
             if self.main:
-                self.run.prepare(self.config, self.images)
+                self.run.prepare(self.config, self.images, self.source.classes)
             if self.images:
                 self._sample_grid()  # the run may have been killed before it was made
             finished = self._train()
@@ -247,8 +276,13 @@ class Trainer:
         """Steps until the end or an interrupt, which both leave a checkpoint. Returns which."""
         t = self.config.training
         assert t.log_every is not None, "the config must be resolved"
-        stream = batches(
-            self.source, seed=t.seed, start=self.images, layout=self.layout, workers=t.workers
+        stream = Batches(
+            self.source,
+            seed=t.seed,
+            start=self.images,
+            layout=self.layout,
+            workers=t.workers,
+            state=self.stream,
         )
         loss_sum, since, started = torch.zeros((), device=self.device), 0, time.monotonic()
         with Progress(self.console, t.images, self.images, self.main) as bar:
@@ -263,13 +297,19 @@ class Trainer:
                 save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
                 if save or self.images // t.log_every > before // t.log_every:
                     seconds = time.monotonic() - started
-                    mean = self._log(loss_sum / since, norm, since * t.batch_size / seconds)
+                    mean = self._log(
+                        loss_sum / since,
+                        norm,
+                        since * t.batch_size / seconds,
+                        self.waited / seconds,
+                    )
                     bar.describe(mean)
                     loss_sum, since, started = torch.zeros_like(loss_sum), 0, time.monotonic()
+                    self.waited = 0.0
                 bar.advance(self.images)
                 if save:
                     paused = time.monotonic()
-                    self._save()
+                    self._save(stream.state() if self.main else None)
                     if not stop:
                         self._sample_grid()
                     self.accelerator.wait_for_everyone()
@@ -285,7 +325,10 @@ class Trainer:
         for micro in range(t.accumulate):
             last = micro == t.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                loss = self._loss(next(stream)) / t.accumulate
+                asked = time.monotonic()
+                batch = next(stream)
+                self.waited += time.monotonic() - asked
+                loss = self._loss(batch) / t.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
             if t.gradient_noise_scale and micro == 0:
@@ -309,19 +352,8 @@ class Trainer:
         """Mean loss of a batch; every random choice is a function of seed and image counter."""
         t, d, counters = self.config.training, self.config.diffusion, batch.counters
         self._name_skipped(batch.skipped)
-        images = batch.images.to(self.device, non_blocking=True)
-        aug = None
-        if self.config.data.augment.probability:
-            images, aug = self.config.data.augment(images, t.seed, counters)
-            images = 255 * images  # as the space takes them
-        elif self.config.data.flip:
-            mirrored = randomness.uniform(t.seed, "flip", counters) < 0.5
-            mirrored = mirrored.to(self.device, non_blocking=True)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
-        x0 = self.space.normalize(self.space.encode(images))
-        noise = randomness.normal(
-            randomness.streams(t.seed, "noise", counters, self.device), self.signal.shape
-        )
+        x0, aug = self._x0(batch)
+        noise = self._normal("noise", counters)(self.signal.shape)
         rand = randomness.uniform(t.seed, "sigma", counters)
         u = stratify(rand, torch.from_numpy(batch.position), t.batch_size)
         sigma = d.density(u, self.signal, self.config.schedule).to(self.device, non_blocking=True)
@@ -335,6 +367,31 @@ class Trainer:
         torch.manual_seed(int(randomness.bits(t.seed, "dropout", counters[:1])[0] >> np.uint64(1)))
         return self.denoiser.loss(x0, noise, sigma, cond, d.weighting, d.loss_scales).mean()
 
+    def _x0(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the diffusion sees of a batch, and the parameters of its augmentation, if any."""
+        data, seed, counters = self.config.data, self.config.training.seed, batch.counters
+        images = batch.images.to(self.device, non_blocking=True)
+        mirrored = aug = None
+        if data.augment.probability:
+            images, aug = data.augment(images, seed, counters)
+            images = 255 * images  # as the space takes them
+        elif data.flip:
+            mirrored = randomness.uniform(seed, "flip", counters) < 0.5
+            mirrored = mirrored.to(self.device, non_blocking=True)
+        if isinstance(self.source, Latents):
+            stored = choose(images, mirrored)
+        else:
+            if mirrored is not None:
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            stored = self.space.encode(images)
+        return self.space.normalize(stored, self._normal("posterior", counters)), aug
+
+    def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
+        seed = self.config.training.seed
+        return lambda shape: randomness.normal(
+            randomness.streams(seed, purpose, counters, self.device), shape
+        )
+
     def _name_skipped(self, skipped: list[Skipped]) -> None:
         for file in skipped:
             if file.path not in self.skipped:
@@ -343,7 +400,9 @@ class Trainer:
                 text = f"warning: skipped {file.path}: {file.reason}"
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _log(self, loss: torch.Tensor, norm: torch.Tensor, speed: float) -> float:
+    def _log(
+        self, loss: torch.Tensor, norm: torch.Tensor, speed: float, data_wait_share: float
+    ) -> float:
         """A line of metrics; returns the loss, which is the mean since the line before.
 
         Raises TrainingError where loss or gradient is not finite, before anything of it is saved.
@@ -359,6 +418,7 @@ class Trainer:
             "lr": optimizer.schedule(self.step - 1, optimizer.lr),
             "ema_decay": ema_decay(self.step - 1, self.config.training.ema),
             "images_per_second": speed,
+            "data_wait_share": data_wait_share,
             "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
         }
         if self.config.training.gradient_noise_scale:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hdit.data import FolderSpec
-from hdit.data.batches import Batch, Layout, batches, dataset_indices
+from hdit.data.batches import Batch, Batches, Layout, dataset_indices
 from hdit.data.source import Sample, Skipped
 
 
@@ -28,7 +28,7 @@ class Numbered:
 def take(n: int, length: int = 7, *, seed=0, start=0, layout=None, workers=0) -> list[Batch]:
     layout = layout or Layout(batch_size=5)
     return list(
-        islice(batches(Numbered(length), seed=seed, start=start, layout=layout, workers=workers), n)
+        islice(Batches(Numbered(length), seed=seed, start=start, layout=layout, workers=workers), n)
     )
 
 
@@ -142,7 +142,7 @@ def test_batches_of_a_folder_leave_out_broken_files(tmp_path, workers):
     (tmp_path / "b.ppm").write_bytes(b"")
     source = FolderSpec(path=str(tmp_path), size=1).open()
     layout = Layout(batch_size=3)
-    for batch in islice(batches(source, seed=0, start=0, layout=layout, workers=workers), 3):
+    for batch in islice(Batches(source, seed=0, start=0, layout=layout, workers=workers), 3):
         # c stands in for b
         assert sorted(batch.images[:, 0].flatten().tolist()) == [ord("a"), ord("c"), ord("c")]
         assert [skipped.path for skipped in batch.skipped] == [str(tmp_path / "b.ppm")]

@@ -26,7 +26,7 @@ from hdit.data import (
     ShapesSpec,
     ZipSpec,
 )
-from hdit.data.batches import Layout, batches
+from hdit.data.batches import Batches, Layout
 from hdit.data.pictures import MAX_PIXELS, MIN_DRAWN, Pictures, PicturesSpec, too_many
 from hdit.data.source import DataError, Skipped
 from hdit.data.transforms import to_image
@@ -149,7 +149,7 @@ NUMBERED = ("folder, dataset.json", "zip, dataset.json", "npz", "npz, compressed
 
 
 def take(source, n=5, workers=0):
-    return list(islice(batches(source, seed=3, start=0, layout=Layout(16), workers=workers), n))
+    return list(islice(Batches(source, seed=3, start=0, layout=Layout(16), workers=workers), n))
 
 
 # ---- one interface -------------------------------------------------------------------------------
@@ -250,7 +250,10 @@ def test_kind_that_is_left_out_is_written_out_and_reads_back(tmp_path):
         ({"path": "x.zip"}, "data.size: required, but not set"),
         ({"path": "x.zip", "size": 8, "hook": "a:b"}, "it belongs to kind 'python'"),
         ({"path": "x", "size": 8, "crp": "center"}, "did you mean data.crop?"),
-        ({"path": "x", "size": 8, "crop": "random"}, "data.crop: must be 'center' or 'shorter_s"),
+        ({"path": "x", "size": 8, "crop": "middle"}, "data.crop: must be 'center', 'shorter_side"),
+        ({"path": "x", "size": 8, "min_crop": 0.5}, "data.min_crop: has no effect without crop"),
+        ({"path": "x", "size": 8, "crop": "random", "cache": "c"}, "data.cache: cannot keep"),
+        ({"kind": "python", "size": 8, "hook": "a:b", "cache": "c"}, "data.cache: cannot be used"),
         ({"path": "x", "size": 8, "background": "whyte"}, "data.background: must be an opaque col"),
         ({"path": "x", "size": 8, "background": "#fff8"}, "data.background: must be an opaque col"),
         ({"path": "x", "size": 8, "max_pixels": MAX_PIXELS + 1}, "data.max_pixels: must be less"),

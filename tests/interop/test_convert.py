@@ -140,11 +140,13 @@ def test_converted_k_diffusion_model_samples_in_its_range(hdit, tmp_path):
     assert all(picture.shape == (32, 32, 3) for picture in pictures(tmp_path / "out").values())
 
 
-def test_sample_of_latents_is_refused_before_anything_is_written(hdit, tmp_path):
+def test_sample_of_latents_without_a_vae_is_refused_before_anything_is_written(hdit, tmp_path):
     interop.convert(DIT_FILE, tmp_path / "theirs")
-    status, _, err = hdit("sample", tmp_path / "theirs", "--out", tmp_path / "out")
+    vae = f"space.vae={tmp_path}/nowhere"
+    status, _, err = hdit("sample", tmp_path / "theirs", "--out", tmp_path / "out", "--set", vae)
     assert status == 1
-    assert "space.kind: 'latent' needs a VAE" in err
+    assert err.startswith("error: space.vae: ")
+    assert "does not exist" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,237 @@
+"""What `hdit encode` writes, and training reads in place of pictures: a VAE's posteriors.
+
+A folder of `shard-00000.safetensors`, ... and `manifest.json`. A shard has, of its n images,
+`posterior` (n f 2c h w), which is mean and standard deviation of the image and, with f = 2, of its
+mirror image; and `labels` (n,) int64. It is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hdit.data.source import DataError, Sample
+from hdit.protocols import Spec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+OPEN_SHARDS = 256  # files that a process holds open
+
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class Manifest(Spec):
+    """What the latents of a folder are of, and how they lie there."""
+
+    vae: str  # its identity
+    scale: list[float]  # of the VAE, for all channels or each; not applied to what is stored
+    shift: list[float]
+    tile: int  # side in pixels; 0 where images are taken whole
+    image: Annotated[list[Count], Field(min_length=3, max_length=3)]  # channels, height, width
+    latent: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    crop: str
+    background: str
+    flips: Literal[1, 2]  # 2 with the mirror images
+    dtype: str
+    images: Annotated[int, Field(ge=0)]
+    shard_size: Count  # images; the last shard may have fewer
+    classes: list[str]
+    origin: str  # the data in words
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.shard_size)
+
+    def range_of(self, shard: int) -> range:
+        """The images in a shard."""
+        return range(self.images)[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def differences(self, other: Manifest, keys: list[str] | None = None) -> list[str]:
+        """Each thing that is another one in `other`."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return [
+            f"{KEYS.get(key, key)}: {_short(ours[key])} there, {_short(theirs[key])} here"
+            for key in ours
+            if ours[key] != theirs[key] and (keys is None or key in keys)
+        ]
+
+
+KEYS = {
+    "vae": "space.vae (hash)",
+    "scale": "the VAE's scaling_factor",
+    "shift": "the VAE's shift_factor",
+    "tile": "space.tile",
+    "image": "data.size and channels",
+    "crop": "data.crop",
+    "background": "data.background",
+    "flips": "data.flip (2 is with mirror images)",
+    "dtype": "--dtype",
+    "images": "number of images",
+    "shard_size": "--shard-size",
+    "origin": "data",
+}
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.40}"
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def begin(folder: Path, manifest: Manifest) -> None:
+    """Makes the folder, or goes on with one of the same manifest. Raises DataError for another."""
+    path = folder / MANIFEST
+    if path.exists():
+        if lines := read_manifest(folder).differences(manifest):
+            listing = "\n  ".join(lines)
+            raise DataError(
+                f"{folder}: holds latents of other settings:\n  {listing}\n"
+                "name another folder, or remove this one"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
+        raise DataError(f"{folder}: is there already and has no {MANIFEST}; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"format": FORMAT} | manifest.model_dump(), indent=1, ensure_ascii=False)
+    _replace(path, lambda part: part.write_text(content + "\n", encoding="utf-8"))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file in a folder without manifest is no other process's, that begins it too."""
+    return not (path.name.startswith(".") and path.suffix == ".part")
+
+
+def remove_parts(folder: Path) -> None:
+    """What processes that were killed have left in a folder that is complete."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def missing(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards that are not there yet."""
+    return [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
+
+
+def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae: str) -> None:
+    """Writes a shard whole, or nothing. Raises DataError where it cannot be written."""
+    tensors = {"posterior": posterior.contiguous(), "labels": labels.contiguous()}
+    try:
+        _replace(shard_path(folder, shard), lambda part: save_file(tensors, part, {"vae": vae}))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: cannot be written: {error}; the same command goes on") from None
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under a name of this process's own, then renames."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises DataError where there is none, or it is damaged."""
+    path = folder / MANIFEST
+    where = f"space.stored: {str(folder)!r}"
+    if not folder.is_dir():
+        raise DataError(f"{where} does not exist; `hdit encode CONFIG --out DIR` makes it")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found = raw.pop("format")
+        if found != FORMAT:
+            raise DataError(f"{where} has format {found!r}, this version reads {FORMAT}")
+        return Manifest.model_validate(raw)
+    except FileNotFoundError:
+        raise DataError(f"{where} has no {MANIFEST}, which `hdit encode` writes") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: its {MANIFEST} is damaged: {error}") from None
+
+
+class Latents:
+    """Stored posteriors and their labels, by the index of the image."""
+
+    def __init__(self, folder: str):
+        """Raises DataError where shards are missing."""
+        self.name, self.folder = folder, Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder)
+        self.classes = self.manifest.classes
+        absent = missing(self.folder, self.manifest)
+        if absent:
+            raise DataError(
+                f"space.stored: {folder!r} lacks {len(absent)} of {self.manifest.shards} shards; "
+                "the same `hdit encode` goes on where it was stopped"
+            )
+        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that is not a fork opens the folder again."""
+        return Latents, (self.name,)
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def __getitem__(self, index: int) -> Sample:
+        """Its image is (f 2c h w): see `posterior` above."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        posterior, labels = self._open(index // self.manifest.shard_size)
+        place = index % self.manifest.shard_size
+        return Sample(posterior[place], int(labels[place]))
+
+    def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:
+        path = shard_path(self.folder, shard)
+        m = self.manifest
+        shape = [len(m.range_of(shard)), m.flips, 2 * m.latent[0], *m.latent[1:]]
+        try:
+            file = safe_open(path, "pt")
+            labels = file.get_tensor("labels").numpy()
+            posterior = file.get_slice("posterior")
+            found = posterior.get_shape()
+            vae = (file.metadata() or {}).get("vae")
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{path}: damaged: {error}; remove it, and the same `hdit encode` makes it anew"
+            ) from None
+        if found != shape or len(labels) != shape[0] or vae != m.vae:
+            raise DataError(f"{path}: is not of this folder's {MANIFEST}; remove it and encode it")
+        return posterior, labels
+
+    def check(self, expected: Manifest, keys: list[str]) -> None:
+        """Raises DataError where these are not the latents that the settings ask for."""
+        if lines := self.manifest.differences(expected, keys):
+            listing = "\n  ".join(lines)
+            raise DataError(
+                f"space.stored: {self.name!r} holds latents of other settings:\n  {listing}\n"
+                "undo the change, or encode them anew into another folder"
+            )
+
+
+def choose(posterior: Tensor, mirrored: Tensor | None) -> Tensor:
+    """(b f 2c h w) -> (b 2c h w): of the mirror image where `mirrored` (b,) is true."""
+    if mirrored is None:
+        return posterior[:, 0]
+    return torch.where(mirrored[:, None, None, None], posterior[:, 1], posterior[:, 0])

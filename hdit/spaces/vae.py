@@ -1,0 +1,150 @@
+"""The AutoencoderKL of diffusers, between uint8 images and the latents that a model sees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hdit.protocols import NormalNoise, UserError
+from hdit.spaces.pixel import from_pixels, to_pixels
+
+if TYPE_CHECKING:
+    from hdit.spaces.latent import LatentSpace
+
+PIXELS_AT_ONCE = 2**20
+"""Of the images that the VAE sees in one call, for their activations are many times as large."""
+
+
+class VAE:
+    """x0 = (z - shift) * scale, where z is drawn from the posterior of an image, in float32.
+
+    What is stored of an image is (2c h w): mean and standard deviation of its posterior.
+    """
+
+    def __init__(self, spec: LatentSpace, name: str, device: torch.device):
+        self.spec, self.name = spec, name
+        self.model = _load(name).to(device).eval().requires_grad_(False)
+        config = self.model.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        for key, ours, theirs in (
+            ("channels", spec.channels, config.latent_channels),
+            ("factor", spec.factor, factor),
+        ):
+            if ours != theirs:
+                raise UserError(f"space.{key}: is {ours}, but the VAE {name!r} has {theirs}")
+        self.image_channels: int = config.in_channels
+        mean = config.shift_factor or 0.0 if config.latents_mean is None else config.latents_mean
+        std = 1.0 if config.latents_std is None else config.latents_std
+        self.shift = _per_channel(mean, device)
+        self.scale = config.scaling_factor / _per_channel(std, device)
+        if spec.tile:
+            self.model.enable_tiling()
+            self.model.tile_sample_min_size = spec.tile
+            self.model.tile_latent_min_size = spec.tile // factor
+        self.identity = _identity(self.model)
+
+    @property
+    def sigma_data(self) -> float:
+        return self.spec.sigma_data
+
+    def check_channels(self, channels: int) -> None:
+        """Raises UserError where images have others than the VAE takes."""
+        if channels != self.image_channels:
+            raise UserError(
+                f"data.channels: images have {channels}, but the VAE {self.name!r} takes "
+                f"{self.image_channels}; set data.channels = {self.image_channels}"
+            )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(b c h w) of 0 to 255 -> (b 2c h w), the posterior's mean and standard deviation."""
+        self.check_channels(images.shape[1])
+
+        def part(images: Tensor) -> Tensor:
+            posterior = self.model.encode(from_pixels(images)).latent_dist
+            return torch.cat([posterior.mean, posterior.std], 1)
+
+        return _in_parts(part, images, images.shape[-2] * images.shape[-1])
+
+    def normalize(self, stored: Tensor, noise: NormalNoise) -> Tensor:
+        """A draw from the posterior, scaled."""
+        mean, std = stored.float().chunk(2, 1)
+        return (mean + std * noise(mean.shape[1:]) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        latents = x0.float() / self.scale + self.shift
+        size = latents.shape[-2] * latents.shape[-1] * self.spec.factor**2
+        return _in_parts(lambda part: to_pixels(self.model.decode(part).sample), latents, size)
+
+
+def _in_parts(call: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> Tensor:
+    return torch.cat([call(part) for part in batch.split(max(1, PIXELS_AT_ONCE // pixels))])
+
+
+def _per_channel(values: Any, device: torch.device) -> Tensor:
+    """(c 1 1), or () of one number."""
+    tensor = torch.tensor(values, dtype=torch.float32, device=device)
+    return tensor[:, None, None] if tensor.ndim else tensor
+
+
+def _load(name: str) -> Any:
+    """The model, on the CPU in float32. No pickle is read."""
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging as messages
+    except ImportError as error:
+        raise UserError(
+            f"space.vae: {name!r} needs the package diffusers ({error}); "
+            "pip install 'hdit[latent]' has it"
+        ) from None
+    folder = Path(name).expanduser()
+    where = f"space.vae: {name!r}"
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = " (its folder vae has)" if (folder / "vae" / "config.json").is_file() else ""
+            raise UserError(f"{where} has no config.json, as an AutoencoderKL of diffusers{inside}")
+        name = str(folder)
+    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UserError(f"{where} does not exist (seen from {Path.cwd()})")
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of diffusers' own calls
+            config = AutoencoderKL.load_config(name)
+            if config.get("_class_name") != "AutoencoderKL":
+                raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL")
+            model, found = AutoencoderKL.from_pretrained(
+                name,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+            for kind, keys in found.items():  # missing ones would be random
+                if keys:
+                    raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, keys))}")
+            return model
+    except Exception as error:  # of files, of the network, of the hub
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {reason}") from error
+    finally:
+        messages.set_verbosity(verbosity)
+
+
+def _identity(model: Any) -> str:
+    """A hash of what the VAE computes: its settings and weights, wherever they lie."""
+    settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()
