@@ -364,6 +364,165 @@ def _labels(text: str | None, number: int, found: Checkpoint) -> list[int] | Non
 
 
 @app.command()
+def evaluate(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="Pictures: a folder (any layout), .zip, .npz (arr_0), or a config's .toml, for "
+            "its data as training crops them; or a run, checkpoint or converted model to sample.",
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The reference: pictures, in any of these ways.")
+    ],
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_FUNCTION",
+            help="A TorchScript file, or module:function, from uint8 RGB (b 3 h w) to (b d). Both "
+            "run the code in them: trust them first.  [default: clean-fid's Inception]",
+        ),
+    ] = None,
+    number: Annotated[
+        int | None, typer.Option("-n", "--number", min=2, help="Of samples.  [default: 10000]")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**62, help="Seed of the first sample; then one more each."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at once.  [default: 64; of samples, the model's]"),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights as trained, not their EMA.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, as in sampling.sampler.eta=0."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that read; 0 for this one.  [default: one for a CPU]"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the card as JSON, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
+) -> None:
+    """Tell how far images are from a reference: FID and KID.
+
+    Figures are comparable where the protocol is the same, a hash of the reference, the features,
+    and the number and size of the images; the card has all of it, and the sampler's settings.
+    """
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from hdit.data.check import processes
+    from hdit.evaluation import comparison, images
+    from hdit.evaluation.features import open_features
+    from hdit.protocols import UserError
+    from hdit.training.checkpoint import write_atomically
+    from hdit_kernels.host import keep_freed_memory
+
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out: {out} must name a file, in a folder that is there")
+    if images.is_model(Path(b)):
+        raise UserError(f"B: {b} is a model; the reference must be pictures, and A may be a model")
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    candidate: ImageSet
+    reference = images.open_set(b)
+    if images.is_model(Path(a)):
+        candidate = _sampled(
+            Path(a), number or 10_000, seed or 0, steps, guidance, batch_size, raw, overrides or []
+        )
+    else:
+        given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
+        given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"{name}: has no effect, as A ({a}) is no model to sample")
+        candidate = images.open_set(a)
+    extractor = open_features(features, device, lambda text: typer.echo(text, err=True))
+    workers = processes() if workers is None else workers
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), console=_console(), transient=True
+    ) as bar:
+        tasks = {
+            which: bar.add_task(f"features of {which}", total=total)
+            for which, total in (("A", len(candidate)), ("B", len(reference)))
+        }
+        kid = bar.add_task("KID's subsets", total=None)
+        found = comparison.compare(
+            candidate,
+            reference,
+            extractor,
+            batch_size=batch_size or 64,
+            workers=workers,
+            on_images=lambda which, n: bar.advance(tasks[which], n),
+            on_subset=lambda: bar.advance(kid),
+        )
+    for text in found.warnings:
+        typer.echo(f"warning: {text}", err=True)
+    card = json.dumps(found.card, indent=1)
+    if out is not None:
+        write_atomically(out, card + "\n")
+    if as_json:
+        typer.echo(card)
+    else:
+        Console(markup=False, highlight=False).print(comparison.table(found))
+
+
+def _sampled(
+    source: Path,
+    number: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    batch_size: int | None,
+    raw: bool,
+    overrides: list[str],
+) -> Sampled:
+    """Samples of a model by its own settings, but for what is given."""
+    import torch
+
+    from hdit.config import apply, parse
+    from hdit.evaluation.images import Sampled
+    from hdit.protocols import UserError
+    from hdit.training.checkpoint import find
+
+    for override in overrides:
+        _only_sampling(override)
+    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
+    settings = found.config.model_dump(mode="json", exclude_none=True)
+    apply(settings, overrides)
+    for key, value in {"steps": steps, "batch_size": batch_size}.items():
+        if value is not None:
+            settings["sampling"][key] = value
+    if guidance is not None:
+        settings["sampling"]["guidance"]["scale"] = guidance
+    config = parse(settings, str(source))
+    for override in overrides:
+        if config.sampling.guidance.scale == 1 and override.startswith("sampling.guidance."):
+            raise UserError(f"--set {override!r}: has no effect without --guidance")
+    if steps is not None and config.sampling.sampler.kind == "dpm_adaptive":
+        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Sampled(found, config, number, seed, raw, device)
+
+
+@app.command()
 def encode(
     config: ConfigFile,
     out: Annotated[
@@ -423,7 +582,7 @@ def encode(
             shard_size=shard_size,
             rank=int(os.environ.get("RANK", 0)),
             processes=int(os.environ.get("WORLD_SIZE", 1)),
-            on_start=lambda done, total: bar.update(task, completed=done, total=total),
+            on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
             on_skipped=name,
         )
@@ -637,14 +796,20 @@ def check_data(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A folder, .zip or .npz, as data.path; for --kind hub or python its name or hook.",
+            help="A folder, .zip, .npz or .tar, as data.path; for --kind hub or python its name or "
+            "hook; or a config's .toml, for its [data].",
         ),
     ],
     size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the crop: a side, or HEIGHTxWIDTH.")
-    ] = "256",
-    channels: Annotated[int, typer.Option(help="3 for RGB, 1 for grey.")] = 3,
-    crop: Annotated[str, typer.Option(metavar="NAME", help="As data.crop.")] = "center",
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the crop: a side, or HEIGHTxWIDTH.  [default: 256]"),
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="3 for RGB, 1 for grey.  [default: 3]")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="NAME", help="As data.crop.  [default: center]")
+    ] = None,
     kind: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where PATH does not tell: hub, python, ...")
     ] = None,
@@ -657,6 +822,7 @@ def check_data(
         typer.Option(min=0, help="Processes that read; 0 for this one.  [default: one for a CPU]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    overrides: Overrides = None,
 ) -> None:
     """Read every picture of a data set, as training would, and tell what is there.
 
@@ -670,11 +836,24 @@ def check_data(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
+    from hdit.config import load
     from hdit.data import check
+    from hdit.protocols import UserError
     from hdit.report.grid import save_grid
 
     path = check.sheet_path(place, sheet)
-    source = check.open_source(place, kind, size, channels=channels, crop=crop)
+    options = {"--size": size, "--channels": channels, "--crop": crop, "--kind": kind}
+    given = [name for name, value in options.items() if value is not None]
+    if Path(place).suffix == ".toml":
+        if given:
+            raise UserError(f"{given[0]}: has no effect with a config; use --set data.KEY=VALUE")
+        source = check.by_index(load(place, overrides or []).data.open())
+    elif overrides:
+        raise UserError("--set: has no effect without a config; name a .toml in place of PATH")
+    else:
+        source = check.open_source(
+            place, kind, size or "256", channels=channels or 3, crop=crop or "center"
+        )
     workers = check.processes() if workers is None else workers
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=_console(), transient=True) as bar:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
+from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.latents import (
     Latents,
@@ -60,18 +61,30 @@ def manifest_of(
         images=images,
         shard_size=shard_size,
         classes=classes,
-        origin=" ".join(
-            str(getattr(data, key))
-            for key in ("kind", "path", "name", "hook")
-            if hasattr(data, key)
-        ),
+        origin=origin_of(data),
     )
 
 
 SETTINGS = ["vae", "scale", "shift", "tile", "image", "latent", "crop", "background"]
 """What training must agree on with what it reads."""
 
-ORIGIN = ("kind", "path", "name", "hook")
+ORIGIN = (
+    "kind",
+    "path",
+    "name",
+    "config",
+    "split",
+    "image_column",
+    "label_column",
+    "label_key",
+    "hook",
+)
+
+
+def origin_of(data: DataSpec) -> str:
+    """The data in words."""
+    pairs = ((key, getattr(data, key, None)) for key in ORIGIN)
+    return " ".join(f"{key}={value}" for key, value in pairs if value is not None)
 
 
 def open_source(config: RunConfig, space: object) -> Source | Stream:
@@ -98,11 +111,13 @@ def encode(
     shard_size: int = 1024,
     rank: int = 0,
     processes: int = 1,
-    on_start: Callable[[int, int], None] = lambda done, total: None,
+    on_start: Callable[[int], None] = lambda images: None,
     on_images: Callable[[int], None] = lambda n: None,
     on_skipped: Callable[[Skipped], None] = lambda file: None,
 ) -> Encoded:
     """Writes the shards that are not there yet, of which this process takes its part.
+
+    `on_start` is called with the number of its images, `on_images` after each batch of them.
 
     Raises UserError where the config has no VAE, its pictures cannot be stored, or the folder
     holds others.
@@ -122,25 +137,25 @@ def encode(
     references = source.references() if isinstance(source, Stream) else list(range(len(source)))
     manifest = manifest_of(config, space, len(references), source.classes, dtype, shard_size)
     begin(folder, manifest)
-    absent = missing(folder, manifest)
-    ours = [shard for shard in absent if shard % processes == rank]
-    on_start(
-        manifest.images - sum(len(manifest.range_of(i)) for i in absent),
-        manifest.images,
-    )
+    ours = [i for i in missing(folder, manifest) if i % processes == rank]
+    on_start(sum(len(manifest.range_of(i)) for i in ours))
+    parts = [
+        [references[i] for i in manifest.range_of(shard)[first : first + batch_size]]
+        for shard in ours
+        for first in range(0, len(manifest.range_of(shard)), batch_size)
+    ]
+    batches = in_order(source, parts, workers)
     bad: set[str] = set()
     seen = 0
     for shard in ours:
-        part = [references[i] for i in manifest.range_of(shard)]
         posterior: list[Tensor] = []
         labels: list[Tensor] = []
-        for batch in in_order(source, part, batch_size, workers):
+        while sum(map(len, labels)) < len(manifest.range_of(shard)):
+            batch = next(batches)
             for file in batch.skipped:
                 bad.add(file.path)
                 on_skipped(file)
-            images = batch.images.to(device)
-            views = [images, images.flip(-1)] if manifest.flips == 2 else [images]
-            stored = torch.stack([space.encode(view) for view in views], 1)  # (b f 2c h w)
+            stored = encode_batch(space, batch.images.to(device), manifest.flips)
             stored = stored.to("cpu", DTYPES[dtype])
             if not stored.isfinite().all():
                 raise UserError(
@@ -148,21 +163,24 @@ def encode(
                 )
             posterior.append(stored)
             labels.append(batch.labels)
-            on_images(len(images))
-        seen += len(part)
+            on_images(len(stored))
+        seen += len(manifest.range_of(shard))
         _judge(config, len(bad), seen, manifest.images)
         write_shard(folder, shard, torch.cat(posterior), torch.cat(labels), space.identity)
-    left = len(missing(folder, manifest))
-    size = sum(
-        shard_path(folder, i).stat().st_size
-        for i in range(manifest.shards)
-        if shard_path(folder, i).exists()
-    )
+    left = missing(folder, manifest)
+    there = (shard_path(folder, i) for i in set(range(manifest.shards)) - set(left))
+    size = sum(path.stat().st_size for path in there)
     sigma = None
     if not left:
         remove_parts(folder)
         sigma = measure(Latents(str(folder)), space)
-    return Encoded(manifest.images, len(ours), left, size, sigma)
+    return Encoded(manifest.images, len(ours), len(left), size, sigma)
+
+
+def encode_batch(space: VAE, images: Tensor, flips: int) -> Tensor:
+    """(b c h w) -> (b f 2c h w): of the images, and with two flips of their mirror images."""
+    views = [images, images.flip(-1)][:flips]
+    return torch.stack([space.encode(view) for view in views], 1)
 
 
 def _judge(config: RunConfig, bad: int, seen: int, images: int) -> None:

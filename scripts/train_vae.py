@@ -32,6 +32,7 @@ from hdit.explain import explain
 from hdit.interop.files import whole
 from hdit.protocols import Spec, UserError
 from hdit.report.grid import save_grid
+from hdit.spaces.pixel import from_pixels, to_pixels
 from hdit_kernels.host import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -86,16 +87,6 @@ def draws(length: int, batch_size: int) -> Iterator[Tensor]:
             order = torch.cat([order, torch.randperm(length)])
         yield order[:batch_size]
         order = order[batch_size:]
-
-
-def to_floats(images: Tensor) -> Tensor:
-    """uint8 -> -1 to 1."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """-1 to 1 -> uint8, rounded to the nearest."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
 # ---- the VAE and its loss ------------------------------------------------------------------------
@@ -158,7 +149,7 @@ def train(
     optimizer = torch.optim.AdamW(vae.parameters(), arguments.lr, betas=(0.9, 0.99))
     start, said, step, done = time.monotonic(), 0.0, 0, 0.0
     for index in draws(len(images), arguments.batch_size):
-        x = to_floats(images[index].to(device))
+        x = from_pixels(images[index].to(device))
         if mirror:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
         optimizer.param_groups[0]["lr"] = learning_rate(arguments.lr, done)
@@ -193,7 +184,7 @@ def train(
 def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int) -> Tensor:
     """(n c h w) -> uint8 images on the CPU."""
     parts = latents.split(batch_size)
-    return torch.cat([to_bytes(vae.decode(part).sample).cpu() for part in parts])
+    return torch.cat([to_pixels(vae.decode(part).sample).cpu() for part in parts])
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
@@ -210,7 +201,7 @@ def moments(
     n = min(len(images), MEASURED)
     images = images[torch.arange(n) * len(images) // n]
     parts = [
-        posterior(vae, to_floats(part.to(arguments.device)))
+        posterior(vae, from_pixels(part.to(arguments.device)))
         for part in images.split(arguments.batch_size)
     ]
     return torch.cat([mean for mean, _ in parts]), torch.cat([logvar for _, logvar in parts])
@@ -221,7 +212,6 @@ def measure(
 ) -> tuple[dict[str, float], Tensor]:
     """-> (figures, reconstructions of the held-out images)."""
     z = draw(*moments(vae, images, arguments))
-    held_out = held_out[:MEASURED]
     mean, logvar = moments(vae, held_out, arguments)
     std = z.std().item()
     noisy = draw(mean, logvar) + NOISE * std * torch.randn_like(mean)
@@ -300,6 +290,7 @@ def run(arguments: argparse.Namespace) -> Table:
         vae = build(arguments).to(arguments.device)
         steps, seconds = train(vae, images, mirror, arguments)
         vae.eval()
+        held_out = held_out[:MEASURED]
         figures, made = measure(vae, images, held_out, arguments)
         figures |= {
             "images": len(images),

@@ -1,6 +1,7 @@
 """`hdit encode`: what it stores is the VAE's posterior of what the data gives."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_encode_says_in_its_manifest_what_the_latents_are_of(config, pictures, t
         "images": 10,
         "shard_size": 4,
         "classes": ["cat", "dog"],
-        "origin": f"folder {pictures}",
+        "origin": f"kind=folder path={pictures}",
     }
     for name in SHARDS:
         with safe_open(tmp_path / "out" / name, "pt") as file:
@@ -146,7 +147,7 @@ def test_encode_reports_what_it_does(config, tmp_path):
         on_images=counts.append,
         **OF_FOUR,
     )
-    assert starts == [(0, 10)]
+    assert starts == [(10,)]
     assert counts == [3, 1, 3, 1, 2]
     assert done[:3] == (10, 3, 0)
     assert done.bytes == sum((tmp_path / "out" / name).stat().st_size for name in SHARDS)
@@ -219,9 +220,9 @@ def test_encode_that_was_interrupted_goes_on_to_the_same_files(config, tmp_path,
     assert set(left) < set(whole), "a shard is whole or not there"
     assert all(whole[name] == content for name, content in left.items())
     started = []
-    encode(config, out, on_start=lambda done, total: started.append(done), **OF_FOUR)
+    encode(config, out, on_start=started.append, **OF_FOUR)
     assert files(out) == whole
-    assert started == [4 * (len(left) - 1)]
+    assert started == [10 - 4 * (len(left) - 1)]
 
 
 def test_encode_interrupted_while_it_writes_leaves_no_part(config, tmp_path, whole, monkeypatch):
@@ -481,11 +482,29 @@ def test_encode_begins_where_another_process_is_beginning(config, tmp_path, whol
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".manifest.json.123.part").write_text("")
     encode(config, tmp_path / "out", **OF_FOUR)
-    assert files(tmp_path / "out") == whole
+    assert files(tmp_path / "out") == whole | {".manifest.json.123.part": b""}
+
+
+def test_encode_takes_a_manifest_that_another_process_writes_meanwhile(
+    config, tmp_path, whole, monkeypatch
+):
+    folder = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", folder)
+    exists, asked = Path.exists, []
+
+    def late(path, **options):
+        asked.append(path)
+        return exists(path) and (path.name != "manifest.json" or asked.count(path) > 1)
+
+    monkeypatch.setattr(Path, "exists", late)
+    encode(config, folder, **OF_FOUR)
+    assert files(folder) == whole
 
 
 def test_encode_removes_what_a_killed_process_left(config, tmp_path, whole):
-    (tmp_path / "whole" / ".shard-00001.safetensors.1.part").write_bytes(b"x")
+    part = tmp_path / "whole" / ".shard-00001.safetensors.1.part"
+    part.write_bytes(b"x")
+    os.utime(part, (0, 0))
     encode(config, tmp_path / "whole", **OF_FOUR)
     assert files(tmp_path / "whole") == whole
 

@@ -155,13 +155,16 @@ class Batches:
         layout: Layout,
         workers: int = 0,
         state: dict[str, Any] | None = None,
+        keep_state: bool = True,
     ):
+        """Only with `keep_state` there is a `state()`: of several processes one needs it."""
         self.layout, self.images, self.step = layout, start, 0
         self.behind: Order | None = None
         references: Callable[[np.ndarray], list[Any]]
         if isinstance(source, Stream):
             ahead = source.order(seed, state)  # the loader takes more than was handed out so far
-            self.behind, self.behind_at = source.order(seed, state), start
+            if keep_state:
+                self.behind = source.order(seed, state)  # at what was handed out
 
             def references(counters: np.ndarray) -> list[Any]:
                 return [next(ahead) for _ in counters]
@@ -195,27 +198,27 @@ class Batches:
         self.step += 1
         if self.step == self.layout.accumulate:
             self.step, self.images = 0, self.images + self.layout.batch_size
+            if self.behind is not None:
+                for _ in range(self.layout.batch_size):
+                    next(self.behind)
         return batch
 
     def state(self) -> dict[str, Any] | None:
         """Of a stream, behind the whole batches that were handed out; None of other sources."""
-        if self.behind is None:
-            return None
-        for _ in range(self.images - self.behind_at):
-            next(self.behind)
-        self.behind_at = self.images
-        return self.behind.state()
+        return None if self.behind is None else self.behind.state()
 
 
 def in_order(
-    source: Source | Stream, references: Sequence[Any], batch_size: int, workers: int = 0
+    source: Source | Stream, parts: Sequence[Sequence[Any]], workers: int = 0
 ) -> Iterator[Batch]:
-    """These images once, as they are without chance. Raises DataError where the source does."""
-    draws = [_Draw(reference, CENTER) for reference in references]
-    parts = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
+    """Batches of these images, as they are without chance, by index or what a stream calls them.
+
+    Raises DataError where the source does.
+    """
+    draws = [[_Draw(reference, CENTER) for reference in part] for part in parts]
     loader: DataLoader[Sample] = DataLoader(
         _Guarded(source),  # type: ignore[arg-type]
-        batch_sampler=parts,
+        batch_sampler=draws,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_leave_signals_to_the_trainer if workers else None,

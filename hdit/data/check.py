@@ -38,7 +38,7 @@ from hdit.data.pictures import (
     to_pixels,
     too_many,
 )
-from hdit.data.source import DataError
+from hdit.data.source import DataError, printable
 from hdit.data.tars import Tars
 from hdit.data.transforms import to_image, to_mode, to_tensor
 
@@ -78,8 +78,8 @@ def open_source(
     kind = kind or kind_of(place)
     if kind is None:
         raise DataError(
-            f"PATH: {place!r} is a file that tells no kind of source; take a folder, a .zip or an "
-            f".npz, or name its --kind: {', '.join(kinds)}"
+            f"PATH: {place!r} is a file that tells no kind of source; take a folder, a .zip, an "
+            f".npz or .tar, or name its --kind: {', '.join(kinds)}"
         )
     if kind not in kinds:
         raise DataError(f"--kind: must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {kind!r}")
@@ -94,9 +94,15 @@ def open_source(
         source = TypeAdapter(DataSpec).validate_python(table).open()
     except ValidationError as error:
         raise DataError("\n".join(map(_option, error.errors()))) from None
+    return by_index(source)
+
+
+def by_index(source: Any) -> Pictures:
+    """A source that `[data]` opens, as this module takes it. Raises DataError."""
     if isinstance(source, Tars):
         return Pictures(source.spec, source.listed())
-    assert isinstance(source, Pictures), f"{kind} has its pictures by index"
+    if not isinstance(source, Pictures):
+        raise DataError(f"data.kind: {type(source).__name__.lower()!r} has no pictures to check")
     return source
 
 
@@ -111,7 +117,7 @@ def _option(error: Any) -> str:
 def sheet_path(place: str, sheet: Path | None) -> Path:
     """Where the contact sheet goes; told before anything is read. Raises DataError."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
-    stem = re.sub(r"\.(zip|npz|tar)$", "", name)
+    stem = re.sub(r"\.(zip|npz|tar|toml)$", "", name)
     stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
     path = sheet or Path(f"{stem or 'data'}-contact-sheet.png")
     home = Path(place).expanduser()
@@ -501,7 +507,7 @@ def _spaced(length: int, number: int) -> np.ndarray:
 def lines(report: Report) -> Iterator[str]:
     """What the tables have no room for: files that cannot be read, and duplicates."""
     for bad in report.unreadable:
-        yield _plain(f"unreadable: {bad.file}: {bad.reason}")
+        yield printable(f"unreadable: {bad.file}: {bad.reason}")
     conflicts_first = sorted(report.duplicates, key=lambda group: not group.conflict)
     for group in conflicts_first[:SHOWN_GROUPS]:
         labels = group.classes if group.conflict else [""] * len(group.files)
@@ -509,7 +515,7 @@ def lines(report: Report) -> Iterator[str]:
         rest = len(named) - SHOWN_FILES
         named = [*named[:SHOWN_FILES], f"and {rest} more"] if rest > 0 else named
         head = "label conflict" if group.conflict else "duplicates"
-        yield _plain(f"{head}: {' = '.join(named)}")
+        yield printable(f"{head}: {' = '.join(named)}")
     if (rest := len(report.duplicates) - SHOWN_GROUPS) > 0:
         yield f"duplicates: {rest} groups more; --json names them all"
 
@@ -525,12 +531,12 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=_plain(report.place), show_header=False)
+    table = Table(title=printable(report.place), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, text: str) -> None:
-        table.add_row(Text(name), Text(_plain(text)))
+        table.add_row(Text(name), Text(printable(text)))
 
     n = report.readable
     row("pictures", f"{report.pictures:,} ({report.kind})")
@@ -594,7 +600,7 @@ def _histogram(title: str, numbers: dict[str, int], total: int) -> Table:
     most = max(numbers.values()) or 1
     for name, number in numbers.items():
         bar = "#" * -(-24 * number // most)
-        table.add_row(Text(_plain(name)), f"{number:,}", f"{number / total:.1%}", bar)
+        table.add_row(Text(printable(name)), f"{number:,}", f"{number / total:.1%}", bar)
     return table
 
 
@@ -604,8 +610,3 @@ def _share(report: Report) -> str:
 
 def _of(number: int, total: int) -> str:
     return f"{number:,} ({number / total:.1%})" if number else "none"
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal cannot show, or obeys: a file may have any name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +30,7 @@ from hdit.protocols import Spec
 FORMAT = 1
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 256  # files that a process holds open
+ABANDONED = 3600  # seconds after which nobody writes a part any more
 
 
 Count = Annotated[int, Field(gt=0)]
@@ -99,7 +103,7 @@ def begin(folder: Path, manifest: Manifest) -> None:
     """Makes the folder, or goes on with one of the same manifest. Raises DataError for another."""
     path = folder / MANIFEST
     if path.exists():
-        if lines := read_manifest(folder).differences(manifest):
+        if lines := read_manifest(folder, str(folder)).differences(manifest):
             listing = "\n  ".join(lines)
             raise DataError(
                 f"{folder}: holds latents of other settings:\n  {listing}\n"
@@ -107,6 +111,8 @@ def begin(folder: Path, manifest: Manifest) -> None:
             )
         return
     if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
+        if path.exists():  # by now, of another process
+            return begin(folder, manifest)
         raise DataError(f"{folder}: is there already and has no {MANIFEST}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"format": FORMAT} | manifest.model_dump(), indent=1, ensure_ascii=False)
@@ -119,9 +125,11 @@ def _is_foreign(path: Path) -> bool:
 
 
 def remove_parts(folder: Path) -> None:
-    """What processes that were killed have left in a folder that is complete."""
+    """Removes what processes that were killed have left in a folder that is complete."""
     for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
 
 
 def missing(folder: Path, manifest: Manifest) -> list[int]:
@@ -139,10 +147,12 @@ def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a name of this process's own, then renames."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes under a name of this process's own, to the disk, then renames."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -151,10 +161,10 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises DataError where there is none, or it is damaged."""
+def read_manifest(folder: Path, where: str | None = None) -> Manifest:
+    """Raises DataError where there is none, or it is damaged; `where` names the folder in it."""
     path = folder / MANIFEST
-    where = f"space.stored: {str(folder)!r}"
+    where = where or f"space.stored: {str(folder)!r}"
     if not folder.is_dir():
         raise DataError(f"{where} does not exist; `hdit encode CONFIG --out DIR` makes it")
     try:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
+import PIL
 from PIL import Image, ImageColor, UnidentifiedImageError
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
-from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped
+from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped, printable
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
@@ -161,7 +162,10 @@ class Pictures:
     def _key(self) -> str:
         """Of what makes pixels of pictures, and of how many."""
         s = self.spec
-        return repr((len(self), s.shape, s.crop, ImageColor.getrgb(s.background), s.max_pixels))
+        origin = s.kind, self.entries.place, PIL.__version__
+        return repr(
+            (*origin, len(self), s.shape, s.crop, ImageColor.getrgb(s.background), s.max_pixels)
+        )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -258,7 +262,8 @@ class BadFiles(Generic[Key]):
         except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 raise
-            self.known[picture] = Skipped(name(picture), f"{type(error).__name__}: {error}")
+            reason = printable(f"{type(error).__name__}: {error}")
+            self.known[picture] = Skipped(printable(name(picture)), reason)
             return self.known[picture]
 
     def _judge(self, bad: Skipped | None, is_new: bool) -> None:

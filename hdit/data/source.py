@@ -16,10 +16,15 @@ class DataError(UserError):
 
 
 class Skipped(NamedTuple):
-    """A file that could not be read."""
+    """A file that could not be read, in words that a terminal can show (see `printable`)."""
 
     path: str
     reason: str
+
+
+def printable(text: str) -> str:
+    """Without what a terminal cannot show, or obeys: a file may have any name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Sample(NamedTuple):
@@ -74,6 +79,9 @@ class Stream(Protocol):
     def order(self, seed: int, state: dict[str, Any] | None = None) -> Order:
         """From the front, or from where another order was in `state`. Raises DataError."""
 
+    def first(self) -> Sample:
+        """Any image, to learn whether there is one. Raises DataError."""
+
     def references(self) -> list[Any]:
         """What an order calls the images, one pass in the order that they lie in."""
 
@@ -88,7 +96,7 @@ def size_of(source: Source | Stream) -> int | None:
 
 def first(source: Source | Stream) -> Sample:
     """Any image, to learn whether there is one. Raises DataError."""
-    return source[next(source.order(seed=0)) if isinstance(source, Stream) else 0]
+    return source.first() if isinstance(source, Stream) else source[0]
 
 
 def _sides(size: Any) -> Any:

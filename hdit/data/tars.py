@@ -54,9 +54,11 @@ def _number_or_names(classes: Any) -> Any:
     if type(classes) is int and 0 <= classes <= MAX_CLASSES:
         return classes
     if isinstance(classes, list | tuple) and classes and all(type(c) is str for c in classes):
-        if len(set(classes)) == len(classes):
-            return list(classes)
-        raise ValueError("must name each class once")
+        if len(set(classes)) < len(classes):
+            raise ValueError("must name each class once")
+        if any(name.isdigit() for name in classes):
+            raise ValueError("must not name a class by a number, which is an index")
+        return list(classes)
     raise ValueError("must be the number of classes, or a list of their names")
 
 
@@ -168,7 +170,9 @@ def expand(text: str) -> Iterator[str]:
             break
     else:
         raise ValueError("has a { without its }")
-    tails = list(expand(rest[start:]))
+    tails = list(islice(expand(rest[start:]), MAX_SHARDS + 1))
+    if len(tails) > MAX_SHARDS:
+        raise ValueError(f"names more than {MAX_SHARDS:,} files")
     for part in _numbers(parts[0]) if len(parts) == 1 else parts:
         for middle in expand(part):
             yield from (head + middle + tail for tail in tails)
@@ -264,6 +268,8 @@ def members(file: File, start: int) -> Iterator[Member]:
         size = size if long_size is None else long_size
         if kind == FOLDER or (kind == b"\0" and name.endswith("/")):
             kind, size = FOLDER, 0
+        if size < 0:
+            raise ValueError(f"no header of a tar at byte {at}: of {size} bytes")
         if data + size > file.size:
             raise ValueError(f"the file ends within {name!r}, at byte {file.size}")
         member = Member(name, SPARSE if sparse else kind, start, data, size)
@@ -288,7 +294,10 @@ def _number(field: bytes) -> int:
     """In octal, or for what octal has no room for in binary."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    text = field.partition(b"\0")[0].strip()
+    if text and not text.isdigit():
+        raise ValueError(f"{text!r} is no octal number")
+    return int(text or b"0", 8)
 
 
 def _text(field: bytes) -> str:
@@ -410,9 +419,13 @@ class Tars:
                 group.append((parts[1], member))
         except DataError:
             raise
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        except OSError as error:
+            if error.errno in EXHAUSTED:
                 raise
+            raise DataError(
+                f"{self.paths[shard]}: cannot be read: {error}; the same command goes on"
+            ) from None
+        except ValueError as error:
             trouble = str(error)
         if group:
             entry = self._entry(shard, group, None if trouble is None else at)
@@ -472,7 +485,8 @@ class Tars:
         """The same, with the window that a random crop takes by `chance`."""
         if reference.epoch != self.epoch:
             self.epoch = reference.epoch
-            self.bad.count_anew()  # or each would count once a pass
+            if self.bad.num_drawn >= MIN_DRAWN:  # or few would never be judged
+                self.bad.count_anew()
         return self.bad.draw(
             self._candidates(reference), lambda entry: self._load(entry, chance), self._name
         )
@@ -547,13 +561,18 @@ class Tars:
         """What an order calls the images. Reads all headers, once."""
         return [Reference(0, entry.shard, entry.start) for entry in self._entries_of_all()]
 
-    def listed(self) -> Listed:
+    def first(self) -> Sample:
+        """The first image that can be read."""
+        entry = next(self._entries_of_all())
+        return self[Reference(0, entry.shard, entry.start)]
+
+    def listed(self) -> TarEntries:
         """The same pictures by index, for a look at all of them. Reads all headers, once."""
         places = ((entry.shard, entry.start) for entry in self._entries_of_all())
-        return Listed(self, np.array(list(places), np.int64).reshape(-1, 2))
+        return TarEntries(self, np.array(list(places), np.int64).reshape(-1, 2))
 
 
-class Listed:
+class TarEntries:
     """Entries (see `Pictures`) of shards whose headers were all read."""
 
     setting = "data.path"
@@ -603,6 +622,7 @@ class TarOrder:
 
     def __init__(self, tars: Tars, seed: int, state: dict[str, Any] | None):
         self.tars, self.seed = tars, seed
+        self.seed_of_pass = seed  # which a resumed pass keeps
         self.limit = max(1, tars.spec.shuffle_buffer)
         self.passes = self.count = self.place = self.offset = 0
         self.is_permuted = False
@@ -621,6 +641,7 @@ class TarOrder:
                 f"{before} then, {after} now; bring them back, or start anew with another --run"
             )
         self.passes, self.count = state["passes"], state["count"]
+        self.seed_of_pass = state["seed"]
         self.place, self.offset = state["place"], state["offset"]
         self.is_permuted = state["is_permuted"]
         pairs = (text.split(":") for text in state["buffer"].split())
@@ -631,6 +652,7 @@ class TarOrder:
     def state(self) -> dict[str, Any]:
         return {
             "shards": self.tars.identity,
+            "seed": self.seed_of_pass,
             "passes": self.passes,  # that were begun
             "count": self.count,  # images that were given out
             "place": self.place,  # of the shard that is read, in the order of this pass
@@ -646,7 +668,7 @@ class TarOrder:
         if not self.buffer:
             self._begin()
         if not self.is_permuted:
-            at = _random(self.seed, self.count) % min(len(self.buffer), self.limit)
+            at = _random(self.seed_of_pass, self.count) % min(len(self.buffer), self.limit)
             self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
         reference = self.buffer.pop()
         if not self.is_permuted:
@@ -657,6 +679,7 @@ class TarOrder:
     def _begin(self) -> None:
         """The next pass."""
         self.passes += 1
+        self.seed_of_pass = self.seed
         self._order_shards()
         self.place, self.offset = 0, 0
         entries = list(self._fill())
@@ -671,7 +694,7 @@ class TarOrder:
 
     def _order_shards(self) -> None:
         number = len(self.tars.paths)
-        self.shards = permutation(self.seed, self.passes - 1, number).tolist()
+        self.shards = permutation(self.seed_of_pass, self.passes - 1, number).tolist()
 
     def _reference(self, entry: Entry) -> Reference:
         return Reference(self.passes - 1, entry.shard, entry.start)

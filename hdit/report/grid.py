@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def save_png(image: Tensor, path: Path) -> None:
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Writes images (n c h w) uint8 row by row, about square if `columns` is not given."""
+    save_png(_tiled(images, columns), path)
+
+
+def to_png(images: Tensor, columns: int | None = None) -> str:
+    """The same as the content of a PNG file, in base64, for a page."""
+    content = io.BytesIO()
+    to_picture(_tiled(images, columns)).save(content, format="PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _tiled(images: Tensor, columns: int | None) -> Tensor:
     n, _, h, w = images.shape
     columns = columns or max(1, round((n * h / w) ** 0.5))
     zoom = max(1, SMALL // min(h, w))
@@ -36,4 +49,4 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     rows = -(-n // columns)
     blank = images.new_full((rows * columns - n, *images.shape[1:]), 255)
     tiles = torch.cat([images, blank]).unflatten(0, (rows, columns))  # (rows columns c h w)
-    save_png(tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), path)
+    return tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)

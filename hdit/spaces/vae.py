@@ -141,10 +141,28 @@ def _load(name: str) -> Any:
 
 
 def _identity(model: Any) -> str:
-    """A hash of what the VAE computes: its settings and weights, wherever they lie."""
-    settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    """A hash of what the VAE computes: these settings and its weights, wherever they lie."""
+    settings = {key: model.config[key] for key in COMPUTED}
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.cpu().contiguous().numpy().data)
     return found.hexdigest()
+
+
+COMPUTED = (
+    "act_fn",
+    "block_out_channels",
+    "down_block_types",
+    "latents_mean",
+    "latents_std",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
+    "use_post_quant_conv",
+    "use_quant_conv",
+)
+"""Settings that change latents or pictures; others come and go with versions of diffusers."""

@@ -24,7 +24,7 @@ from hdit.data.batches import Batch, Batches, Layout
 from hdit.data.latents import Latents, choose
 from hdit.data.source import Skipped, first, size_of
 from hdit.diffusion.noise import stratify
-from hdit.encode import open_source
+from hdit.encode import open_source, origin_of
 from hdit.protocols import Cond, NormalNoise, Space, UserError
 from hdit.report.grid import save_grid
 from hdit.sampling import check_guidance, make_denoiser, sample
@@ -125,6 +125,7 @@ class Trainer:
         self.skipped: dict[str, Skipped] = {}
         self.signalled = False
         self.waited = 0.0  # seconds for data, since the last line of metrics
+        self.seconds = 0.0  # of training in this sitting, to the last line of metrics
 
     # ---- words -----------------------------------------------------------------------------------
 
@@ -142,7 +143,11 @@ class Trainer:
         shape = " x ".join(map(str, self.signal.shape))
         number = size_of(self.source)
         images = "a stream of images" if number is None else f"{number:,} images"
-        images = f"stored latents of {images}" if isinstance(self.source, Latents) else images
+        if isinstance(self.source, Latents):
+            images = f"stored latents of {images}"
+            told, used = origin_of(self.config.data), self.source.manifest.origin
+            if told != used:
+                self._warn(f"space.stored was encoded from {used}; [data] now is {told}")
         self._say(
             f"{images}{classes}, {shape}; "
             f"{self.config.model.kind} of {parameters:,} parameters; "
@@ -254,8 +259,11 @@ class Trainer:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def fit(self) -> bool:
-        """Trains to the end of the config. Returns False if interrupted, with all saved."""
+    def fit(self, seconds: float | None = None) -> bool:
+        """Trains to the end of the config, or for so long, checkpoints and grids not counted.
+
+        Returns False if it was not the end, with all saved.
+        """
         if self.images >= self.config.training.images:
             self._say(
                 f"{self.run.path}: already at its end, {self.images:,} images; "
@@ -267,12 +275,12 @@ class Trainer:
                 self.run.prepare(self.config, self.images, self.source.classes)
             if self.images:
                 self._sample_grid()  # the run may have been killed before it was made
-            finished = self._train()
+            finished = self._train(seconds)
         if not finished:
             self._say(f"interrupted at {self.images:,} images; the same command resumes")
         return finished
 
-    def _train(self) -> bool:
+    def _train(self, limit: float | None) -> bool:
         """Steps until the end or an interrupt, which both leave a checkpoint. Returns which."""
         t = self.config.training
         assert t.log_every is not None, "the config must be resolved"
@@ -283,6 +291,7 @@ class Trainer:
             layout=self.layout,
             workers=t.workers,
             state=self.stream,
+            keep_state=self.main,
         )
         loss_sum, since, started = torch.zeros((), device=self.device), 0, time.monotonic()
         with Progress(self.console, t.images, self.images, self.main) as bar:
@@ -292,11 +301,14 @@ class Trainer:
                 since += 1
                 before, self.images = self.images, self.images + t.batch_size
                 self.step += 1
+                if limit is not None and self.seconds + time.monotonic() - started >= limit:
+                    self.signalled = True
                 stop = self._agreed_to_stop()
                 last = stop or self.images >= t.images
                 save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
                 if save or self.images // t.log_every > before // t.log_every:
                     seconds = time.monotonic() - started
+                    self.seconds += seconds
                     mean = self._log(
                         loss_sum / since,
                         norm,
@@ -309,7 +321,7 @@ class Trainer:
                 bar.advance(self.images)
                 if save:
                     paused = time.monotonic()
-                    self._save(stream.state() if self.main else None)
+                    self._save(stream.state())
                     if not stop:
                         self._sample_grid()
                     self.accelerator.wait_for_everyone()
@@ -434,7 +446,6 @@ class Trainer:
         return mean
 
     # ---- interrupts ------------------------------------------------------------------------------
-
     @contextmanager
     def _watching_signals(self) -> Iterator[None]:
         """Ctrl-C or SIGTERM ends the sitting after the current step; a second Ctrl-C at once."""

@@ -551,3 +551,22 @@ def test_check_of_tars_tells_what_that_of_a_folder_tells(pets, hdit):
     for key in ("pictures", "readable", "formats", "modes", "sigma_data", "mean", "aspects"):
         assert tars[key] == folder[key], key
     assert folder["sigma_data"] > 0
+
+
+def test_check_of_a_config_takes_its_data(pets, hdit):
+    config = """
+data = { path = "pets", size = 16, background = "black" }
+model = { kind = "dit", patch_size = 4, width = 16, depth = 1, num_heads = 1 }
+training = { images = 1, checkpoint_every = 1, batch_size = 1 }
+"""
+    Path("it.toml").write_text(config)
+    reports = []
+    for arguments in (["it.toml", "--set", "data.size=12"], ["pets", "--size", "12"]):
+        _, out, _ = hdit("data", "check", *arguments, "--json", "--workers", 0, "--sheet", "a.png")
+        reports.append(json.loads(out))
+    assert [report["size"] for report in reports] == [[12, 12]] * 2
+    assert reports[0]["pictures"] == reports[1]["pictures"]
+    for arguments in (["it.toml", "--size", "12"], ["pets", "--set", "data.size=12"]):
+        status, _, err = hdit("data", "check", *arguments)
+        assert status == 1
+        assert "has no effect" in err

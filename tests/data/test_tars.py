@@ -1,5 +1,6 @@
 """Tars as WebDataset lays them out: what they hold, in which order, and what is wrong with them."""
 
+import errno
 import gc
 import io
 import itertools
@@ -26,7 +27,7 @@ from hdit import config, randomness
 from hdit.config import ConfigError, parse
 from hdit.data import DataSpec, DigitsSpec, FolderSpec, TarSpec, tars
 from hdit.data.batches import Batches, Layout, in_order
-from hdit.data.source import DataError, Drawn, Stream
+from hdit.data.source import DataError, Drawn, Skipped, Stream, first
 from hdit.training.trainer import Trainer
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -70,9 +71,9 @@ def name_of(i: int, label: int) -> str:
 def write_digits(folder, number=500, shards=3, prefix=""):
     """Shards of unlike length that hold digits in the order of the published set."""
     ends = np.linspace(0, 1, shards + 1) ** 1.5 * number
-    for shard, (first, last) in enumerate(itertools.pairwise(ends.round().astype(int).tolist())):
+    for shard, (low, high) in enumerate(itertools.pairwise(ends.round().astype(int).tolist())):
         files = []
-        for i, (picture, label) in list(enumerate(digits()))[first:last]:
+        for i, (picture, label) in list(enumerate(digits()))[low:high]:
             name = prefix + name_of(i, label)
             files += [(f"{name}.png", picture), (f"{name}.cls", str(label).encode())]
         write_tar(folder / f"digits-{shard}.tar", files)
@@ -158,7 +159,7 @@ def test_tars_are_a_stream_that_draws(tmp_path):
 def test_references_are_one_pass_in_the_order_of_the_files(tmp_path):
     source = grey(tmp_path, [5, 0, 3], shuffle_buffer=2)
     assert values(source, source.references()) == list(range(8))
-    [batch] = in_order(source, source.references(), 8, workers=2)
+    [batch] = in_order(source, [source.references()], workers=2)
     assert batch.images[:, 0, 0, 0].tolist() == list(range(8))
 
 
@@ -661,13 +662,72 @@ def test_tars_of_which_none_can_be_read_are_an_error(tmp_path):
         open_tars(tmp_path / "a.tar")
 
 
-def test_file_that_goes_away_is_named_and_training_goes_on(tmp_path):
+def test_file_that_goes_away_ends_training_and_is_named(tmp_path):
+    """It is no damage of the picture's: the rest of the shard would be lost without an error."""
     source = grey(tmp_path, [4, 4], shuffle_buffer=1)
     (tmp_path / "1.tar").unlink()
     source._open.cache_clear()
-    drawn = [source[r] for r in islice(source.order(seed=0), 10)]
-    assert {int(sample.image) for sample in drawn} == {0, 1, 2, 3}
-    assert {s.path for d in drawn for s in d.skipped} == {str(tmp_path / "1.tar")}
+    with pytest.raises(DataError, match=r"1\.tar: cannot be read: .*the same command goes on"):
+        list(islice(source.order(seed=0), 10))
+
+
+def test_error_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
+    source = grey(tmp_path, [4], shuffle_buffer=1)
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataError, match=r"0\.tar: cannot be read: .*Input/output error"):
+        next(source.order(seed=0))
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"00000001x00"])
+def test_header_with_a_size_that_is_none_is_damage(tmp_path, size):
+    """With a negative one a member would end where it begins, and be found for ever."""
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.png", png(n)) for n in range(3)])
+    data = bytearray(path.read_bytes())
+    data[1024 + 124 : 1024 + 135] = size
+    data[1024 + 148 : 1024 + 156] = b" " * 8
+    data[1024 + 148 : 1024 + 155] = b"%06o\0" % sum(data[1024 : 1024 + 512])
+    path.write_bytes(data)
+    source = open_tars(path, size=1)
+    assert len(source.references()) == 2, "the first picture, and the damage"
+    assert "no header of a tar at byte 1024" in source[source.references()[1]].skipped[0].reason
+
+
+def test_pax_header_with_a_negative_size_is_damage(tmp_path):
+    member = tarfile.TarInfo("0.png")
+    member.pax_headers = {"size": "-512"}
+    path = write_tar(tmp_path / "a.tar", [("a.png", png(1)), (member, png(2))])
+    source = open_tars(path, size=1)
+    assert any(
+        "bytes" in (source[r].skipped or [Skipped("", "")])[0].reason for r in source.references()
+    )
+
+
+def test_few_tars_are_judged_by_their_share_of_bad_pictures(tmp_path):
+    """Also where a pass is shorter than what the share is judged by."""
+    files = [(f"{n:03}.png", png(n) if n % 2 else b"rubbish") for n in range(60)]
+    source = open_tars(write_tar(tmp_path / "a.tar", files), size=1)
+    with pytest.raises(DataError, match=r"beyond data\.max_bad_share"):
+        values(source, islice(source.order(seed=0), 200))
+
+
+def test_resumed_pass_keeps_its_seed(tmp_path):
+    """Or it would take its shards in another order, some twice and some not at all."""
+    source = grey(tmp_path, [7, 5, 8, 6], shuffle_buffer=4)
+    order = source.order(seed=0)
+    before = list(islice(order, 9))
+    after = source.order(seed=1, state=json.loads(json.dumps(order.state())))
+    assert sorted(values(source, before + list(islice(after, 17)))) == list(range(26))
+    assert list(islice(after, 26)) != list(islice(order, 43))[17:], "the next pass has the new one"
+
+
+def test_first_image_is_found_without_filling_the_buffer(tmp_path, monkeypatch):
+    source = grey(tmp_path, [3, 3])
+    monkeypatch.setattr("hdit.data.tars.TarOrder.__init__", None)
+    assert first(source).image.unique().tolist() == [0]
 
 
 def test_file_that_was_cut_while_it_was_read_is_an_error(tmp_path):

@@ -375,3 +375,12 @@ def test_vae_that_lacks_a_weight_is_refused(tmp_path):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"missing keys: quant_conv\.weight"):
         LatentSpace(vae=folder, factor=4).open(torch.device("cpu"))
+
+
+def test_identity_is_of_what_is_computed(tmp_path):
+    """Not of settings that diffusers may add or that only tell how to tile."""
+    folder = tiny_vae.save(tmp_path / "vae")
+    identity = LatentSpace(vae=folder, factor=4).open(torch.device("cpu")).identity
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 128}))
+    assert LatentSpace(vae=folder, factor=4).open(torch.device("cpu")).identity == identity

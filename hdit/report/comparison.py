@@ -1,0 +1,253 @@
+"""The records of an ablation as a Markdown table and as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from statistics import mean
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: right }
+td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
+figure { margin: 1.5em 0 } img { image-rendering: pixelated; max-width: 100% }
+svg text { font: 12px system-ui, sans-serif } .note { color: #555 } code { font-size: 90% }
+"""
+
+
+class Column(NamedTuple):
+    title: str
+    value: Callable[[Record], float | None]
+    format: Callable[[float], str]
+
+
+COLUMNS = (
+    Column("parameters", lambda r: r["parameters"], lambda v: f"{v / 1e6:.2f} M"),
+    Column("GMAC", lambda r: r["gmacs"], lambda v: f"{v:.3g}"),
+    Column("images", lambda r: r["images"], lambda v: f"{v:,.0f}"),
+    Column("seconds", lambda r: r["seconds"], lambda v: f"{v:.0f}"),
+    Column("images/s", lambda r: r["images_per_second"], lambda v: f"{v:.3g}"),
+    Column("peak memory", lambda r: r["peak_memory"], lambda v: f"{v / 2**30:.2f} GiB"),
+    Column("x0 loss", lambda r: mean(r["x0_loss"]), lambda v: f"{v:.5f}"),
+    Column("Frechet distance", lambda r: r.get("frechet_distance"), lambda v: f"{v:.4g}"),
+)
+
+
+def rows_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each row, which differ by seed, in the order of the matrix."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record["name"], []).append(record)
+    return rows
+
+
+def table(records: Sequence[Record]) -> list[list[str]]:
+    """The head and a line for each row: means over seeds, and the spread where there are several.
+
+    The x0 loss is unweighted, |D - x0|^2 of held-out images, the mean over the bins of noise.
+    """
+    columns = [c for c in COLUMNS if any(c.value(r) is not None for r in records)]
+    lines = [["", *(c.title for c in columns)]]
+    for name, group in rows_of(records).items():
+        cells = []
+        for column in columns:
+            values = [v for r in group if (v := column.value(r)) is not None]
+            text = column.format(mean(values)) if values else ""
+            if len(values) > 1 and max(values) > min(values):
+                text += f" ({column.format(min(values))} to {column.format(max(values))})"
+            cells.append(text)
+        lines.append([name, *cells])
+    return lines
+
+
+def bins(records: Sequence[Record]) -> list[list[str]]:
+    """The head and a line for each row: the x0 loss in each bin of noise levels."""
+    edges = records[0]["sigma_edges"]
+    head = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
+    lines = [["sigma", *head]]
+    for name, group in rows_of(records).items():
+        losses = zip(*(r["x0_loss"] for r in group), strict=True)
+        lines.append([name, *(f"{mean(values):.3g}" for values in losses)])
+    return lines
+
+
+def markdown(records: Sequence[Record], failed: dict[str, str]) -> str:
+    """Both tables, and what failed."""
+    parts = [f"# {title(records)}", _markdown(table(records))]
+    parts += ["Unweighted x0 loss on held-out images, by noise level:", _markdown(bins(records))]
+    parts += [f"- failed: {name}: {reason}" for name, reason in failed.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(records: Sequence[Record]) -> str:
+    budget = records[0]["budget"]
+    [(key, value)] = budget.items()
+    return f"{len(rows_of(records))} rows at {value:,g} {key} of training each"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rest))
+
+
+def page(records: Sequence[Record], failed: dict[str, str]) -> str:
+    """One HTML file: tables, curves, grids of the same seeds, settings."""
+    first = records[0]
+    rows = rows_of(records)
+    curves = {name: group[0]["curve"] for name, group in rows.items()}
+    speeds = {name: group[0]["seconds"] / group[0]["images"] for name, group in rows.items()}
+    timed = {
+        name: [(images * speeds[name], loss) for images, loss in curve]
+        for name, curve in curves.items()
+    }
+    edges = first["sigma_edges"]
+    middles = [math.sqrt(a * b) for a, b in pairwise(edges)]
+    by_sigma = {
+        name: list(zip(middles, group[0]["x0_loss"], strict=True)) for name, group in rows.items()
+    }
+    machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items())
+    parts = [
+        f"<h1>{escape(title(records))}</h1>",
+        f'<p class="note">{escape(machine)}. Means over the seeds '
+        f"{escape(', '.join(str(r['seed']) for r in next(iter(rows.values()))))}; the x0 loss is "
+        f"that of the EMA, unweighted, on {first['held_out']:,} held-out images with the same "
+        "noise for all.</p>",
+        _html(table(records)),
+        *(
+            f"<p><b>failed</b>: {escape(name)}: {escape(reason)}</p>"
+            for name, reason in failed.items()
+        ),
+        "<h2>x0 loss by noise level</h2>",
+        _html(bins(records)),
+        plot(by_sigma, "sigma", "x0 loss", log_x=True, log_y=True),
+        "<h2>Training</h2>",
+        '<p class="note">The training losses of rows with other weights or noise densities are '
+        "not comparable.</p>",
+        plot(curves, "images", "training loss", log_y=True),
+        plot(timed, "seconds", "training loss", log_y=True),
+        "<h2>Samples of the same seeds</h2>",
+    ]
+    for name, group in rows.items():
+        parts.append(
+            f"<figure><figcaption>{escape(name)}, seed {group[0]['seed']}</figcaption>"
+            f'<img alt="samples of {escape(name)}" width="100%" '
+            f'src="data:image/png;base64,{group[0]["grid"]}"></figure>'
+        )
+    parts.append("<h2>Settings</h2>")
+    for record in records:
+        lines = "\n".join(_flat(record["config"]))
+        parts.append(
+            f"<details><summary>{escape(record['name'])}, seed {record['seed']}, "
+            f"<code>{record['hash']}</code></summary><pre>{escape(lines)}</pre></details>"
+        )
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title(records))}</title><style>{STYLE}</style></head>"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _html(lines: list[list[str]]) -> str:
+    head, *rest = lines
+    rows = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    rows += [
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in rest
+    ]
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _flat(value: Any, path: str = "") -> list[str]:
+    """A line "a.b = value" for each setting."""
+    if isinstance(value, dict):
+        return [line for key, v in value.items() for line in _flat(v, f"{path}.{key}".lstrip("."))]
+    return [f"{path} = {value!r}"]
+
+
+def plot(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    size: tuple[int, int] = (720, 340),
+) -> str:
+    """Lines through points as an SVG."""
+    width, height = size
+    left, right, top, bottom = 70, 20, 16, 46
+    scale_x = _Axis([x for points in series.values() for x, _ in points], log_x)
+    scale_y = _Axis([y for points in series.values() for _, y in points], log_y)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + scale_x(x) * (width - left - right),
+            height - bottom - scale_y(y) * (height - top - bottom),
+        )
+
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" xmlns="http://www.w3.org/2000/svg">'
+    ]
+    parts.append(f"<title>{escape(y_label)} by {escape(x_label)}</title>")
+    for value in scale_x.ticks:
+        x, _ = place(value, scale_y.low)
+        parts.append(f'<path d="M{x:.1f} {top}V{height - bottom}" stroke="#eee"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{value:g}</text>'
+        )
+    for value in scale_y.ticks:
+        _, y = place(scale_x.low, value)
+        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#eee"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+        f'<text transform="translate(14 {(top + height - bottom) / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>'
+    )
+    for i, (name, points) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+        )
+        parts.append(
+            f'<text x="{width - right - 4}" y="{top + 14 + 16 * i}" text-anchor="end" '
+            f'fill="{colour}">{escape(name)}</text>'
+        )
+    return "\n".join([*parts, "</svg>"])
+
+
+class _Axis:
+    """From values to 0..1, with ticks at round numbers."""
+
+    def __init__(self, values: Sequence[float], log: bool):
+        good = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
+        self.low, self.high, self.log = min(good), max(good), log
+        if self.low == self.high:
+            self.low, self.high = self.low * 0.9, self.high * 1.1 or 1.0
+        self.ticks = self._powers() if log else self._steps()
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = (math.log(max(v, self.low)) for v in (value, low, high))
+        return (value - low) / (high - low)
+
+    def _powers(self) -> list[float]:
+        exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+        return [float(f"{t:.3g}") for t in ticks if self.low <= t <= self.high]
+
+    def _steps(self) -> list[float]:
+        rough = (self.high - self.low) / 6
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
+        first = math.ceil(self.low / step)
+        return [float(f"{i * step:.12g}") for i in range(first, math.floor(self.high / step) + 1)]

@@ -1,0 +1,97 @@
+"""Trains the cells of a matrix for equal budgets, measures them alike, and writes the comparison.
+
+    python scripts/ablate_backbones.py configs/ablation/small.toml --out runs/ablation-small
+
+hdit/ablation.py says how a matrix reads. In DIR: `cells/*.json`, a record of each cell that is
+done; `runs/`, their runs; `table.md` and `index.html`, written anew after each cell. The same
+command goes on after an interrupt, in the middle of a cell too. A cell that fails is reported, and
+the others go on; its place is tried again at the next call. Each cell is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from hdit.ablation import Cell, finished, read_matrix, run_cell, write_record
+from hdit.protocols import UserError
+from hdit.report.comparison import markdown, page
+from hdit.training.checkpoint import write_atomically
+from hdit_kernels.host import keep_freed_memory
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("matrix", type=Path, metavar="MATRIX.toml")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="name the cells, and run none")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the part of a process of its own
+    return parser.parse_args()
+
+
+def report(out: Path, cells: list[Cell], failed: dict[str, str]) -> None:
+    """Writes table.md and index.html of the cells that are done."""
+    records = [record for cell in cells if (record := finished(out, cell))]
+    if records:
+        write_atomically(out / "table.md", markdown(records, failed))
+        write_atomically(out / "index.html", page(records, failed))
+
+
+def main() -> int:
+    a = arguments()
+    _, cells = read_matrix(a.matrix)
+    if a.cell:
+        [cell] = [cell for cell in cells if cell.slug == a.cell]
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        keep_freed_memory()
+        write_record(a.out, cell, run_cell(cell, a.out / "runs" / cell.slug))
+        return 0
+    for cell in cells:
+        state = "done" if finished(a.out, cell) else "to do"
+        print(f"{cell.name}, seed {cell.seed}: {state}  {cell.slug}")
+    if a.list:
+        return 0
+    a.out.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    for cell in cells:
+        if finished(a.out, cell):
+            continue
+        print(f"-- {cell.name}, seed {cell.seed}", flush=True)
+        command = [
+            sys.executable,
+            __file__,
+            str(a.matrix),
+            "--out",
+            str(a.out),
+            "--cell",
+            cell.slug,
+        ]
+        log = a.out / "runs" / f"{cell.slug}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        if record := finished(a.out, cell):
+            print(json.dumps({key: record[key] for key in ("images", "images_per_second")}))
+        else:
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            failed[f"{cell.name}, seed {cell.seed}"] = f"status {status}: {last} ({log.name})"
+            print(f"failed: {last}  (see {log})")
+        report(a.out, cells, failed)
+    report(a.out, cells, failed)
+    print(f"{a.out / 'index.html'} and table.md beside it")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")

@@ -1,0 +1,164 @@
+"""Samples megapixel pictures with HDiT: 50 evaluations of DPM++(3M) SDE, one PNG for each seed.
+
+    python scripts/sample_ffhq1024.py runs/hdit-ffhq1024 --out pictures -n 4
+    python scripts/sample_ffhq1024.py theirs.safetensors --out pictures     # k-diffusion's
+    python scripts/sample_ffhq1024.py --random-weights --out noise -n 1
+
+MODEL is a run, a checkpoint, a converted model, or k-diffusion's .safetensors. With
+--random-weights it is the model of configs/hdit-ffhq1024.toml, every layer of it random, those that
+start as zero too: its pictures are noise, and cost what a trained model's cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from hdit import interop, models
+from hdit.config import RunConfig, load, parse
+from hdit.interop import Model
+from hdit.protocols import Signal, UserError
+from hdit.report.grid import save_png
+from hdit.sampling import sample
+from hdit_kernels.host import keep_freed_memory
+
+CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="where the weights are")
+    parser.add_argument("--random-weights", action="store_true", help="in place of MODEL")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("-n", type=int, default=1, help="how many pictures [1]")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, or one side [what it was trained at]")
+    parser.add_argument("--steps", type=int, default=50, help="evaluations of the network [50]")
+    parser.add_argument("--seed", type=int, default=0, help="of the first; then one more each [0]")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once [1]")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    return parser.parse_args()
+
+
+def random_model() -> Model:
+    """As it is before training, but with no weight that is zero."""
+    config = load(CONFIG)
+    signal = config.signal(0)
+    torch.manual_seed(0)
+    backbone = models.build(config.model, signal, config.output_channels(signal))
+    for parameter in backbone.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return Model(config, signal, (), backbone.state_dict(), "random weights", "given")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise UserError(f"--size: must read HEIGHTxWIDTH, as in 1024x1536, got {text!r}")
+    height, width = match[1], match[2] or match[1]
+    return int(height), int(width)
+
+
+def at_size(config: RunConfig, signal: Signal, size: tuple[int, int]) -> tuple[RunConfig, Signal]:
+    """The settings for pictures of this size. Raises UserError where the levels do not divide it.
+
+    Noise densities, which go by the size of training, are left as they are.
+    """
+    raw = config.model_dump(mode="json", exclude_none=True)
+    raw["data"]["size"] = list(size)
+    return parse(raw, "--size"), replace(signal, height=size[0], width=size[1])
+
+
+def warn(signal: Signal, new: Signal) -> None:
+    """Says what is another thing at another size."""
+    if new.shape == signal.shape:
+        return
+    tokens = new.height * new.width / (signal.height * signal.width)
+    print(
+        f"warning: trained at {signal.height}x{signal.width}. At {new.height}x{new.width} the "
+        f"global levels see {tokens:.3g} times the tokens that they know, an evaluation costs "
+        "about as many times as much, and positions still span -1 to 1 along the longer side, so "
+        "that neighbours are at distances that are new to the model: parts may be repeated or "
+        "stretched",
+        file=sys.stderr,
+    )
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes now: of the process, or of a GPU's tensors."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def high_water(device: torch.device) -> int:
+    """Bytes at the peak so far: of the process, or of a GPU's tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def main() -> None:
+    a = arguments()
+    if bool(a.model) == a.random_weights:
+        raise UserError("name a MODEL, or give --random-weights: one of the two")
+    if min(a.n, a.steps, a.batch) < 1:
+        raise UserError("-n, --steps and --batch: must be at least 1")
+    if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
+        raise UserError(f"--out: {a.out} is there already; name a new folder")
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model() if a.random_weights else interop.load(a.model)
+    config, signal = model.config, model.signal
+    if a.size:
+        config, signal = at_size(config, signal, size_of(a.size))
+        warn(model.signal, signal)
+    update = {"sampler": {"kind": "dpmpp_3m_sde"}, "steps": a.steps, "precision": a.precision}
+    raw = config.model_dump(mode="json", exclude_none=True)
+    raw["sampling"] |= update | {"batch_size": a.batch}
+    config = parse(raw, "sampling")
+    backbone = replace(model, config=config, signal=signal).network().to(device)
+    del model
+    parameters = sum(p.numel() for p in backbone.parameters())
+    before = in_use(device)
+    print(
+        f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {signal.height}x"
+        f"{signal.width}, {a.precision}, {device.type}, {torch.get_num_threads()} threads"
+    )
+    a.out.mkdir(parents=True, exist_ok=True)
+    seeds = list(range(a.seed, a.seed + a.n))
+    labels = [s % signal.num_classes for s in seeds] if signal.num_classes else None
+    written = evaluations = 0
+    started = time.perf_counter()
+    for part in sample(backbone, config, signal, seeds, labels, device):
+        for image in part.images:
+            save_png(image, a.out / f"{seeds[written]:06d}.png")
+            written += 1
+        evaluations += part.evaluations * len(part.images)
+        seconds = time.perf_counter() - started
+        peak = high_water(device)
+        print(
+            f"{written} of {a.n}: {evaluations / written:g} evaluations and {seconds / written:.1f}"
+            f" s an image; peak memory {peak / 2**30:.2f} GiB, {(peak - before) / 2**30:.2f} above "
+            "what was there with the weights",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,185 @@
+"""What HDiT and DiT cost in pixels by the size of the image: counted, and measured.
+
+    python scripts/scaling_cost.py --out docs                  # what docs/scaling.md has
+    python scripts/scaling_cost.py --out scaling --to 256 --dit-to 128
+
+HDiT is row E of the paper's ablation (Crowson et al., 2024, tables 1 and 5), to which each doubling
+of the size adds a level of width 384 and neighborhood attention; DiT is DiT-B/4 on pixels, row R4.
+Both see 1,000 classes. MACs are multiply-accumulates of one forward pass of one image. Seconds are
+the smallest of several forward passes of one image, each point in a process of its own; memory is
+what the process held at its peak above what it held with the weights.
+
+Writes scaling.json, scaling.md and scaling.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hdit import models
+from hdit.config import RunConfig, load
+from hdit.models.cost import cost
+from hdit.protocols import Cond
+from hdit.report.comparison import plot
+from hdit.training.checkpoint import write_atomically
+from hdit_kernels.host import keep_freed_memory
+
+ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
+CLASSES = 1000
+OUTER, INNER = "{ depth = 2, width = 384 }", "{ depth = 11, width = 768 }"
+SMALLEST, COUNTED = 128, {"HDiT": 2048, "DiT-B/4": 1024}
+GIBIBYTE = 2**30
+
+
+def config(name: str, size: int) -> RunConfig:
+    """Of "HDiT" or "DiT-B/4" for images of this size."""
+    if name == "DiT-B/4":
+        return load(ABLATION / "r4.toml", [f"data.size={size}"])
+    levels = [OUTER] * (1 + int(math.log2(size // SMALLEST))) + [INNER]
+    return load(ABLATION / "e.toml", [f"data.size={size}", f"model.levels=[{', '.join(levels)}]"])
+
+
+def gmacs(name: str, size: int) -> float:
+    c = config(name, size)
+    signal = c.signal(CLASSES)
+    return sum(row.macs for row in cost(c.model, signal, c.output_channels(signal))) / 1e9
+
+
+def measure(name: str, size: int, precision: str) -> dict[str, Any]:
+    """Seconds and bytes of a forward pass of one image, in this process."""
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    c = config(name, size)
+    signal = c.signal(CLASSES)
+    torch.manual_seed(0)
+    network = models.build(c.model, signal, c.output_channels(signal)).to(device).eval()
+    x = torch.randn(1, *signal.shape, device=device)
+    arguments = x, torch.zeros(1, device=device), Cond(torch.zeros(1, dtype=torch.long).to(device))
+    before = psutil.Process().memory_info().rss
+    times = []
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        while len(times) < 2 or (sum(times) < 20 and len(times) < 12):
+            start = time.perf_counter()
+            network(*arguments)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    scale = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    return {"seconds": min(times), "memory": memory, "passes": len(times)}
+
+
+def in_own_process(name: str, size: int, precision: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--point", name, str(size), "--precision", precision]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the least-squares line through the logarithms."""
+    xs, ys = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    top = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True))
+    return top / sum((x - mx) ** 2 for x in xs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--to", type=int, default=1024, help="largest size to measure HDiT at")
+    parser.add_argument("--dit-to", type=int, default=512, help="largest size to measure DiT at")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.point:
+        print(json.dumps(measure(a.point[0], int(a.point[1]), a.precision)))
+        return
+    if a.out is None:
+        parser.error("--out: name the folder to write")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, last in COUNTED.items():
+        size = SMALLEST
+        while size <= last:
+            row: dict[str, Any] = {"size": size, "gmacs": gmacs(name, size)}
+            if size <= (a.to if name == "HDiT" else a.dit_to):
+                row |= in_own_process(name, size, a.precision)
+            rows.setdefault(name, []).append(row)
+            print(name, row, flush=True)
+            size *= 2
+    a.out.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    facts = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": a.precision,
+    }
+    write_atomically(a.out / "scaling.json", json.dumps({"facts": facts, "rows": rows}, indent=1))
+    write_atomically(a.out / "scaling.md", text(rows, facts))
+    pixels = {
+        name: [(row["size"] ** 2, row["seconds"]) for row in group if "seconds" in row]
+        for name, group in rows.items()
+    }
+    picture = plot(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
+    write_atomically(a.out / "scaling.svg", picture)
+    print((a.out / "scaling.md").read_text())
+
+
+def text(rows: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
+    """The tables and the slopes, in Markdown."""
+    dit = {row["size"]: row for row in rows["DiT-B/4"]}
+    lines = [
+        "# What a forward pass costs by the size of the image",
+        "",
+        f"`python scripts/scaling_cost.py --out docs`; {facts['device']}, {facts['threads']} "
+        f"threads, torch {facts['torch']}, {facts['precision']}.",
+        "",
+        "| size | HDiT GMAC | DiT-B/4 GMAC | saved | HDiT s | DiT-B/4 s | saved | HDiT GiB | "
+        "DiT-B/4 GiB |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows["HDiT"]:
+        other = dit.get(row["size"], {})
+        lines.append(
+            f"| {row['size']} | {row['gmacs']:,.1f} | {_cell(other, 'gmacs', ',.1f')} | "
+            f"{_saved(row, other, 'gmacs')} | {_cell(row, 'seconds', '.3g')} | "
+            f"{_cell(other, 'seconds', '.3g')} | {_saved(row, other, 'seconds')} | "
+            f"{_cell(row, 'memory', '.2f', GIBIBYTE)} | {_cell(other, 'memory', '.2f', GIBIBYTE)} |"
+        )
+    lines.append("")
+    for name, group in rows.items():
+        points = [(row["size"] ** 2, row["seconds"]) for row in group if "seconds" in row]
+        if len(points) > 1:
+            lines.append(
+                f"{name}'s seconds grow as pixels to the power {slope(points):.2f} (least squares "
+                f"in the logarithms, {len(points)} sizes)."
+            )
+    return "\n".join(lines) + "\n\n![Seconds by pixels](scaling.svg)\n"
+
+
+def _cell(row: dict[str, Any], key: str, form: str, unit: float = 1.0) -> str:
+    return format(row[key] / unit, form) if key in row else ""
+
+
+def _saved(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
+    return f"{100 * (1 - row[key] / other[key]):.1f} %" if key in row and key in other else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""A matrix of small cells: read, trained, measured, resumed, reported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hdit import ablation, randomness
+from hdit.ablation import MatrixError, finished, read_matrix, run_cell, trained_seconds
+from hdit.config import ConfigError
+from hdit.data import DigitsSpec
+from hdit.interop import load
+from hdit.models.cost import cost
+from hdit.protocols import Cond
+from hdit.report.comparison import bins, markdown, page, plot, table
+from hdit.sampling import make_denoiser
+from hdit.training.trainer import Trainer
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = REPOSITORY / "scripts" / "ablate_backbones.py"
+
+MATRIX = """
+budget = {{ images = {images} }}
+seeds = {seeds}
+
+[set]
+data = {{ kind = "digits" }}
+training = {{ batch_size = 16, checkpoint_every = 32, log_every = 16 }}
+sampling = {{ steps = 3 }}
+
+[[cells]]
+name = "DiT"
+set = {{ model = {{ kind = "dit", patch_size = 2, width = 16, depth = 1, num_heads = 1 }} }}
+
+[[cells]]
+name = "HDiT"
+[cells.set.model]
+kind = "hdit"
+patch_size = 1
+mapping = {{ depth = 1, width = 16 }}
+local_attention = {{ kind = "neighborhood", kernel_size = 3, d_head = 8 }}
+levels = [
+    {{ depth = 1, width = 16 }},
+    {{ depth = 1, width = 16, attention = {{ kind = "global", d_head = 16 }} }},
+]
+
+{more}
+
+[evaluation]
+held_out = {{ split = "test" }}
+images = 32
+bins = 3
+grid = 4
+samples = 20
+"""
+
+
+def write(path, images=64, seeds="[0]", more=""):
+    path.write_text(MATRIX.format(images=images, seeds=seeds, more=more))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A matrix that ran, by the script: (folder, matrix file)."""
+    out = tmp_path_factory.mktemp("ablation")
+    matrix = write(out / "matrix.toml")
+    result = run(matrix, out / "out")
+    assert result.returncode == 0, result.stderr + result.stdout
+    return out / "out", matrix
+
+
+def run(matrix, out, *more):
+    command = [sys.executable, SCRIPT, matrix, "--out", out, *more]
+    environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+def test_matrix_crosses_cells_with_each_axis_and_seed(tmp_path):
+    more = """
+[cross.weighting]
+eps = { diffusion = { weighting = { kind = "eps" } } }
+snr = { diffusion = { weighting = { kind = "soft_min_snr" } } }
+[cross.sampler]
+heun = { sampling = { sampler = { kind = "heun" } } }
+"""
+    _, cells = read_matrix(write(tmp_path / "m.toml", seeds="[3, 5]", more=more))
+    names = ["DiT / eps / heun", "DiT / snr / heun", "HDiT / eps / heun", "HDiT / snr / heun"]
+    assert [c.name for c in cells] == [name for name in names for _ in range(2)]
+    assert [c.seed for c in cells] == [3, 5] * 4
+    assert all(c.config.training.seed == c.seed for c in cells)
+    assert [c.config.diffusion.weighting.kind for c in cells[::2]] == ["eps", "soft_min_snr"] * 2
+    assert {c.config.sampling.sampler.kind for c in cells} == {"heun"}
+    assert len({c.hash for c in cells}) == 8
+
+
+def test_hash_of_a_cell_changes_with_its_settings_alone(tmp_path):
+    hashes = [
+        [c.hash for c in read_matrix(write(tmp_path / "m.toml", **changes))[1]]
+        for changes in ({}, {}, {"images": 128}, {"more": "[cross]"})
+    ]
+    assert hashes[0] == hashes[1] == hashes[3]
+    assert not set(hashes[0]) & set(hashes[2])
+
+
+def test_budget_of_macs_gives_each_cell_its_images(tmp_path):
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "gmacs = 1.0")
+    (tmp_path / "m.toml").write_text(text)
+    for cell in read_matrix(tmp_path / "m.toml")[1]:
+        signal = cell.config.signal(10)
+        macs = 3 * sum(row.macs for row in cost(cell.config.model, signal, 1))
+        assert 0 <= cell.config.training.images * macs - 1e9 < 16 * macs
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("images = 64 }", "images = 64, seconds = 2.0 }", "budget: .*one of images"),
+        ('name = "HDiT"', 'name = "DiT"', "two cells have the name 'DiT'"),
+        ("patch_size = 2", "patch_size = 3", r"DiT:\n.*patch_size"),
+        ("bins = 3", "binz = 3", r"evaluation\.binz"),
+        ('name = "DiT"', 'name = "DiT"\nextends = ["no.toml"]', "no such config file"),
+    ],
+)
+def test_matrix_that_is_wrong_is_named(tmp_path, old, new, message):
+    path = write(tmp_path / "m.toml")
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises((MatrixError, ConfigError), match=message):
+        read_matrix(path)
+
+
+def test_script_measures_each_cell_and_writes_the_report(done):
+    out, matrix = done
+    _, cells = read_matrix(matrix)
+    for cell in cells:
+        record = finished(out, cell)
+        assert record["images"] == 64
+        assert len(record["x0_loss"]) == 3
+        assert record["held_out"] == 32
+        assert np.isfinite(record["x0_loss"]).all()
+        model = load(str(out / "runs" / cell.slug / "run"))
+        assert record["parameters"] == sum(p.numel() for p in model.network().parameters())
+    assert "| HDiT |" in (out / "table.md").read_text()
+    text = (out / "index.html").read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+
+
+def test_script_does_not_run_a_finished_cell_again(done):
+    out, matrix = done
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert run(matrix, out).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
+
+
+def test_script_goes_on_after_a_cell_that_fails_and_names_it(tmp_path):
+    matrix = write(tmp_path / "m.toml")
+    text = matrix.read_text().replace(
+        "num_heads = 1 }", "num_heads = 1 }, training = { optimizer = { lr = 1e30 } }"
+    )
+    matrix.write_text(text)
+    result = run(matrix, tmp_path / "out")
+    assert result.returncode == 1
+    assert "failed" in result.stdout
+    dit, hdit = read_matrix(matrix)[1]
+    assert finished(tmp_path / "out", dit) is None
+    assert finished(tmp_path / "out", hdit) is not None
+    assert "failed: DiT, seed 0" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_loss_by_noise_level_is_that_of_the_definition(done):
+    """By hand: the same pictures, noise and levels, and the mean square of D - x0 in float64."""
+    out, matrix = done
+    cell = read_matrix(matrix)[1][0]
+    record = finished(out, cell)
+    model = load(str(out / "runs" / cell.slug / "run"))
+    source = DigitsSpec(split="test").open()
+    places = np.linspace(0, len(source) - 1, 32).astype(int)
+    x0 = torch.stack([source[i].image for i in places]) / 127.5 - 1
+    labels = torch.tensor([source[i].label for i in places])
+    counters = np.arange(32)
+    streams = randomness.streams(0, "held-out noise", counters, torch.device("cpu"))
+    noise = randomness.normal(streams, (1, 8, 8))
+    u = randomness.uniform(0, "held-out sigma", counters)
+    denoiser = make_denoiser(model.network(), model.config, model.signal)
+    edges = torch.logspace(np.log10(0.02), np.log10(80), 4, dtype=torch.float64)
+    for i in range(3):
+        sigma = (edges[i].log() * (1 - u) + edges[i + 1].log() * u).exp()
+        x = x0 + sigma.float()[:, None, None, None] * noise
+        with torch.inference_mode():
+            error = (denoiser(x, sigma.float(), Cond(labels)) - x0).double() ** 2
+        assert record["x0_loss"][i] == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sittings(tmp_path):
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "seconds = 0.3")
+    (tmp_path / "m.toml").write_text(text)
+    cell = read_matrix(tmp_path / "m.toml")[1][0]
+    folder = tmp_path / "cell"
+    Trainer(cell.config, folder / "run").fit(0.1)
+    first = trained_seconds(folder / "run")
+    record = run_cell(cell, folder)
+    assert 0.1 * (1 - 1e-9) <= first < record["seconds"] >= 0.3 * (1 - 1e-9)
+    assert run_cell(cell, folder)["images"] == record["images"], "nothing was left to spend"
+
+
+def test_table_gives_means_and_spread_over_seeds(done):
+    out, matrix = done
+    record = finished(out, read_matrix(matrix)[1][0])
+    other = record | {"seed": 1, "x0_loss": [2 * v for v in record["x0_loss"]]}
+    head, line = table([record, other])
+    low = np.mean(record["x0_loss"])
+    assert line[head.index("x0 loss")] == f"{1.5 * low:.5f} ({low:.5f} to {2 * low:.5f})"
+    assert line[head.index("images")] == "64"
+    assert len(bins([record, other])) == 2
+
+
+def test_report_escapes_names(done):
+    out, matrix = done
+    record = finished(out, read_matrix(matrix)[1][0]) | {"name": "a|b <script>"}
+    assert "<script>" not in page([record], {"<x>": "<y>"})
+    assert "a\\|b" in markdown([record], {})
+
+
+def test_plot_places_points_on_its_axes():
+    svg = plot({"a": [(1, 10.0), (100, 1000.0)]}, "x", "y", log_x=True, log_y=True)
+    assert 'points="70.0,294.0 700.0,16.0"' in svg
+    for tick in ("1", "10", "100", "1000"):
+        assert f">{tick}</text>" in svg
+
+
+def test_record_that_is_damaged_is_made_anew(done, tmp_path):
+    cell = read_matrix(done[1])[1][0]
+    path = ablation.record_path(tmp_path, cell)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert finished(tmp_path, cell) is None
+    path.write_text(json.dumps({"hash": "other"}))
+    assert finished(tmp_path, cell) is None
