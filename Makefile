@@ -9,11 +9,12 @@ DEMO := runs/demo
 
 .PHONY: demo test test-kernels lint format clean
 
+# clean-fid asks for torchvision, of which nothing is used
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hdit needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps clean-fid  # its torchvision is not needed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps clean-fid
 	touch $@
 
 demo: $(VENV)/.installed
