@@ -1,6 +1,6 @@
 """Trains the cells of a matrix for equal budgets, measures them alike, and writes the comparison.
 
-    python scripts/ablate_backbones.py configs/ablation/small.toml --out runs/ablation-small
+    python scripts/ablate_backbones.py configs/matrices/small.toml --out runs/ablation-small
 
 hdit/ablation.py says how a matrix reads. In DIR: `cells/*.json`, a record of each cell that is
 done; `runs/`, their runs; `table.md` and `index.html`, written anew after each cell. The same

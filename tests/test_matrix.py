@@ -101,6 +101,12 @@ heun = { sampling = { sampler = { kind = "heun" } } }
     assert len({c.hash for c in cells}) == 8
 
 
+@pytest.mark.parametrize(("name", "rows"), [("paper", 16), ("small", 3)])
+def test_matrices_of_the_project_are_read(name, rows):
+    _, cells = read_matrix(REPOSITORY / "configs" / "matrices" / f"{name}.toml")
+    assert len({c.hash for c in cells}) == rows
+
+
 def test_hash_of_a_cell_changes_with_its_settings_alone(tmp_path):
     hashes = [
         [c.hash for c in read_matrix(write(tmp_path / "m.toml", **changes))[1]]
