@@ -32,9 +32,8 @@ import math
 import platform
 import resource
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from itertools import product
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -45,18 +44,20 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
 from hdit import randomness
-from hdit.config import ConfigError, RunConfig, merge, parse, read_toml
+from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream
+from hdit.diffusion.denoiser import Denoiser
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
 from hdit.interop import Model, load
 from hdit.models.cost import cost
-from hdit.protocols import Cond, Spec, UserError
+from hdit.protocols import Cond, NormalNoise, Signal, Space, Spec, UserError
 from hdit.report.grid import to_png
-from hdit.sampling import make_denoiser, sample
+from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training.checkpoint import write_atomically
+from hdit.training.run_folder import read_metrics
 from hdit.training.trainer import Trainer
 
 FORMAT = 1
@@ -91,10 +92,20 @@ class Measures(Spec):
     bins: int = Field(8, gt=0, description="of noise levels, evenly in their logarithm")
     sigma_min: float = Field(0.02, gt=0)
     sigma_max: float = Field(80.0, gt=0)
-    features: str | None = Field(None, description="as of `hdit evaluate`; no distance if absent")
+    features: str | None = Field(
+        None, description="as of `hdit evaluate`, or inception; no distance if absent"
+    )
     samples: int = Field(1000, gt=1, description="for the distance to the held-out pictures")
     grid: int = Field(24, gt=0, description="samples that are shown")
     batch_size: int = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Measures:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError("sigma_min must be below sigma_max")
+        if self.features is None and "samples" in self.model_fields_set:
+            raise ValueError("samples has no effect without features")
+        return self
 
 
 class CellSpec(Spec):
@@ -118,7 +129,7 @@ class MatrixSpec(Spec):
 
 
 class Cell(NamedTuple):
-    """A row with one seed: all that its figures depend on."""
+    """A row with one seed: all that its figures depend on, but the pictures' content."""
 
     name: str
     seed: int
@@ -127,24 +138,40 @@ class Cell(NamedTuple):
     measures: Measures
 
     @property
+    def run(self) -> str:
+        """A name for the folder of its run, another one for what is trained otherwise."""
+        config = self.config.model_dump(mode="json", exclude={"sampling"})
+        vae = getattr(self.config.space, "vae", None)
+        return self._named(_hash([FORMAT, config, self.budget.model_dump(), _content(vae)]))
+
+    @property
     def hash(self) -> str:
-        """Tells this cell from one of other settings."""
-        text = json.dumps(
-            [
-                FORMAT,
-                self.config.model_dump(mode="json"),
-                self.budget.model_dump(),
-                self.measures.model_dump(),
-            ],
-            sort_keys=True,
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Tells this cell from one that is trained or measured otherwise."""
+        config = self.config.model_dump(mode="json")
+        features = _content(self.measures.features)
+        return _hash([self.run, config, self.measures.model_dump(), features])
 
     @property
     def slug(self) -> str:
-        """A name for its files."""
+        """A name for its record."""
+        return self._named(self.hash)
+
+    def _named(self, hashed: str) -> str:
         words = "".join(c if c.isalnum() else "-" for c in self.name.lower())
-        return f"{'-'.join(filter(None, words.split('-')))}-seed{self.seed}-{self.hash[:8]}"
+        return f"{'-'.join(filter(None, words.split('-')))}-seed{self.seed}-{hashed[:8]}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(name: str | None) -> list[str]:
+    """Hashes of the file, or of the files in the folder, of this name; empty if it is neither."""
+    path = Path(name).expanduser() if name else None
+    if path is None or not path.exists():
+        return []
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
 
 
 def read_matrix(path: Path) -> tuple[MatrixSpec, list[Cell]]:
@@ -160,6 +187,7 @@ def read_matrix(path: Path) -> tuple[MatrixSpec, list[Cell]]:
             f"  {'.'.join(map(str, e['loc'])) or 'the matrix'}: {e['msg']}" for e in error.errors()
         ]
         raise MatrixError("\n".join([f"{path}:", *lines])) from None
+    _refuse_what_the_matrix_sets(path, matrix)
     rows: dict[str, dict[str, Any]] = {}
     for cell in matrix.cells:
         table: dict[str, Any] = {}
@@ -179,6 +207,66 @@ def read_matrix(path: Path) -> tuple[MatrixSpec, list[Cell]]:
             config = _budgeted(merge(row, {"training": {"seed": seed}}), matrix.budget, name)
             cells.append(Cell(name, seed, config, matrix.budget, matrix.evaluation))
     return matrix, cells
+
+
+def _refuse_what_the_matrix_sets(path: Path, matrix: MatrixSpec) -> None:
+    """Raises MatrixError for overlays that would have no effect, and for an axis without any."""
+    overlays = [matrix.set, *(cell.set for cell in matrix.cells)]
+    for name, axis in matrix.cross.items():
+        if not axis:
+            raise MatrixError(f"{path}: cross.{name}: has no overlays; leave it out")
+        overlays += axis.values()
+    for overlay in overlays:
+        for key, by in SET_BY.items():
+            table, _, last = key.partition(".")
+            if last in overlay.get(table, {}):
+                raise MatrixError(f"{path}: {key}: has no effect in an overlay; it is set by {by}")
+    if len(set(matrix.seeds)) < len(matrix.seeds):
+        raise MatrixError(f"{path}: seeds: must differ, got {matrix.seeds}")
+
+
+SET_BY = {
+    "training.images": "budget",
+    "training.seed": "seeds",
+    "sampling.grid": "evaluation.grid",
+}
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Raises UserError for what would fail only after training: pictures, classes, features."""
+    for cell in cells:
+        source, held_out = cell.config.data.open(), open_held_out(cell.config, cell.measures)
+        if list(held_out.classes) != list(source.classes):
+            raise MatrixError(
+                f"evaluation.held_out: has the classes {', '.join(held_out.classes[:5]) or 'none'}"
+                f", ... and the data {', '.join(source.classes[:5]) or 'none'}, ..."
+            )
+        check_guidance(cell.config, cell.config.signal(len(source.classes)))
+        low, high, by = cell.config.valid_range()
+        m = cell.measures
+        if m.sigma_min < low * (1 - 1e-6) or m.sigma_max > high * (1 + 1e-6):
+            raise MatrixError(
+                f"evaluation.sigma_min, sigma_max: {m.sigma_min:g} to {m.sigma_max:g} leave the "
+                f"range of {cell.name!r}, {low:.5g} to {high:.5g} ({by})"
+            )
+    if cells and cells[0].measures.features:
+        _open_features(cells[0].measures.features, torch.device("cpu"))
+
+
+def open_held_out(config: RunConfig, measures: Measures) -> Source | Stream:
+    """The pictures that a cell is measured on. Raises MatrixError where they are its own."""
+    own = config.data.model_dump(mode="json", exclude_none=True)
+    raw = merge(own, measures.held_out)
+    if raw == own:
+        raise MatrixError("evaluation.held_out: names the pictures that are trained on")
+    try:
+        return TypeAdapter(DataSpec).validate_python(raw).open()
+    except ValidationError as error:
+        raise MatrixError(f"evaluation.held_out: {error}") from None
+
+
+def _open_features(name: str, device: torch.device) -> Extractor:
+    return open_features(None if name == "inception" else name, device)
 
 
 def _budgeted(raw: dict[str, Any], budget: Budget, name: str) -> RunConfig:
@@ -205,23 +293,24 @@ ENDLESS = 10**12
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Trains, or goes on with, the cell in its folder, and measures it. Returns its record."""
-    run = folder / "run"
-    trainer = Trainer(cell.config, run)
-    seconds = cell.budget.seconds
-    if seconds is None:
-        if not trainer.fit():
+    """Trains, or goes on with, the cell in its folder, and measures it. Returns its record.
+
+    Raises KeyboardInterrupt where training was interrupted, with all saved.
+    """
+    trainer = Trainer(cell.config, folder)
+    left = None
+    if cell.budget.seconds is not None:
+        left = cell.budget.seconds - trained_seconds(folder, trainer.images)
+    if left is None or left > 0:
+        finished = trainer.fit(left)
+        _note_peak(folder, trainer.device)
+        if not finished and not trainer.is_time_up:
             raise KeyboardInterrupt
-    else:
-        left = seconds - trained_seconds(run)
-        if left > 0:
-            trainer.fit(left)
-            if trainer.seconds < left:
-                raise KeyboardInterrupt
-    peak = _peak_memory(trainer.device)
     signal = trainer.signal
-    model = load(str(run))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    del trainer
+    model = load(str(folder))
+    lines = read_metrics(folder / "metrics.jsonl", model.images)
+    assert lines[-1]["images"] == model.images, "a line is written before each checkpoint"
     rows = cost(cell.config.model, signal, cell.config.output_channels(signal))
     record = {
         "format": FORMAT,
@@ -233,10 +322,10 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         "measures": cell.measures.model_dump(exclude_none=True),
         "parameters": sum(row.params for row in rows),
         "gmacs": sum(row.macs for row in rows) / 1e9,
-        "images": lines[-1]["images"],
-        "seconds": trained_seconds(run),
+        "images": model.images,
+        "seconds": trained_seconds(folder, model.images),
         "images_per_second": median(line["images_per_second"] for line in lines),
-        "peak_memory": peak,
+        "peak_memory": json.loads((folder / PEAK).read_text()),
         "curve": _thinned([(line["images"], line["loss"]) for line in lines]),
         "machine": {
             "torch": torch.__version__,
@@ -247,14 +336,21 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     return record | measure(model, cell.measures)
 
 
-def trained_seconds(run: Path) -> float:
-    """Of all sittings of a run, as far as its metrics tell; pauses for checkpoints do not count."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return 0.0
+PEAK = "peak_memory.json"
+
+
+def _note_peak(folder: Path, device: torch.device) -> None:
+    """Keeps the largest of all sittings: bytes of a GPU's tensors, or of the process."""
+    peak = _peak_memory(device)
+    if (folder / PEAK).exists():
+        peak = max(peak, json.loads((folder / PEAK).read_text()))
+    write_atomically(folder / PEAK, json.dumps(peak))
+
+
+def trained_seconds(run: Path, images: int) -> float:
+    """Of all sittings up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
     seconds, before = 0.0, 0
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
+    for line in read_metrics(run / "metrics.jsonl", images):
         seconds += (line["images"] - before) / line["images_per_second"]
         before = line["images"]
     return seconds
@@ -264,68 +360,66 @@ def measure(model: Model, measures: Measures) -> dict[str, Any]:
     """Losses by noise level on held-out pictures, a distance to them, and a grid of samples."""
     config, signal = model.config, model.signal
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    raw = merge(config.data.model_dump(mode="json", exclude_none=True), measures.held_out)
-    try:
-        held_out = TypeAdapter(DataSpec).validate_python(raw).open()
-    except ValidationError as error:
-        raise MatrixError(f"evaluation.held_out: {error}") from None
-    if list(held_out.classes) != list(model.classes):
-        raise MatrixError(
-            f"evaluation.held_out: has the classes {', '.join(held_out.classes[:5]) or 'none'}..., "
-            f"and the data {', '.join(model.classes[:5]) or 'none'}..."
-        )
+    held_out = open_held_out(config, measures)
     space = config.space.open(device)
     network = model.network().to(device)
     denoiser = make_denoiser(network, config, signal)
     edges = np.geomspace(measures.sigma_min, measures.sigma_max, measures.bins + 1)
-    low, high, _ = config.valid_range()
-    sums, count = np.zeros(measures.bins), 0
-    started = time.monotonic()
-    with torch.inference_mode():
-        for images, labels, counters in _chosen(held_out, measures.images, measures.batch_size):
-
-            def normal(purpose: str, counters: np.ndarray = counters) -> Any:
-                return lambda shape: randomness.normal(
-                    randomness.streams(0, purpose, counters, device), shape
-                )
-
-            x0 = space.normalize(space.encode(images.to(device)), normal("held-out posterior"))
-            noise = normal("held-out noise")(signal.shape)
-            u = randomness.uniform(0, "held-out sigma", counters).numpy()
-            cond = Cond(labels.to(device) if signal.num_classes else None)
-            for i in range(measures.bins):
-                sigma = np.exp(np.log(edges[i]) + u * np.log(edges[i + 1] / edges[i]))
-                sigma = torch.from_numpy(sigma.clip(low, high)).to(x0)
-                denoised = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)
-                sums[i] += (denoised - x0).double().square().mean((1, 2, 3)).sum().item()
-            count += len(images)
-        losses = sums / count
+    losses, count = x0_losses(denoiser, space, held_out, signal, measures, edges, device)
     result: dict[str, Any] = {
         "sigma_edges": edges.tolist(),
-        "x0_loss": losses.tolist(),
+        "x0_loss": losses,
         "held_out": count,
-        "loss_seconds": time.monotonic() - started,
     }
     number = max(measures.grid, measures.samples if measures.features else 0)
-    seeds = list(range(number))
     classes = signal.num_classes
-    asked = [i % classes for i in seeds] if classes else None
-    started = time.monotonic()
-    parts = sample(network, config, signal, seeds, asked, device, space=space)
+    asked = [i % classes for i in range(number)] if classes else None
+    parts = sample(network, config, signal, list(range(number)), asked, device, space=space)
     samples = torch.cat([part.images for part in parts])
-    result["sampling_seconds"] = time.monotonic() - started
     result["grid"] = to_png(samples[: measures.grid], columns=min(12, measures.grid))
     if measures.features:
-        extractor = open_features(measures.features, device)
-        real = _gaussian(
-            extractor,
-            (images for images, _, _ in _chosen(held_out, None, measures.batch_size)),
-        )
-        fake = _gaussian(extractor, samples.split(measures.batch_size))
+        extractor = _open_features(measures.features, device)
+        batches = (images for images, _, _ in _chosen(held_out, None, measures.batch_size))
+        real = _gaussian(extractor, batches)
+        fake = _gaussian(extractor, samples[: measures.samples].split(measures.batch_size))
         result["frechet_distance"] = frechet_distance(fake, real)
         result["frechet_images"] = [fake.n, real.n]
         result["features"] = {"name": extractor.name, "sha256": extractor.sha256}
     return result
+
+
+@torch.inference_mode()
+def x0_losses(
+    denoiser: Denoiser,
+    space: Space,
+    held_out: Source | Stream,
+    signal: Signal,
+    measures: Measures,
+    edges: np.ndarray,
+    device: torch.device,
+) -> tuple[list[float], int]:
+    """Mean of (D - x0)^2 over elements and pictures in each bin of noise levels; their number.
+
+    Pictures, noise and the place of the level in its bin are those of any other cell.
+    """
+    sums, count = np.zeros(len(edges) - 1), 0
+    for images, labels, counters in _chosen(held_out, measures.images, measures.batch_size):
+        x0 = space.normalize(
+            space.encode(images.to(device)), _normal("held-out posterior", counters, device)
+        )
+        noise = _normal("held-out noise", counters, device)(signal.shape)
+        u = randomness.uniform(0, "held-out sigma", counters).numpy()
+        cond = Cond(labels.to(device) if signal.num_classes else None)
+        for i, (low, high) in enumerate(pairwise(edges)):
+            sigma = torch.from_numpy(low * (high / low) ** u).to(x0)
+            denoised = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)
+            sums[i] += (denoised - x0).double().square().mean((1, 2, 3)).sum().item()
+        count += len(images)
+    return (sums / count).tolist(), count
+
+
+def _normal(purpose: str, counters: np.ndarray, device: torch.device) -> NormalNoise:
+    return lambda shape: randomness.normal(randomness.streams(0, purpose, counters, device), shape)
 
 
 def _gaussian(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:
@@ -352,6 +446,8 @@ def _chosen(
         references = [references[i] for i in places]
     parts = [references[i : i + batch_size] for i in range(0, len(references), batch_size)]
     for batch in in_order(source, parts):
+        for file in batch.skipped:  # another would stand in for it
+            raise MatrixError(f"evaluation.held_out: {file.path}: {file.reason}; mend or remove it")
         yield batch.images, batch.labels, batch.counters
 
 
@@ -396,15 +492,3 @@ def write_record(out: Path, cell: Cell, record: dict[str, Any]) -> None:
     path = record_path(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-__all__ = [
-    "Cell",
-    "ConfigError",
-    "MatrixError",
-    "finished",
-    "read_matrix",
-    "record_path",
-    "run_cell",
-    "write_record",
-]

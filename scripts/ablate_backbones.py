@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from hdit.ablation import Cell, finished, read_matrix, run_cell, write_record
+from hdit.ablation import Cell, check, finished, read_matrix, run_cell, write_record
 from hdit.protocols import UserError
 from hdit.report.comparison import markdown, page
 from hdit.training.checkpoint import write_atomically
@@ -35,28 +36,47 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The status of a cell's process, which is told to save and end where this one is."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+
+
 def report(out: Path, cells: list[Cell], failed: dict[str, str]) -> None:
-    """Writes table.md and index.html of the cells that are done."""
-    records = [record for cell in cells if (record := finished(out, cell))]
-    if records:
-        write_atomically(out / "table.md", markdown(records, failed))
-        write_atomically(out / "index.html", page(records, failed))
+    """Writes table.md and index.html of the cells that are done, and names the others."""
+    records, missing = [], dict(failed)
+    for cell in cells:
+        if record := finished(out, cell):
+            records.append(record)
+        else:
+            missing.setdefault(f"{cell.name}, seed {cell.seed}", "not done yet")
+    write_atomically(out / "table.md", markdown(records, missing))
+    write_atomically(out / "index.html", page(records, missing))
 
 
 def main() -> int:
     a = arguments()
     _, cells = read_matrix(a.matrix)
     if a.cell:
-        [cell] = [cell for cell in cells if cell.slug == a.cell]
+        found = [cell for cell in cells if cell.slug == a.cell]
+        if not found:
+            raise UserError(f"{a.matrix}: has changed since this was started; call it again")
+        [cell] = found
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         keep_freed_memory()
-        write_record(a.out, cell, run_cell(cell, a.out / "runs" / cell.slug))
+        write_record(a.out, cell, run_cell(cell, a.out / "runs" / cell.run))
         return 0
     for cell in cells:
         state = "done" if finished(a.out, cell) else "to do"
         print(f"{cell.name}, seed {cell.seed}: {state}  {cell.slug}")
     if a.list:
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    check(cells)
     a.out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for cell in cells:
@@ -72,10 +92,10 @@ def main() -> int:
             "--cell",
             cell.slug,
         ]
-        log = a.out / "runs" / f"{cell.slug}.log"
+        log = a.out / "runs" / f"{cell.run}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+            status = wait(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
         if record := finished(a.out, cell):
             print(json.dumps({key: record[key] for key in ("images", "images_per_second")}))
         else:

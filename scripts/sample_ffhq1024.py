@@ -16,6 +16,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hdit.config import RunConfig, load, parse
 from hdit.interop import Model
 from hdit.protocols import Signal, UserError
 from hdit.report.grid import save_png
-from hdit.sampling import sample
+from hdit.sampling import check_guidance, sample
 from hdit_kernels.host import keep_freed_memory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
@@ -77,7 +78,8 @@ def at_size(config: RunConfig, signal: Signal, size: tuple[int, int]) -> tuple[R
     """
     raw = config.model_dump(mode="json", exclude_none=True)
     raw["data"]["size"] = list(size)
-    return parse(raw, "--size"), replace(signal, height=size[0], width=size[1])
+    config = parse(raw, "--size")
+    return config, config.signal(signal.num_classes)
 
 
 def warn(signal: Signal, new: Signal) -> None:
@@ -106,8 +108,21 @@ def high_water(device: torch.device) -> int:
     """Bytes at the peak so far: of the process, or of a GPU's tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+        if found:
+            return int(found[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+STATUS = Path("/proc/self/status")  # Linux
+
+
+def forget_high_water() -> None:
+    """Lets the process's peak begin at what it holds now, where the system can: loading is over."""
+    with suppress(OSError):
+        STATUS.with_name("clear_refs").write_text("5")
 
 
 def main() -> None:
@@ -118,7 +133,6 @@ def main() -> None:
         raise UserError("-n, --steps and --batch: must be at least 1")
     if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise UserError(f"--out: {a.out} is there already; name a new folder")
-    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model() if a.random_weights else interop.load(a.model)
     config, signal = model.config, model.signal
@@ -130,8 +144,11 @@ def main() -> None:
     raw["sampling"] |= update | {"batch_size": a.batch}
     config = parse(raw, "sampling")
     backbone = replace(model, config=config, signal=signal).network().to(device)
+    check_guidance(config, signal)
     del model
+    keep_freed_memory()
     parameters = sum(p.numel() for p in backbone.parameters())
+    forget_high_water()
     before = in_use(device)
     print(
         f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {signal.height}x"

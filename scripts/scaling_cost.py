@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -118,13 +119,17 @@ def main() -> None:
         while size <= last:
             row: dict[str, Any] = {"size": size, "gmacs": gmacs(name, size)}
             if size <= (a.to if name == "HDiT" else a.dit_to):
-                row |= in_own_process(name, size, a.precision)
+                try:
+                    row |= in_own_process(name, size, a.precision)
+                except subprocess.CalledProcessError as error:  # as for want of memory
+                    row["failed"] = f"status {error.returncode}"
             rows.setdefault(name, []).append(row)
             print(name, row, flush=True)
             size *= 2
     a.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     facts = {
+        "command": shlex.join(["scripts/scaling_cost.py", *sys.argv[1:]]),
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -147,7 +152,7 @@ def text(rows: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
     lines = [
         "# What a forward pass costs by the size of the image",
         "",
-        f"`python scripts/scaling_cost.py --out docs`; {facts['device']}, {facts['threads']} "
+        f"`python {facts['command']}`; {facts['device']}, {facts['threads']} "
         f"threads, torch {facts['torch']}, {facts['precision']}.",
         "",
         "| size | HDiT GMAC | DiT-B/4 GMAC | saved | HDiT s | DiT-B/4 s | saved | HDiT GiB | "

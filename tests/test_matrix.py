@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from hdit import ablation, randomness
-from hdit.ablation import MatrixError, finished, read_matrix, run_cell, trained_seconds
+from hdit.ablation import MatrixError, check, finished, read_matrix, run_cell, trained_seconds
 from hdit.config import ConfigError
 from hdit.data import DigitsSpec
 from hdit.interop import load
 from hdit.models.cost import cost
-from hdit.protocols import Cond
+from hdit.protocols import Cond, UserError
 from hdit.report.comparison import bins, markdown, page, plot, table
 from hdit.sampling import make_denoiser
 from hdit.training.trainer import Trainer
@@ -56,7 +56,6 @@ held_out = {{ split = "test" }}
 images = 32
 bins = 3
 grid = 4
-samples = 20
 """
 
 
@@ -151,7 +150,7 @@ def test_script_measures_each_cell_and_writes_the_report(done):
         assert len(record["x0_loss"]) == 3
         assert record["held_out"] == 32
         assert np.isfinite(record["x0_loss"]).all()
-        model = load(str(out / "runs" / cell.slug / "run"))
+        model = load(str(out / "runs" / cell.run))
         assert record["parameters"] == sum(p.numel() for p in model.network().parameters())
     assert "| HDiT |" in (out / "table.md").read_text()
     text = (out / "index.html").read_text()
@@ -179,7 +178,7 @@ def test_script_goes_on_after_a_cell_that_fails_and_names_it(tmp_path):
     dit, hdit = read_matrix(matrix)[1]
     assert finished(tmp_path / "out", dit) is None
     assert finished(tmp_path / "out", hdit) is not None
-    assert "failed: DiT, seed 0" in (tmp_path / "out" / "table.md").read_text()
+    assert "missing: DiT, seed 0: status 1" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_loss_by_noise_level_is_that_of_the_definition(done):
@@ -187,7 +186,7 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
     out, matrix = done
     cell = read_matrix(matrix)[1][0]
     record = finished(out, cell)
-    model = load(str(out / "runs" / cell.slug / "run"))
+    model = load(str(out / "runs" / cell.run))
     source = DigitsSpec(split="test").open()
     places = np.linspace(0, len(source) - 1, 32).astype(int)
     x0 = torch.stack([source[i].image for i in places]) / 127.5 - 1
@@ -211,11 +210,75 @@ def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sittings(tmp_pa
     (tmp_path / "m.toml").write_text(text)
     cell = read_matrix(tmp_path / "m.toml")[1][0]
     folder = tmp_path / "cell"
-    Trainer(cell.config, folder / "run").fit(0.1)
-    first = trained_seconds(folder / "run")
+    trainer = Trainer(cell.config, folder)
+    trainer.fit(0.1)
+    first = trained_seconds(folder, trainer.images)
     record = run_cell(cell, folder)
     assert 0.1 * (1 - 1e-9) <= first < record["seconds"] >= 0.3 * (1 - 1e-9)
     assert run_cell(cell, folder)["images"] == record["images"], "nothing was left to spend"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_cell_that_was_killed_goes_on_from_its_checkpoint_alone(tmp_path, saved):
+    """Lines of metrics behind the checkpoint, the last cut, are no training that counts."""
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "seconds = 0.3")
+    (tmp_path / "m.toml").write_text(text)
+    cell = read_matrix(tmp_path / "m.toml")[1][0]
+    folder = tmp_path / "cell"
+    images = 0
+    if saved:
+        trainer = Trainer(cell.config, folder)
+        trainer.fit(0.1)
+        images = trainer.images
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"images": images + 16, "images_per_second": 1e-3}) + '\n{"imag')
+    record = run_cell(cell, folder)
+    assert record["seconds"] >= 0.3 * (1 - 1e-9)
+    assert record["images"] == load(str(folder)).images > images
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('held_out = { split = "test" }', "held_out = {}", "names the pictures that are trained"),
+        ("bins = 3", 'bins = 3\nfeatures = "no.pt"', "'no.pt' is not there"),
+        ("bins = 3", "bins = 3\nsigma_max = 0.01", "sigma_min must be below sigma_max"),
+        ("bins = 3", "bins = 3\nsamples = 30", "samples has no effect without features"),
+        ("checkpoint_every = 32", "images = 5", r"training\.images: has no effect .*by budget"),
+        ("seeds = [0]", "seeds = [0, 0]", "seeds: must differ"),
+        ("[evaluation]", "[cross.weighting]\n[evaluation]", r"cross\.weighting: has no overlays"),
+        ("steps = 3 }", "steps = 3, guidance = { scale = 2.0 } }\nx", None),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(tmp_path, old, new, message):
+    path = write(tmp_path / "m.toml")
+    if message is None:  # guidance by a class that was never dropped
+        new, message = new.removesuffix("\nx"), "label_dropout was 0"
+        path.write_text(path.read_text().replace("log_every", "label_dropout = 0.0, log_every"))
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        check(read_matrix(path)[1])
+
+
+def test_measures_do_not_train_a_cell_again(tmp_path):
+    cells = [
+        read_matrix(write(tmp_path / "m.toml", more=more))[1][0]
+        for more in ("", "[cross.steps]\nfew = { sampling = { steps = 2 } }")
+    ]
+    assert cells[0].hash != cells[1].hash
+    assert cells[0].run.rpartition("-")[2] == cells[1].run.rpartition("-")[2]
+
+
+def test_record_is_of_the_content_of_its_features(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.toml")
+    path.write_text(path.read_text().replace("bins = 3", 'bins = 3\nfeatures = "f.pt"'))
+    monkeypatch.chdir(tmp_path)
+    hashes = set()
+    for content in (b"a", b"b"):
+        (tmp_path / "f.pt").write_bytes(content)
+        hashes.add(read_matrix(path)[1][0].hash)
+    assert len(hashes) == 2
 
 
 def test_table_gives_means_and_spread_over_seeds(done):
@@ -233,7 +296,9 @@ def test_report_escapes_names(done):
     out, matrix = done
     record = finished(out, read_matrix(matrix)[1][0]) | {"name": "a|b <script>"}
     assert "<script>" not in page([record], {"<x>": "<y>"})
-    assert "a\\|b" in markdown([record], {})
+    text = markdown([record], {"<x>": "<y>\n| z"})
+    assert "a\\|b &lt;script&gt;" in text
+    assert "missing: &lt;x&gt;: &lt;y&gt; \\| z" in text
 
 
 def test_plot_places_points_on_its_axes():

@@ -202,4 +202,11 @@ def hook(name: str, device: torch.device) -> Extractor:
     if not callable(function):
         raise UserError(f"--features: {module_name!r} has no function {function_name!r}")
     file = getattr(module, "__file__", None)
-    return Extractor(name, sha256(Path(file)) if file else "", AS_IT_IS, None, function, device)
+    return Extractor(
+        name,
+        sha256(Path(file)) if file else "",
+        f"{AS_IT_IS}, to {function_name}",
+        None,
+        function,
+        device,
+    )

@@ -28,6 +28,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
+    Column("seeds", lambda r: 1, lambda v: f"{v:.0f}"),
     Column("parameters", lambda r: r["parameters"], lambda v: f"{v / 1e6:.2f} M"),
     Column("GMAC", lambda r: r["gmacs"], lambda v: f"{v:.3g}"),
     Column("images", lambda r: r["images"], lambda v: f"{v:,.0f}"),
@@ -58,6 +59,8 @@ def table(records: Sequence[Record]) -> list[list[str]]:
         cells = []
         for column in columns:
             values = [v for r in group if (v := column.value(r)) is not None]
+            if column.title == "seeds":
+                values = [len(values)]
             text = column.format(mean(values)) if values else ""
             if len(values) > 1 and max(values) > min(values):
                 text += f" ({column.format(min(values))} to {column.format(max(values))})"
@@ -77,28 +80,74 @@ def bins(records: Sequence[Record]) -> list[list[str]]:
     return lines
 
 
-def markdown(records: Sequence[Record], failed: dict[str, str]) -> str:
-    """Both tables, and what failed."""
-    parts = [f"# {title(records)}", _markdown(table(records))]
-    parts += ["Unweighted x0 loss on held-out images, by noise level:", _markdown(bins(records))]
-    parts += [f"- failed: {name}: {reason}" for name, reason in failed.items()]
+def markdown(records: Sequence[Record], missing: dict[str, str]) -> str:
+    """Both tables, and the cells that are missing, with the reason."""
+    parts = [f"# {title(records)}"]
+    if records:
+        parts += [_markdown(table(records)), *map(_inline, notes(records))]
+        parts += ["Mean of (D - x0)^2 on held-out images, by noise level:"]
+        parts.append(_markdown(bins(records)))
+    parts += [f"- missing: {_inline(name)}: {_inline(why)}" for name, why in missing.items()]
     return "\n\n".join(parts) + "\n"
 
 
 def title(records: Sequence[Record]) -> str:
-    budget = records[0]["budget"]
-    [(key, value)] = budget.items()
-    return f"{len(rows_of(records))} rows at {value:,g} {key} of training each"
+    if not records:
+        return "No cell is done"
+    [(key, value)] = records[0]["budget"].items()
+    return f"{len(rows_of(records))} rows at {value:,} {key} of training each"
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """On what it ran, and what the figures are of."""
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
+    )
+    lines = [f"Ran on {'; '.join(machines)}."]
+    if len(machines) > 1:
+        lines.append("Seconds and speeds of different machines do not compare.")
+    lines.append(
+        f"The x0 loss is the mean of (D - x0)^2, unweighted, of the EMA on "
+        f"{records[0]['held_out']:,} held-out images, with the same noise for all, averaged over "
+        "the bins. Figures are means over a row's seeds."
+    )
+    if "frechet_distance" in records[0]:
+        samples, real = records[0]["frechet_images"]
+        lines.append(
+            f"The Frechet distance is of {samples:,} samples to {real:,} held-out images, by "
+            f"{records[0]['features']['name']}: with so many it is biased, alike for all rows."
+        )
+    return lines
+
+
+def _inline(text: str) -> str:
+    """As text within a line or a cell of Markdown."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    head, *rest = [[_inline(cell) for cell in line] for line in lines]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rest))
 
 
-def page(records: Sequence[Record], failed: dict[str, str]) -> str:
+def page(records: Sequence[Record], missing: dict[str, str]) -> str:
     """One HTML file: tables, curves, grids of the same seeds, settings."""
+    parts = [f"<h1>{escape(title(records))}</h1>"]
+    for name, reason in missing.items():
+        parts.append(f"<p><b>missing</b>: {escape(name)}: {escape(reason)}</p>")
+    if records:
+        parts += _measures(records) + _pictures(records)
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title(records))}</title><style>{STYLE}</style></head>"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _measures(records: Sequence[Record]) -> list[str]:
+    """Tables and curves; those of the first seed of each row."""
     first = records[0]
     rows = rows_of(records)
     curves = {name: group[0]["curve"] for name, group in rows.items()}
@@ -112,29 +161,24 @@ def page(records: Sequence[Record], failed: dict[str, str]) -> str:
     by_sigma = {
         name: list(zip(middles, group[0]["x0_loss"], strict=True)) for name, group in rows.items()
     }
-    machine = ", ".join(f"{key} {value}" for key, value in first["machine"].items())
-    parts = [
-        f"<h1>{escape(title(records))}</h1>",
-        f'<p class="note">{escape(machine)}. Means over the seeds '
-        f"{escape(', '.join(str(r['seed']) for r in next(iter(rows.values()))))}; the x0 loss is "
-        f"that of the EMA, unweighted, on {first['held_out']:,} held-out images with the same "
-        "noise for all.</p>",
+    return [
         _html(table(records)),
-        *(
-            f"<p><b>failed</b>: {escape(name)}: {escape(reason)}</p>"
-            for name, reason in failed.items()
-        ),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes(records)),
         "<h2>x0 loss by noise level</h2>",
         _html(bins(records)),
         plot(by_sigma, "sigma", "x0 loss", log_x=True, log_y=True),
         "<h2>Training</h2>",
-        '<p class="note">The training losses of rows with other weights or noise densities are '
-        "not comparable.</p>",
+        '<p class="note">Of the first seed of each row. Losses of rows with other weights or noise '
+        "densities do not compare.</p>",
         plot(curves, "images", "training loss", log_y=True),
         plot(timed, "seconds", "training loss", log_y=True),
-        "<h2>Samples of the same seeds</h2>",
     ]
-    for name, group in rows.items():
+
+
+def _pictures(records: Sequence[Record]) -> list[str]:
+    """Grids of samples, and the settings of each cell."""
+    parts = ["<h2>Samples of the same seeds</h2>"]
+    for name, group in rows_of(records).items():
         parts.append(
             f"<figure><figcaption>{escape(name)}, seed {group[0]['seed']}</figcaption>"
             f'<img alt="samples of {escape(name)}" width="100%" '
@@ -147,12 +191,7 @@ def page(records: Sequence[Record], failed: dict[str, str]) -> str:
             f"<details><summary>{escape(record['name'])}, seed {record['seed']}, "
             f"<code>{record['hash']}</code></summary><pre>{escape(lines)}</pre></details>"
         )
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title(records))}</title><style>{STYLE}</style></head>"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return parts
 
 
 def _html(lines: list[list[str]]) -> str:
@@ -243,7 +282,8 @@ class _Axis:
     def _powers(self) -> list[float]:
         exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
-        return [float(f"{t:.3g}") for t in ticks if self.low <= t <= self.high]
+        ticks = [float(f"{t:.3g}") for t in ticks if self.low <= t <= self.high]
+        return ticks if len(ticks) > 1 else self._steps()
 
     def _steps(self) -> list[float]:
         rough = (self.high - self.low) / 6

@@ -45,7 +45,7 @@ class RunFolder:
             text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n"
             checkpoint.write_atomically(self.path / "classes.json", text)
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if _at(line) <= images]
+            lines = [json.dumps(line) for line in read_metrics(self.metrics, images)]
             checkpoint.write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
         if not self.checkpoints.is_dir():
             return
@@ -66,12 +66,17 @@ class RunFolder:
         return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
 
 
-def _at(line: str) -> float:
-    """Images of a line of metrics; the last one of a killed run may be cut."""
-    try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def read_metrics(path: Path, images: int) -> list[dict[str, Any]]:
+    """The lines up to the checkpoint at `images`; a killed run leaves later ones, the last cut."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            if line["images"] <= images:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _unused(path: Path) -> Path:

@@ -126,6 +126,7 @@ class Trainer:
         self.signalled = False
         self.waited = 0.0  # seconds for data, since the last line of metrics
         self.seconds = 0.0  # of training in this sitting, to the last line of metrics
+        self.is_time_up = False
 
     # ---- words -----------------------------------------------------------------------------------
 
@@ -264,6 +265,7 @@ class Trainer:
 
         Returns False if it was not the end, with all saved.
         """
+        self.seconds, self.signalled, self.is_time_up = 0.0, False, False
         if self.images >= self.config.training.images:
             self._say(
                 f"{self.run.path}: already at its end, {self.images:,} images; "
@@ -277,7 +279,8 @@ class Trainer:
                 self._sample_grid()  # the run may have been killed before it was made
             finished = self._train(seconds)
         if not finished:
-            self._say(f"interrupted at {self.images:,} images; the same command resumes")
+            why = "time is up" if self.is_time_up else "interrupted"
+            self._say(f"{why} at {self.images:,} images; the same command resumes")
         return finished
 
     def _train(self, limit: float | None) -> bool:
@@ -302,11 +305,13 @@ class Trainer:
                 before, self.images = self.images, self.images + t.batch_size
                 self.step += 1
                 if limit is not None and self.seconds + time.monotonic() - started >= limit:
-                    self.signalled = True
+                    self.is_time_up = True
                 stop = self._agreed_to_stop()
                 last = stop or self.images >= t.images
                 save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
                 if save or self.images // t.log_every > before // t.log_every:
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)  # what was launched is done
                     seconds = time.monotonic() - started
                     self.seconds += seconds
                     mean = self._log(
@@ -465,8 +470,8 @@ class Trainer:
     def _agreed_to_stop(self) -> bool:
         """Whether some process was told to stop: the same answer, at the same step, for all."""
         if self.layout.processes == 1:
-            return self.signalled
+            return self.signalled or self.is_time_up
         if self.step % AGREE_EVERY:
             return False
-        flag = torch.tensor(float(self.signalled), device=self.device)
+        flag = torch.tensor(float(self.signalled or self.is_time_up), device=self.device)
         return bool(self.accelerator.reduce(flag, reduction="sum"))
