@@ -144,40 +144,66 @@ def sample(
     What is not given comes from the run's own [sampling] settings, which --set can change.
     """
 
-    from hdit.config import apply, parse
     from hdit.protocols import UserError
     from hdit.training.checkpoint import find
 
     found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
-    settings = found.config.model_dump(mode="json", exclude_none=True)
-    for key, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value is not None:
-            settings["sampling"][key] = value
-    if guidance is not None:
-        settings["sampling"]["guidance"]["scale"] = guidance
-    if sampler is not None:
-        settings["sampling"]["sampler"] = {"kind": sampler}
-    if ladder is not None:
-        settings["sampling"]["ladder"] = {"kind": ladder}
-    for override in overrides or []:
-        _only_sampling(override)
-    apply(settings, overrides or [])
-    config = parse(settings, str(source))
+    options = {
+        "--steps": ("steps", steps),
+        "--batch-size": ("batch_size", batch_size),
+        "--guidance": ("guidance.scale", guidance),
+        "--sampler": ("sampler.kind", sampler),
+        "--ladder": ("ladder.kind", ladder),
+    }
+    config = _sampling_config(found, source, options, overrides or [], weak is not None)
     chosen = _labels(labels, number, found)
-    unguided = weak is None and config.sampling.guidance.scale == 1
-    for override in overrides or []:
-        if unguided and override.startswith("sampling.guidance."):
-            raise UserError(f"--set {override!r}: has no effect without --guidance or --weak")
     if weak_scale is not None and weak is None:
         raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
     if weak_scale == 1:
         raise UserError("--weak-scale: 1 is no guidance; leave out --weak, or set another scale")
-    if steps is not None and config.sampling.sampler.kind == "dpm_adaptive":
-        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
     weak_scale = 2.0 if weak_scale is None else weak_scale
     worse = _find_weak(weak, found, config) if weak else None
     seeds = list(range(seed, seed + number))
     _write_samples(found, config, chosen, seeds, out, raw, overwrite, worse, weak_scale)
+
+
+def _sampling_config(
+    found: Checkpoint,
+    source: Path,
+    options: dict[str, tuple[str, Any]],
+    overrides: list[str],
+    has_weak: bool = False,
+) -> RunConfig:
+    """The model's config with options, each a key of [sampling] and what was given, and --set.
+
+    Raises UserError for what has no effect, and for a setting that was given twice.
+    """
+    from hdit.config import apply, parse
+    from hdit.protocols import UserError
+
+    settings = found.config.model_dump(mode="json", exclude_none=True)
+    for override in overrides:
+        _only_sampling(override)
+    for option, (key, value) in options.items():
+        if value is None:
+            continue
+        table, _, last = key.rpartition(".")
+        if last == "kind":
+            settings["sampling"][table] = {last: value}
+        else:
+            (settings["sampling"][table] if table else settings["sampling"])[last] = value
+        for override in overrides:
+            if override.partition("=")[0].strip() == f"sampling.{key}":
+                raise UserError(f"{option}: is set by --set {override!r} too; leave out one")
+    apply(settings, overrides)
+    config = parse(settings, str(source))
+    for override in overrides:
+        unguided = config.sampling.guidance.scale == 1 and not has_weak
+        if unguided and override.startswith("sampling.guidance."):
+            raise UserError(f"--set {override!r}: has no effect without --guidance or --weak")
+    if options["--steps"][1] is not None and config.sampling.sampler.kind == "dpm_adaptive":
+        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
+    return config
 
 
 def _write_samples(
@@ -497,27 +523,16 @@ def _sampled(
     """Samples of a model by its own settings, but for what is given."""
     import torch
 
-    from hdit.config import apply, parse
     from hdit.evaluation.images import Sampled
-    from hdit.protocols import UserError
     from hdit.training.checkpoint import find
 
-    for override in overrides:
-        _only_sampling(override)
     found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
-    settings = found.config.model_dump(mode="json", exclude_none=True)
-    apply(settings, overrides)
-    for key, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value is not None:
-            settings["sampling"][key] = value
-    if guidance is not None:
-        settings["sampling"]["guidance"]["scale"] = guidance
-    config = parse(settings, str(source))
-    for override in overrides:
-        if config.sampling.guidance.scale == 1 and override.startswith("sampling.guidance."):
-            raise UserError(f"--set {override!r}: has no effect without --guidance")
-    if steps is not None and config.sampling.sampler.kind == "dpm_adaptive":
-        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
+    options = {
+        "--steps": ("steps", steps),
+        "--batch-size": ("batch_size", batch_size),
+        "--guidance": ("guidance.scale", guidance),
+    }
+    config = _sampling_config(found, source, options, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Sampled(found, config, number, seed, raw, device)
 

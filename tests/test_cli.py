@@ -174,6 +174,7 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--set", "sampling.ladder={kind='linear_t', sections=[3]}"], "add up to 3 timesteps"),
         (["--weak", "nowhere"], "nowhere: no such run or checkpoint"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
+        (["--steps", "3", "--set", "sampling.steps=4"], "--steps: is set by --set"),
     ],
 )
 def test_sample_with_bad_input_is_one_message(run, hdit, tmp_path, arguments, wanted):
