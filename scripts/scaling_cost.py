@@ -1,6 +1,6 @@
 """What HDiT and DiT cost in pixels by the size of the image: counted, and measured.
 
-    python scripts/scaling_cost.py --out docs                  # what docs/scaling.md has
+    python scripts/scaling_cost.py --out scaling
     python scripts/scaling_cost.py --out scaling --to 256 --dit-to 128
 
 HDiT is row E of the paper's ablation (Crowson et al., 2024, tables 1 and 5), to which each doubling
