@@ -30,8 +30,6 @@ import hashlib
 import json
 import math
 import platform
-import resource
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -303,8 +301,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         left = cell.budget.seconds - trained_seconds(folder, trainer.images)
     if left is None or left > 0:
         finished = trainer.fit(left)
-        _note_peak(folder, trainer.device)
-        if not finished and not trainer.is_time_up:
+        if not finished and trainer.signalled:
             raise KeyboardInterrupt
     signal = trainer.signal
     del trainer
@@ -325,7 +322,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         "images": model.images,
         "seconds": trained_seconds(folder, model.images),
         "images_per_second": median(line["images_per_second"] for line in lines),
-        "peak_memory": json.loads((folder / PEAK).read_text()),
+        "peak_memory": max(line["peak_memory"] for line in lines),
         "curve": _thinned([(line["images"], line["loss"]) for line in lines]),
         "machine": {
             "torch": torch.__version__,
@@ -334,17 +331,6 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         },
     }
     return record | measure(model, cell.measures)
-
-
-PEAK = "peak_memory.json"
-
-
-def _note_peak(folder: Path, device: torch.device) -> None:
-    """Keeps the largest of all sittings: bytes of a GPU's tensors, or of the process."""
-    peak = _peak_memory(device)
-    if (folder / PEAK).exists():
-        peak = max(peak, json.loads((folder / PEAK).read_text()))
-    write_atomically(folder / PEAK, json.dumps(peak))
 
 
 def trained_seconds(run: Path, images: int) -> float:
@@ -449,14 +435,6 @@ def _chosen(
         for file in batch.skipped:  # another would stand in for it
             raise MatrixError(f"evaluation.held_out: {file.path}: {file.reason}; mend or remove it")
         yield batch.images, batch.labels, batch.counters
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of a GPU's tensors, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _cpu() -> str:

@@ -10,15 +10,10 @@ import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
 
     from hdit.config import RunConfig
     from hdit.evaluation.images import ImageSet, Sampled
-    from hdit.models import DiT, HDiT
     from hdit.protocols import Signal
-    from hdit.training.checkpoint import Checkpoint
-
-GRID_LIMIT = 100  # images in the grid of `hdit sample`
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +40,14 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<name of CONFIG>]"),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="Save a checkpoint and end after so long; time for checkpoints and samples "
+            "is not counted.",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a model, or resume its run: the same command does both.
@@ -54,6 +57,7 @@ def train(
     """
     import gc
     import logging
+    import math
 
     import torch.distributed as dist
 
@@ -62,6 +66,8 @@ def train(
     from hdit.training.trainer import Trainer
     from hdit_kernels.host import keep_freed_memory
 
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes: {minutes:g}; it must be above 0")
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)
     written = folder / "config.toml"
@@ -71,11 +77,12 @@ def train(
         )
     logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
     keep_freed_memory()
-    finished = Trainer(settings, folder).fit()
+    trainer = Trainer(settings, folder)
+    finished = trainer.fit(None if minutes is None else 60 * minutes)
     if dist.is_initialized():
         gc.collect()  # what still holds the group, or its threads outlive it and abort the process
         dist.destroy_process_group()
-    if not finished:
+    if not finished and trainer.signalled:
         raise typer.Exit(130)
 
 
@@ -145,9 +152,10 @@ def sample(
     """
 
     from hdit.protocols import UserError
+    from hdit.samples import choose_labels, find_weak, sampling_config, write_samples
     from hdit.training.checkpoint import find
 
-    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
+    found = find(source, _warn)
     options = {
         "--steps": ("steps", steps),
         "--batch-size": ("batch_size", batch_size),
@@ -155,238 +163,25 @@ def sample(
         "--sampler": ("sampler.kind", sampler),
         "--ladder": ("ladder.kind", ladder),
     }
-    config = _sampling_config(found, source, options, overrides or [], weak is not None)
-    chosen = _labels(labels, number, found)
+    config = sampling_config(found, source, options, overrides or [], weak is not None)
+    chosen = choose_labels(labels, number, found)
     if weak_scale is not None and weak is None:
         raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
     if weak_scale == 1:
         raise UserError("--weak-scale: 1 is no guidance; leave out --weak, or set another scale")
-    weak_scale = 2.0 if weak_scale is None else weak_scale
-    worse = _find_weak(weak, found, config) if weak else None
-    seeds = list(range(seed, seed + number))
-    _write_samples(found, config, chosen, seeds, out, raw, overwrite, worse, weak_scale)
-
-
-def _sampling_config(
-    found: Checkpoint,
-    source: Path,
-    options: dict[str, tuple[str, Any]],
-    overrides: list[str],
-    has_weak: bool = False,
-) -> RunConfig:
-    """The model's config with options, each a key of [sampling] and what was given, and --set.
-
-    Raises UserError for what has no effect, and for a setting that was given twice.
-    """
-    from hdit.config import apply, parse
-    from hdit.protocols import UserError
-
-    settings = found.config.model_dump(mode="json", exclude_none=True)
-    for override in overrides:
-        _only_sampling(override)
-    for option, (key, value) in options.items():
-        if value is None:
-            continue
-        table, _, last = key.rpartition(".")
-        if last == "kind":
-            settings["sampling"][table] = {last: value}
-        else:
-            (settings["sampling"][table] if table else settings["sampling"])[last] = value
-        for override in overrides:
-            if override.partition("=")[0].strip() == f"sampling.{key}":
-                raise UserError(f"{option}: is set by --set {override!r} too; leave out one")
-    apply(settings, overrides)
-    config = parse(settings, str(source))
-    for override in overrides:
-        unguided = config.sampling.guidance.scale == 1 and not has_weak
-        if unguided and override.startswith("sampling.guidance."):
-            raise UserError(f"--set {override!r}: has no effect without --guidance or --weak")
-    if options["--steps"][1] is not None and config.sampling.sampler.kind == "dpm_adaptive":
-        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
-    return config
-
-
-def _write_samples(
-    found: Checkpoint,
-    config: RunConfig,
-    labels: list[int] | None,
-    seeds: list[int],
-    out: Path | None,
-    raw: bool,
-    overwrite: bool,
-    weak: Checkpoint | None,
-    weak_scale: float,
-) -> None:
-    import json
-    from time import monotonic
-
-    import torch
-    from rich.progress import Progress
-
-    from hdit.protocols import NULL_LABEL, UserError
-    from hdit.report.grid import save_grid, save_png
-    from hdit.sampling import WeakModel, check_guidance
-    from hdit.sampling import sample as sample_images
-    from hdit.training.checkpoint import Export
-    from hdit_kernels.host import keep_freed_memory
-
-    keep_freed_memory()
-    check_guidance(config, found.state.signal)
-    spec = config.sampling
-    weights = found.weights(raw)
-    if out is None:
-        folder = found.folder.resolve()
-        in_run = folder.parent.name == "checkpoints"
-        home = folder.parent.parent / "samples" if in_run else folder.with_name("samples")
-        home = folder.with_name(f"{folder.name}-samples") if isinstance(found, Export) else home
-        name = f"{found.state.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance.scale:g}"
-        name += f"-weak{weak_scale:g}" if weak else ""
-        out = home / f"{name}-seed{seeds[0]}{'-raw' if raw else ''}"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    space = config.space.open(device)
-    if found.state.space and space.identity != found.state.space:
-        raise UserError(
-            f"space.vae: the model was trained on latents of another VAE: its hash is "
-            f"{found.state.space:.12}, this one's {space.identity:.12}"
-        )
-    signal, classes = found.state.signal, found.state.classes
-    backbone = _network(found, weights).to(device)
-    if spec.compile:
-        backbone.compile_blocks()
-    guide = None
-    if weak:
-        worse = _network(weak, weak.weights(raw)).to(device)
-        guide = WeakModel(worse, weak.config, weak_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_old_samples(out)
-    digits = max(6, len(str(seeds[-1])))
-    entries: list[dict[str, Any]] = []
-    shown: list[Tensor] = []
-    started = monotonic()
-    with Progress(console=_console(), transient=True) as bar:
-        task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
-        parts = sample_images(
-            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide, space
-        )
-        evaluations = 0
-        for part in parts:
-            evaluations += part.evaluations * len(part.images)
-            for picture in part.images:
-                i = len(entries)
-                name = f"{seeds[i]:0{digits}d}.png"
-                save_png(picture, out / name)
-                label = None if labels is None or labels[i] == NULL_LABEL else labels[i]
-                kind = None if label is None else classes[label]
-                entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
-                shown += [picture] if len(shown) < GRID_LIMIT else []
-            # A sampler with steps of its own choosing may have made fewer or more than these.
-            bar.update(task, completed=-(-len(entries) // spec.batch_size) * spec.steps)
-    seconds = monotonic() - started
-    save_grid(torch.stack(shown), out / "grid.png")
-    record = {
-        "checkpoint": str(found.folder),
-        "images": found.state.images,
-        "weights": weights,
-        "sampling": spec.model_dump(mode="json", exclude_none=True),
-        "sigma_range": config.sigma_range(),
-        "evaluations": round(evaluations / len(seeds)),
-        "weak": {"checkpoint": str(weak.folder), "scale": weak_scale} if weak else None,
-        "samples": entries,
-    }
-    (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    typer.echo(
-        f"{len(seeds)} images of {round(evaluations / len(seeds))} network evaluations each "
-        f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
+    done = write_samples(
+        found,
+        config,
+        chosen,
+        list(range(seed, seed + number)),
+        out,
+        _console(),
+        raw=raw,
+        overwrite=overwrite,
+        weak=find_weak(weak, found, config, _warn) if weak else None,
+        weak_scale=2.0 if weak_scale is None else weak_scale,
     )
-
-
-def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
-    """The backbone of a checkpoint: its "ema" or its "model" weights."""
-    from hdit import models
-
-    signal = found.state.signal
-    backbone = models.build(found.config.model, signal, found.config.output_channels(signal))
-    backbone.load_state_dict(found.tensors(weights))
-    return backbone
-
-
-def _find_weak(source: Path, strong: Checkpoint, config: RunConfig) -> Checkpoint:
-    """Raises UserError where it does not know the images, classes or noise levels of `config`."""
-    from hdit.protocols import UserError
-    from hdit.training.checkpoint import find
-
-    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
-    for what, theirs, ours in (
-        ("images", found.state.signal.shape, strong.state.signal.shape),
-        ("classes", found.state.classes, strong.state.classes),
-        ("sigma_data", found.state.signal.sigma_data, strong.state.signal.sigma_data),
-        ("latents, by the hash of their VAE", found.state.space, strong.state.space),
-    ):
-        if theirs != ours:
-            raise UserError(f"--weak: {source} has other {what}: {theirs}, and the model {ours}")
-    (start, end), (low, high, by) = config.sigma_range(), found.config.valid_range()
-    if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
-        raise UserError(
-            f"--weak: {source} knows noise levels from {low:.5g} to {high:.5g} ({by}), and "
-            f"sampling goes from {end:.5g} to {start:.5g}; set sampling.sigma_min and sigma_max"
-        )
-    return found
-
-
-def _remove_old_samples(folder: Path) -> None:
-    """Deletes the pictures that an earlier samples.json lists, and it, so that no two sets mix."""
-    import json
-
-    from hdit.protocols import UserError
-
-    record = folder / "samples.json"
-    if not record.exists():
-        return
-    try:
-        names = [entry["file"] for entry in json.loads(record.read_text("utf-8"))["samples"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: cannot tell what to replace: {error}; remove it") from None
-    for name in names:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    record.unlink()
-
-
-def _only_sampling(override: str) -> None:
-    from hdit.config import ConfigError
-
-    if not override.startswith(("sampling.", "space.vae", "space.tile")):
-        raise ConfigError(
-            f"--set {override!r}: sampling can change [sampling] settings, space.vae and "
-            "space.tile only; the rest belongs to the trained model"
-        )
-
-
-def _labels(text: str | None, number: int, found: Checkpoint) -> list[int] | None:
-    """The label of each image; None for a model without classes."""
-    from hdit.protocols import NULL_LABEL, UserError
-
-    classes = found.state.classes
-    if not classes:
-        if text is not None:
-            raise UserError("--labels: the model was trained without classes")
-        return None
-    chosen: list[int] = []
-    for part in [name.strip() for name in text.split(",")] if text else []:
-        if part in classes:
-            chosen.append(classes.index(part))
-        elif part.isdigit() and int(part) < len(classes):
-            chosen.append(int(part))
-        elif part == "none":
-            chosen.append(NULL_LABEL)
-        else:
-            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise UserError(f"--labels: {part!r} is no class of this model: {known}")
-    chosen = chosen or list(range(len(classes)))
-    return [chosen[i % len(chosen)] for i in range(number)]
+    typer.echo(done)
 
 
 @app.command()
@@ -500,7 +295,7 @@ def evaluate(
             on_subset=lambda: bar.advance(kid),
         )
     for text in found.warnings:
-        typer.echo(f"warning: {text}", err=True)
+        _warn(text)
     card = json.dumps(found.card, indent=1)
     if out is not None:
         write_atomically(out, card + "\n")
@@ -524,15 +319,16 @@ def _sampled(
     import torch
 
     from hdit.evaluation.images import Sampled
+    from hdit.samples import sampling_config
     from hdit.training.checkpoint import find
 
-    found = find(source, lambda text: typer.echo(f"warning: {text}", err=True))
+    found = find(source, _warn)
     options = {
         "--steps": ("steps", steps),
         "--batch-size": ("batch_size", batch_size),
         "--guidance": ("guidance.scale", guidance),
     }
-    config = _sampling_config(found, source, options, overrides)
+    config = sampling_config(found, source, options, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Sampled(found, config, number, seed, raw, device)
 
@@ -900,6 +696,10 @@ def _si(number: int) -> str:
         if number >= size:
             return f"{number / size:.4g} {prefix}"
     return str(number)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 def _console():  # type: ignore[no-untyped-def]

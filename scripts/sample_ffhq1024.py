@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import resource
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -30,7 +27,12 @@ from hdit.interop import Model
 from hdit.protocols import Signal, UserError
 from hdit.report.grid import save_png
 from hdit.sampling import check_guidance, sample
-from hdit_kernels.host import keep_freed_memory
+from hdit_kernels.host import (
+    forget_peak_memory,
+    keep_freed_memory,
+    memory_in_use,
+    peak_memory,
+)
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
 
@@ -97,34 +99,6 @@ def warn(signal: Signal, new: Signal) -> None:
     )
 
 
-def in_use(device: torch.device) -> int:
-    """Bytes now: of the process, or of a GPU's tensors."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-def high_water(device: torch.device) -> int:
-    """Bytes at the peak so far: of the process, or of a GPU's tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-        if found:
-            return int(found[1]) * 1024
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-STATUS = Path("/proc/self/status")  # Linux
-
-
-def forget_high_water() -> None:
-    """Lets the process's peak begin at what it holds now, where the system can: loading is over."""
-    with suppress(OSError):
-        STATUS.with_name("clear_refs").write_text("5")
-
-
 def main() -> None:
     a = arguments()
     if bool(a.model) == a.random_weights:
@@ -148,8 +122,8 @@ def main() -> None:
     del model
     keep_freed_memory()
     parameters = sum(p.numel() for p in backbone.parameters())
-    forget_high_water()
-    before = in_use(device)
+    forget_peak_memory(device)
+    before = memory_in_use(device)
     print(
         f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {signal.height}x"
         f"{signal.width}, {a.precision}, {device.type}, {torch.get_num_threads()} threads"
@@ -165,7 +139,7 @@ def main() -> None:
             written += 1
         evaluations += part.evaluations * len(part.images)
         seconds = time.perf_counter() - started
-        peak = high_water(device)
+        peak = peak_memory(device)
         print(
             f"{written} of {a.n}: {evaluations / written:g} evaluations and {seconds / written:.1f}"
             f" s an image; peak memory {peak / 2**30:.2f} GiB, {(peak - before) / 2**30:.2f} above "

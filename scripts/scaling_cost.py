@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from hdit import models
@@ -34,12 +32,18 @@ from hdit.models.cost import cost
 from hdit.protocols import Cond
 from hdit.report.comparison import plot
 from hdit.training.checkpoint import write_atomically
-from hdit_kernels.host import keep_freed_memory
+from hdit_kernels.host import (
+    forget_peak_memory,
+    keep_freed_memory,
+    memory_in_use,
+    peak_memory,
+)
 
 ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
 CLASSES = 1000
 OUTER, INNER = "{ depth = 2, width = 384 }", "{ depth = 11, width = 768 }"
 SMALLEST, COUNTED = 128, {"HDiT": 2048, "DiT-B/4": 1024}
+PASSES, ENOUGH = 12, 20.0  # at most so many, and no more after so many seconds, but two
 GIBIBYTE = 2**30
 
 
@@ -67,20 +71,18 @@ def measure(name: str, size: int, precision: str) -> dict[str, Any]:
     network = models.build(c.model, signal, c.output_channels(signal)).to(device).eval()
     x = torch.randn(1, *signal.shape, device=device)
     arguments = x, torch.zeros(1, device=device), Cond(torch.zeros(1, dtype=torch.long).to(device))
-    before = psutil.Process().memory_info().rss
+    forget_peak_memory(device)
+    before = memory_in_use(device)
     times = []
     dtype = torch.bfloat16 if precision == "bf16" else None
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        while len(times) < 2 or (sum(times) < 20 and len(times) < 12):
+        while len(times) < 2 or (sum(times) < ENOUGH and len(times) < PASSES):
             start = time.perf_counter()
             network(*arguments)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    scale = 1 if sys.platform == "darwin" else 1024
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    memory = peak_memory(device) - before
     return {"seconds": min(times), "memory": memory, "passes": len(times)}
 
 
@@ -175,6 +177,9 @@ def text(rows: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
                 f"{name}'s seconds grow as pixels to the power {slope(points):.2f} (least squares "
                 f"in the logarithms, {len(points)} sizes)."
             )
+    for name, group in rows.items():
+        failed = [f"{name} at {row['size']}: {row['failed']}" for row in group if "failed" in row]
+        lines += [f"Not measured: {line}." for line in failed]
     return "\n".join(lines) + "\n\n![Seconds by pixels](scaling.svg)\n"
 
 

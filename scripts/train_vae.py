@@ -79,6 +79,12 @@ def read(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, bool]:
     return pixels[~held_out], pixels[held_out], spec.flip
 
 
+def spread(images: Tensor, most: int) -> Tensor:
+    """At most so many of them, evenly over all, for they may come class by class."""
+    n = min(len(images), most)
+    return images[torch.arange(n) * len(images) // n]
+
+
 def draws(length: int, batch_size: int) -> Iterator[Tensor]:
     """Indices of batches without end, in a fresh order each epoch."""
     order = torch.empty(0, dtype=torch.int64)
@@ -198,8 +204,7 @@ def moments(
     vae: AutoencoderKL, images: Tensor, arguments: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
     """Means and log variances of the latents, of at most MEASURED images, evenly spread."""
-    n = min(len(images), MEASURED)
-    images = images[torch.arange(n) * len(images) // n]
+    images = spread(images, MEASURED)
     parts = [
         posterior(vae, from_pixels(part.to(arguments.device)))
         for part in images.split(arguments.batch_size)
@@ -290,7 +295,7 @@ def run(arguments: argparse.Namespace) -> Table:
         vae = build(arguments).to(arguments.device)
         steps, seconds = train(vae, images, mirror, arguments)
         vae.eval()
-        held_out = held_out[:MEASURED]
+        held_out = spread(held_out, MEASURED)
         figures, made = measure(vae, images, held_out, arguments)
         figures |= {
             "images": len(images),
@@ -300,7 +305,8 @@ def run(arguments: argparse.Namespace) -> Table:
         }
         vae.register_to_config(**scaling(figures["latent_mean"], figures["latent_std"]))
         vae.save_pretrained(folder)
-        shown = list(zip(held_out.split(COLUMNS), made.split(COLUMNS), strict=True))[:PAIRS]
+        pictures = (spread(x, COLUMNS * PAIRS).split(COLUMNS) for x in (held_out, made))
+        shown = zip(*pictures, strict=True)
         save_grid(torch.cat([row for pair in shown for row in pair]), folder / PICTURE, COLUMNS)
         settings = {
             name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()

@@ -34,6 +34,7 @@ BELOW = {
     "sampling": {"config", "protocols", "randomness", "diffusion"},
     "encode": {"config", "protocols", "data", "spaces"},
     "training": {
+        "hdit_kernels",
         "config",
         "protocols",
         "randomness",

@@ -36,6 +36,24 @@ def test_train_resumes_and_default_run_is_named_after_the_config(tiny, hdit, mon
     assert "at 32 images" in err
 
 
+def test_train_for_some_minutes_ends_well_with_a_checkpoint(tiny, hdit, tmp_path):
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", 1e-4)
+    assert status == 0, err
+    assert "time is up at 16 images; the same command resumes" in err
+    assert find(tmp_path / "run", print).state.images == 16
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", 60)
+    assert status == 0, err
+    assert find(tmp_path / "run", print).state.images == 96
+
+
+@pytest.mark.parametrize("minutes", [0, -1, "nan", "inf"])
+def test_train_for_no_time_is_refused(tiny, hdit, tmp_path, minutes):
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", minutes)
+    assert status == 1
+    assert "error: --minutes: " in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     out = tmp_path / "out"
     options = [

@@ -41,6 +41,7 @@ from hdit.training.optim import (
 )
 from hdit.training.progress import Progress
 from hdit.training.run_folder import RunFolder
+from hdit_kernels.host import peak_memory
 
 FIXED = (
     "space.kind",
@@ -279,7 +280,7 @@ class Trainer:
                 self._sample_grid()  # the run may have been killed before it was made
             finished = self._train(seconds)
         if not finished:
-            why = "time is up" if self.is_time_up else "interrupted"
+            why = "interrupted" if self.signalled else "time is up"
             self._say(f"{why} at {self.images:,} images; the same command resumes")
         return finished
 
@@ -436,6 +437,7 @@ class Trainer:
             "ema_decay": ema_decay(self.step - 1, self.config.training.ema),
             "images_per_second": speed,
             "data_wait_share": data_wait_share,
+            "peak_memory": peak_memory(self.device),  # bytes, of this process and sitting
             "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
         }
         if self.config.training.gradient_noise_scale:
@@ -473,5 +475,8 @@ class Trainer:
             return self.signalled or self.is_time_up
         if self.step % AGREE_EVERY:
             return False
-        flag = torch.tensor(float(self.signalled or self.is_time_up), device=self.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum"))
+        said = torch.tensor([self.signalled, self.is_time_up], dtype=torch.float)
+        signalled, is_time_up = self.accelerator.reduce(said.to(self.device), reduction="sum")
+        self.signalled |= bool(signalled)
+        self.is_time_up |= bool(is_time_up)
+        return self.signalled or self.is_time_up

@@ -1,9 +1,19 @@
-"""What a process that trains or samples on a CPU asks of its C library."""
+"""The memory of a process that trains or samples: how it is kept, and how much of it was used."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+STATUS = Path("/proc/self/status")  # Linux
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # as in glibc's malloc.h
 
@@ -24,3 +34,31 @@ def keep_freed_memory() -> bool:
         mallopt(M_TOP_PAD, 64 << 20),
     ]
     return all(done)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes now: of a GPU's tensors, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: of a GPU's tensors, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():  # what getrusage says begins with the peak of the parent
+        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+        if found:
+            return int(found[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets the peak begin at what is held now. Of a process only Linux can; elsewhere nothing."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        STATUS.with_name("clear_refs").write_text("5")

@@ -2,6 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from hdit_kernels.host import forget_peak_memory, memory_in_use, peak_memory
 
 PROGRAM = """
 import resource, sys, torch
@@ -28,3 +31,14 @@ def page_faults(mode):
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is glibc on Linux alone")
 def test_freed_memory_is_used_again_without_a_fault_for_each_page():
     assert page_faults("keep") < page_faults("default") / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak stays")
+def test_peak_memory_is_seen_and_forgotten():
+    cpu, large = torch.device("cpu"), 64 << 20
+    forget_peak_memory(cpu)
+    before = memory_in_use(cpu)
+    torch.ones(large // 4)
+    assert peak_memory(cpu) - before > 0.9 * large
+    forget_peak_memory(cpu)
+    assert abs(peak_memory(cpu) - memory_in_use(cpu)) < 0.5 * large

@@ -16,7 +16,7 @@ from hdit.data.batches import Batch, Batches, Layout
 from hdit.protocols import Cond, UserError
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError
-from hdit.training.trainer import Trainer, TrainingError
+from hdit.training.trainer import AGREE_EVERY, Trainer, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]
 LAST = "000000000096"
@@ -86,7 +86,7 @@ def test_killed_run_ends_with_the_weights_of_the_uninterrupted_one(tiny, tmp_pat
     assert Trainer(config.load(tiny), whole).fit()
     end = "checkpoints/000000000960"
     assert same_weights(run / end, whole / end)
-    timing = {"images_per_second", "data_wait_share"}
+    timing = {"images_per_second", "data_wait_share", "peak_memory"}
     assert [{k: v for k, v in line.items() if k not in timing} for line in metrics(run)] == [
         {k: v for k, v in line.items() if k not in timing} for line in metrics(whole)
     ]
@@ -470,17 +470,21 @@ def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
 
 
 def test_two_processes_train_as_one(tiny, tmp_path):
-    """The same images, noise and losses; sums differ in order alone."""
+    """The same images, noise and losses; sums differ in order alone. And both stop at one step."""
     text = tiny.read_text().replace("dropout = 0.1", "").replace("grid = 4", "grid = 0")
-    tiny.write_text(text.replace("images = 96", "images = 48"))
+    tiny.write_text(text.replace("images = 96", "images = 100_000"))
     one, two = tmp_path / "one", tmp_path / "two"
-    assert Trainer(config.load(tiny), one).fit()
+    images = 16 * AGREE_EVERY
+    assert Trainer(config.load(tiny, [f"training.images={images}"]), one).fit()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # After "--", or torchrun takes --run for an abbreviation of an option of its own.
     command = [*launch, "-m", "--", "hdit.cli", "train", str(tiny), "--run", str(two)]
+    command += ["--minutes", "0.0001"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert [line["images"] for line in metrics(two)] == [16, 32, 48]
+    assert "time is up" in done.stderr
+    assert metrics(two)[-1]["images"] == images
+    assert checkpoint.find(two, print).state.images == images
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)

@@ -1,0 +1,109 @@
+"""Megapixel sampling by script; the pictures here are small."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from hdit import config
+from hdit.interop import convert
+from hdit.protocols import UserError
+from hdit.training.trainer import Trainer
+from scripts import sample_ffhq1024
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(TINY)
+    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
+    return folder / "run"
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """Runs the script -> (folder with the pictures, stdout, stderr)."""
+
+    def call(*arguments, out=tmp_path / "pictures"):
+        argv = ["sample_ffhq1024.py", *arguments, "--out", out]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        sample_ffhq1024.main()
+        return out, *capfd.readouterr()
+
+    return call
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+def test_random_weights_are_the_whole_model_and_none_is_zero(monkeypatch, call):
+    """Of the config's 85 million parameters, on pictures that are small enough for a test."""
+    models = []
+    random = sample_ffhq1024.random_model
+    monkeypatch.setattr(
+        sample_ffhq1024, "random_model", lambda: models.append(random()) or models[0]
+    )
+    out, said, err = call("--random-weights", "--size", "128x256", "--steps", 2, "-n", 2)
+    assert "85,079,300 parameters" in said
+    assert all(weight.any() for weight in models[0].state_dict.values())
+    found = re.findall(r"(\d) of 2: (\d+) evaluations and \S+ s an image; peak memory", said)
+    assert found == [("1", "2"), ("2", "2")]
+    assert "trained at 1024x1024. At 128x256 the global levels see 0.0312 times the tokens" in err
+    made = pictures(out)
+    assert [image.shape for image in made.values()] == [(128, 256, 3)] * 2
+    assert (made["000000.png"] != made["000001.png"]).any()
+
+
+def test_pictures_are_those_of_hdit_sample_in_any_batch(run, call, hdit, tmp_path):
+    options = ("--seed", 5, "-n", 3, "--steps", 3)
+    out, _, err = call(run, *options, "--batch", 2)
+    assert "warning" not in err
+    theirs = tmp_path / "theirs"
+    status, _, err = hdit(
+        "sample", run, *options, "--sampler", "dpmpp_3m_sde", "--labels", "5,6,7", "--out", theirs
+    )
+    assert status == 0, err
+    ours, theirs = pictures(out), pictures(theirs)
+    assert list(ours) == ["000005.png", "000006.png", "000007.png"]
+    for name, image in ours.items():
+        assert abs(image.astype(int) - theirs[name]).max() <= 1
+
+
+def test_k_diffusions_weights_give_the_same_pictures(run, call, tmp_path):
+    convert(run, tmp_path / "theirs.safetensors", "k-diffusion")
+    options = ("-n", 2, "--steps", 2)
+    ours, _, _ = call(run, *options)
+    theirs, _, _ = call(tmp_path / "theirs.safetensors", *options, out=tmp_path / "other")
+    ours, theirs = pictures(ours), pictures(theirs)
+    assert len(ours) == 2
+    for name, image in ours.items():
+        assert (image == theirs[name]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name a MODEL, or give --random-weights"),
+        (("RUN", "--random-weights"), "one of the two"),
+        (("RUN", "-n", 0), "must be at least 1"),
+        (("RUN", "--size", "8x"), r"--size: must read HEIGHTxWIDTH.*'8x'"),
+        (("RUN", "--size", "8x9"), r"(?s)--size.*data\.size.*9"),
+        (("no-such-run",), "no-such-run"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_nothing_written(run, call, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        call(*[run if argument == "RUN" else argument for argument in arguments])
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_folder_with_something_in_it_is_left_alone(run, call, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "000000.png").write_text("mine")
+    with pytest.raises(UserError, match=r"pictures is there already"):
+        call(run)
+    assert (tmp_path / "pictures" / "000000.png").read_text() == "mine"
