@@ -362,7 +362,8 @@ def measure(model: Model, measures: Measures) -> dict[str, Any]:
     asked = [i % classes for i in range(number)] if classes else None
     parts = sample(network, config, signal, list(range(number)), asked, device, space=space)
     samples = torch.cat([part.images for part in parts])
-    result["grid"] = to_png(samples[: measures.grid], columns=min(12, measures.grid))
+    columns = classes if 1 < classes <= 16 else min(12, measures.grid)
+    result["grid"] = to_png(samples[: measures.grid], columns=columns)
     if measures.features:
         extractor = _open_features(measures.features, device)
         batches = (images for images, _, _ in _chosen(held_out, None, measures.batch_size))

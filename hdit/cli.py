@@ -67,7 +67,7 @@ def train(
     from hdit_kernels.host import keep_freed_memory
 
     if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"--minutes: {minutes:g}; it must be above 0")
+        raise UserError(f"--minutes: must be a finite number above 0, got {minutes:g}")
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)
     written = folder / "config.toml"

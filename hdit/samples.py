@@ -19,7 +19,7 @@ from hdit.models import DiT, HDiT
 from hdit.protocols import NULL_LABEL, UserError
 from hdit.report.grid import save_grid, save_png
 from hdit.sampling import WeakModel, check_guidance, sample
-from hdit.training.checkpoint import Checkpoint, Export, find
+from hdit.training.checkpoint import Checkpoint, Export, find, write_atomically
 from hdit_kernels.host import keep_freed_memory
 
 GRID_LIMIT = 100  # images in the grid
@@ -128,6 +128,7 @@ def write_samples(
 ) -> str:
     """Writes PNG files named by seed, grid.png and samples.json -> a line that tells of them.
 
+    The record is there from the beginning, so that --overwrite finds what an interrupt left.
     Raises UserError where `out` is not free, or the space is not the one of training.
     """
     keep_freed_memory()
@@ -160,9 +161,24 @@ def write_samples(
         guide = WeakModel(worse, weak.config, weak_scale)
     out.mkdir(parents=True, exist_ok=True)
     _remove_old_samples(out)
-    digits = max(6, len(str(seeds[-1])))
-    entries: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = [
+        {"file": f"{seed:0{max(6, len(str(seeds[-1])))}d}.png", "seed": seed, "label": label}
+        | {"class": None if label is None else classes[label]}
+        for seed, label in zip(seeds, _known(labels, len(seeds)), strict=True)
+    ]
+    record = {
+        "checkpoint": str(found.folder),
+        "images": found.state.images,
+        "weights": weights,
+        "sampling": spec.model_dump(mode="json", exclude_none=True),
+        "sigma_range": config.sigma_range(),
+        "evaluations": None,  # until all are made
+        "weak": {"checkpoint": str(weak.folder), "scale": weak_scale} if weak else None,
+        "samples": entries,
+    }
+    write_atomically(out / "samples.json", json.dumps(record, indent=1))
     shown: list[Tensor] = []
+    written = 0
     started = monotonic()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
@@ -173,32 +189,24 @@ def write_samples(
         for part in parts:
             evaluations += part.evaluations * len(part.images)
             for picture in part.images:
-                i = len(entries)
-                name = f"{seeds[i]:0{digits}d}.png"
-                save_png(picture, out / name)
-                label = None if labels is None or labels[i] == NULL_LABEL else labels[i]
-                kind = None if label is None else classes[label]
-                entries.append({"file": name, "seed": seeds[i], "label": label, "class": kind})
+                save_png(picture, out / entries[written]["file"])
+                written += 1
                 shown += [picture] if len(shown) < GRID_LIMIT else []
             # A sampler with steps of its own choosing may have made fewer or more than these.
-            bar.update(task, completed=-(-len(entries) // spec.batch_size) * spec.steps)
+            bar.update(task, completed=-(-written // spec.batch_size) * spec.steps)
     seconds = monotonic() - started
     save_grid(torch.stack(shown), out / "grid.png")
-    record = {
-        "checkpoint": str(found.folder),
-        "images": found.state.images,
-        "weights": weights,
-        "sampling": spec.model_dump(mode="json", exclude_none=True),
-        "sigma_range": config.sigma_range(),
-        "evaluations": round(evaluations / len(seeds)),
-        "weak": {"checkpoint": str(weak.folder), "scale": weak_scale} if weak else None,
-        "samples": entries,
-    }
-    (out / "samples.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record["evaluations"] = round(evaluations / len(seeds))
+    write_atomically(out / "samples.json", json.dumps(record, indent=1))
     return (
         f"{len(seeds)} images of {round(evaluations / len(seeds))} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
     )
+
+
+def _known(labels: list[int] | None, number: int) -> list[int | None]:
+    """The label of each image, or None where it has none."""
+    return [None if label == NULL_LABEL else label for label in labels or [NULL_LABEL] * number]
 
 
 def _home(found: Checkpoint) -> Path:

@@ -122,8 +122,7 @@ def main() -> None:
     del model
     keep_freed_memory()
     parameters = sum(p.numel() for p in backbone.parameters())
-    forget_peak_memory(device)
-    before = memory_in_use(device)
+    before = memory_in_use(device) if forget_peak_memory(device) else None
     print(
         f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {signal.height}x"
         f"{signal.width}, {a.precision}, {device.type}, {torch.get_num_threads()} threads"
@@ -140,10 +139,12 @@ def main() -> None:
         evaluations += part.evaluations * len(part.images)
         seconds = time.perf_counter() - started
         peak = peak_memory(device)
+        text = f"peak memory {peak / 2**30:.2f} GiB"
+        if before is not None:
+            text += f", {(peak - before) / 2**30:.2f} above what was there with the weights"
         print(
             f"{written} of {a.n}: {evaluations / written:g} evaluations and {seconds / written:.1f}"
-            f" s an image; peak memory {peak / 2**30:.2f} GiB, {(peak - before) / 2**30:.2f} above "
-            "what was there with the weights",
+            f" s an image; {text}",
             flush=True,
         )
 
@@ -151,5 +152,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

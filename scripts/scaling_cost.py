@@ -71,8 +71,7 @@ def measure(name: str, size: int, precision: str) -> dict[str, Any]:
     network = models.build(c.model, signal, c.output_channels(signal)).to(device).eval()
     x = torch.randn(1, *signal.shape, device=device)
     arguments = x, torch.zeros(1, device=device), Cond(torch.zeros(1, dtype=torch.long).to(device))
-    forget_peak_memory(device)
-    before = memory_in_use(device)
+    before = memory_in_use(device) if forget_peak_memory(device) else None
     times = []
     dtype = torch.bfloat16 if precision == "bf16" else None
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -82,8 +81,10 @@ def measure(name: str, size: int, precision: str) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    memory = peak_memory(device) - before
-    return {"seconds": min(times), "memory": memory, "passes": len(times)}
+    row: dict[str, Any] = {"seconds": min(times), "passes": len(times)}
+    if before is not None:
+        row["memory"] = peak_memory(device) - before
+    return row
 
 
 def in_own_process(name: str, size: int, precision: str) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def text(rows: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
         if len(points) > 1:
             lines.append(
                 f"{name}'s seconds grow as pixels to the power {slope(points):.2f} (least squares "
-                f"in the logarithms, {len(points)} sizes)."
+                f"in the logarithms, {len(points)} sizes), between the two largest sizes "
+                f"{slope(points[-2:]):.2f}."
             )
     for name, group in rows.items():
         failed = [f"{name} at {row['size']}: {row['failed']}" for row in group if "failed" in row]

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from hdit import config
+from hdit import config, samples
 from hdit.training.checkpoint import find
 from hdit.training.trainer import Trainer
 
@@ -37,7 +37,7 @@ def test_train_resumes_and_default_run_is_named_after_the_config(tiny, hdit, mon
 
 
 def test_train_for_some_minutes_ends_well_with_a_checkpoint(tiny, hdit, tmp_path):
-    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", 1e-4)
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", 1e-9)
     assert status == 0, err
     assert "time is up at 16 images; the same command resumes" in err
     assert find(tmp_path / "run", print).state.images == 16
@@ -351,6 +351,24 @@ def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
     status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--overwrite")
     assert status == 1
     assert "samples.json: cannot tell what to replace" in err
+
+
+def test_sample_overwrites_what_an_interrupt_left(run, hdit, tmp_path, monkeypatch):
+    out, save = tmp_path / "out", samples.save_png
+
+    def stop_at_the_third(image, path):
+        if path.name == "000002.png":
+            raise KeyboardInterrupt
+        save(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "save_png", stop_at_the_third)
+        assert hdit("sample", run, "-n", 4, "--out", out)[0] != 0
+    assert json.loads((out / "samples.json").read_text())["evaluations"] is None
+    assert sorted(p.name for p in out.glob("*.png")) == ["000000.png", "000001.png"]
+    assert hdit("sample", run, "-n", 1, "--out", out, "--overwrite")[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "grid.png", "samples.json"]
+    assert json.loads((out / "samples.json").read_text())["evaluations"] == 2
 
 
 def test_sample_of_a_checkpoint_elsewhere_stays_beside_it(run, hdit, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from hdit.protocols import Cond, UserError
 from hdit.report.comparison import bins, markdown, page, plot, table
 from hdit.sampling import make_denoiser
 from hdit.training.trainer import Trainer
+from scripts import ablate_backbones
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "ablate_backbones.py"
@@ -64,22 +66,30 @@ def write(path, images=64, seeds="[0]", more=""):
     return path
 
 
+BROKEN = """
+[[cells]]
+name = "Broken"
+set.model = { kind = "dit", patch_size = 2, width = 16, depth = 1, num_heads = 1 }
+set.training.optimizer.lr = 1e30
+"""
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A matrix that ran, by the script: (folder, matrix file)."""
+    """A matrix that ran, by the script, the last of its three cells to no end: (folder, file)."""
     out = tmp_path_factory.mktemp("ablation")
-    matrix = write(out / "matrix.toml")
-    result = run(matrix, out / "out")
-    assert result.returncode == 0, result.stderr + result.stdout
-    return out / "out", matrix
-
-
-def run(matrix, out, *more):
-    command = [sys.executable, SCRIPT, matrix, "--out", out, *more]
+    matrix = write(out / "matrix.toml", more=BROKEN)
     environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, check=False
+    result = subprocess.run(
+        [sys.executable, SCRIPT, matrix, "--out", out / "out"],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
     )
+    assert result.returncode == 1, result.stderr + result.stdout
+    assert "failed" in result.stdout
+    return out / "out", matrix
 
 
 def test_matrix_crosses_cells_with_each_axis_and_seed(tmp_path):
@@ -143,42 +153,46 @@ def test_matrix_that_is_wrong_is_named(tmp_path, old, new, message):
 
 def test_script_measures_each_cell_and_writes_the_report(done):
     out, matrix = done
-    _, cells = read_matrix(matrix)
+    *cells, broken = read_matrix(matrix)[1]
     for cell in cells:
         record = finished(out, cell)
         assert record["images"] == 64
+        assert record["peak_memory"] > 2**25
         assert len(record["x0_loss"]) == 3
         assert record["held_out"] == 32
         assert np.isfinite(record["x0_loss"]).all()
         model = load(str(out / "runs" / cell.run))
         assert record["parameters"] == sum(p.numel() for p in model.network().parameters())
+    assert finished(out, broken) is None
     assert "| HDiT |" in (out / "table.md").read_text()
+    assert "missing: Broken, seed 0: status 1" in (out / "table.md").read_text()
     text = (out / "index.html").read_text()
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/png;base64,") == 2, "one for each cell that is done"
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in text
 
 
-def test_script_does_not_run_a_finished_cell_again(done):
+def test_script_runs_what_is_not_finished_alone(done, monkeypatch, capsys):
     out, matrix = done
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    assert run(matrix, out).returncode == 0
+    started = []
+
+    def start(command, **_):
+        started.append(command[-1])
+        return subprocess.CompletedProcess(command, 1)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ablate_backbones.subprocess, "Popen", start)
+    monkeypatch.setattr(ablate_backbones, "wait", lambda process: process.returncode)
+    monkeypatch.setattr(sys, "argv", ["ablate_backbones.py", str(matrix), "--out", str(out)])
+    try:
+        assert ablate_backbones.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    *_, broken = read_matrix(matrix)[1]
+    assert started == [broken.slug]
+    assert "Broken, seed 0: to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
-
-
-def test_script_goes_on_after_a_cell_that_fails_and_names_it(tmp_path):
-    matrix = write(tmp_path / "m.toml")
-    text = matrix.read_text().replace(
-        "num_heads = 1 }", "num_heads = 1 }, training = { optimizer = { lr = 1e30 } }"
-    )
-    matrix.write_text(text)
-    result = run(matrix, tmp_path / "out")
-    assert result.returncode == 1
-    assert "failed" in result.stdout
-    dit, hdit = read_matrix(matrix)[1]
-    assert finished(tmp_path / "out", dit) is None
-    assert finished(tmp_path / "out", hdit) is not None
-    assert "missing: DiT, seed 0: status 1" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_loss_by_noise_level_is_that_of_the_definition(done):

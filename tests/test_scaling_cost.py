@@ -64,5 +64,6 @@ def test_report_has_savings_slopes_and_what_failed(monkeypatch, tmp_path):
     assert "| 128 | 512.0 | 896.0 | 42.9 % | 0.164 | 0.268 | 39.0 % | 0.50 | 0.50 |" in text
     assert "| 256 | 1,024.0 | 1,792.0 | 42.9 % | 0.655 |  |  | 0.50 |  |" in text
     assert "HDiT's seconds grow as pixels to the power 1.00" in text
+    assert "(least squares in the logarithms, 3 sizes), between the two largest sizes 1.00." in text
     assert "Not measured: DiT-B/4 at 256: status -9." in text
     assert "<svg" in (tmp_path / "scaling.svg").read_text()

@@ -285,7 +285,7 @@ class Trainer:
         return finished
 
     def _train(self, limit: float | None) -> bool:
-        """Steps until the end or an interrupt, which both leave a checkpoint. Returns which."""
+        """Steps to the end, an interrupt or the limit, and saves there. Returns if to the end."""
         t = self.config.training
         assert t.log_every is not None, "the config must be resolved"
         stream = Batches(
@@ -328,12 +328,12 @@ class Trainer:
                 if save:
                     paused = time.monotonic()
                     self._save(stream.state())
-                    if not stop:
+                    if not self.signalled:
                         self._sample_grid()
                     self.accelerator.wait_for_everyone()
                     started += time.monotonic() - paused
                 if last:
-                    return not stop
+                    return self.images >= t.images
 
     def _step(self, stream: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step -> (mean loss over the batch of this process, gradient norm)."""
@@ -476,7 +476,11 @@ class Trainer:
         if self.step % AGREE_EVERY:
             return False
         said = torch.tensor([self.signalled, self.is_time_up], dtype=torch.float)
-        signalled, is_time_up = self.accelerator.reduce(said.to(self.device), reduction="sum")
-        self.signalled |= bool(signalled)
-        self.is_time_up |= bool(is_time_up)
-        return self.signalled or self.is_time_up
+        sums = self.accelerator.reduce(said.to(self.device), reduction="sum").tolist()
+        signalled, is_time_up = (n > 0 for n in sums)
+        # What has come in since is told at the next question: here it would be told to this one.
+        if signalled:
+            self.signalled = True
+        if is_time_up:
+            self.is_time_up = True
+        return signalled or is_time_up

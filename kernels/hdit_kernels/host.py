@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
-import resource
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 
 STATUS = Path("/proc/self/status")  # Linux
@@ -40,6 +37,10 @@ def memory_in_use(device: torch.device) -> int:
     """Bytes now: of a GPU's tensors, or of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if size := _status("VmRSS"):
+        return size
+    import psutil  # which accelerate brings
+
     return psutil.Process().memory_info().rss
 
 
@@ -47,18 +48,28 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak so far: of a GPU's tensors, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():  # what getrusage says begins with the peak of the parent
-        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-        if found:
-            return int(found[1]) * 1024
+    if size := _status("VmHWM"):  # what getrusage says begins with the peak of the parent
+        return size
+    import resource
+
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Lets the peak begin at what is held now. Of a process only Linux can; elsewhere nothing."""
+def forget_peak_memory(device: torch.device) -> bool:
+    """Lets the peak begin at what is held now. Returns whether it did: of a process Linux can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
+        return True
+    try:
         STATUS.with_name("clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(key: str) -> int | None:
+    """Bytes, of a line of /proc/self/status, where there is one."""
+    text = STATUS.read_text() if STATUS.exists() else ""
+    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

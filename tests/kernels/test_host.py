@@ -2,9 +2,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
-from hdit_kernels.host import forget_peak_memory, memory_in_use, peak_memory
 
 PROGRAM = """
 import resource, sys, torch
@@ -33,12 +30,24 @@ def test_freed_memory_is_used_again_without_a_fault_for_each_page():
     assert page_faults("keep") < page_faults("default") / 10
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak stays")
+PEAK = """
+import torch
+from hdit_kernels.host import forget_peak_memory, memory_in_use, peak_memory
+cpu, large = torch.device("cpu"), 64 << 20
+known = forget_peak_memory(cpu)
+before = memory_in_use(cpu)
+torch.ones(large // 4)
+seen = peak_memory(cpu) - before
+forget_peak_memory(cpu)
+print(int(known), seen / large, (peak_memory(cpu) - memory_in_use(cpu)) / large)
+"""
+
+
 def test_peak_memory_is_seen_and_forgotten():
-    cpu, large = torch.device("cpu"), 64 << 20
-    forget_peak_memory(cpu)
-    before = memory_in_use(cpu)
-    torch.ones(large // 4)
-    assert peak_memory(cpu) - before > 0.9 * large
-    forget_peak_memory(cpu)
-    assert abs(peak_memory(cpu) - memory_in_use(cpu)) < 0.5 * large
+    done = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)
+    known, seen, kept = map(float, done.stdout.split())
+    assert seen > 0.9
+    if not known:
+        pytest.skip("this system cannot forget the peak of a process")
+    assert seen < 1.5
+    assert abs(kept) < 0.5

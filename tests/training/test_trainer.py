@@ -114,6 +114,33 @@ def test_interrupted_run_saves_a_checkpoint_and_resumes(tiny, tmp_path, number):
     assert found.state.images == metrics(run)[-1]["images"]
 
 
+def test_run_whose_time_is_up_leaves_a_checkpoint_and_a_grid(tiny, tmp_path, capfd):
+    trainer = Trainer(config.load(tiny), tmp_path / "run")
+    assert not trainer.fit(1e-9)
+    assert "time is up at 16 images; the same command resumes" in capfd.readouterr().err
+    assert checkpoint.find(tmp_path / "run", print).state.images == 16
+    assert trainer.run.grid(16).exists()
+    assert Trainer(config.load(tiny, ["training.images=32"]), tmp_path / "run").fit(1e-9)
+    assert "time is up" not in capfd.readouterr().err, "it was the end, too"
+
+
+def test_processes_agree_to_stop_though_a_signal_comes_while_they_ask(tiny, tmp_path, monkeypatch):
+    trainer = Trainer(config.load(tiny), tmp_path / "run")
+    trainer.layout = Layout(16, processes=2)
+    trainer.step = AGREE_EVERY
+
+    def reduce(said, reduction):
+        assert reduction == "sum"
+        answer = said.clone()
+        trainer.signalled = True  # as its handler does, after the others have got their answer
+        return answer
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    assert not trainer._agreed_to_stop()
+    assert trainer.signalled, "for the next time"
+    assert trainer._agreed_to_stop()
+
+
 def test_resumed_run_equals_the_uninterrupted_one_after_a_stop_in_between(tiny, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     Trainer(config.load(tiny), whole).fit()
