@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	@echo "The pictures: $(DEMO)/pictures/grid.png, and one PNG for each image beside it."
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-kernels: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]' setuptools wheel

@@ -22,7 +22,7 @@ from hdit import cli
 REPOSITORY = Path(__file__).parents[1]
 GUIDE = REPOSITORY / "docs" / "guide.md"
 FEW = {  # what makes a command of the guide one for a test
-    r"--minutes \d+": "--minutes 0.001",
+    r"--minutes [\d.]+": "--minutes 0.001",
     r"(hdit train.*)": r"\1 --set sampling.grid=0",
     r"unpack_fashion\.py \S+": "unpack_fashion.py idx",
     r"(train_classifier\.py.*)": r"\1 --epochs 1",
