@@ -3,7 +3,8 @@ import sys
 import pytest
 import torch
 
-from hdit import cli
+from hdit import cli, config
+from hdit.training.trainer import Trainer
 
 TINY = """
 [data]
@@ -49,6 +50,15 @@ def tiny(tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run of TINY, to read alone: a test that changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(TINY)
+    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
+    return folder / "run"
 
 
 @pytest.fixture

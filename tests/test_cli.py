@@ -4,21 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
 from PIL import Image
 
-from hdit import config, samples
+from hdit import samples
 from hdit.training.checkpoint import find
-from hdit.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of the tiny config, which every test gets a copy of."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(TINY)
-    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
-    return folder / "run"
 
 
 @pytest.fixture

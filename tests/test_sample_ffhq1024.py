@@ -5,22 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY
 from PIL import Image
 
-from hdit import config
 from hdit.interop import convert
 from hdit.protocols import UserError
-from hdit.training.trainer import Trainer
 from scripts import sample_ffhq1024
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(TINY)
-    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
-    return folder / "run"
 
 
 @pytest.fixture
@@ -58,13 +47,21 @@ def test_random_weights_are_the_whole_model_and_none_is_zero(monkeypatch, call):
     assert (made["000000.png"] != made["000001.png"]).any()
 
 
-def test_pictures_are_those_of_hdit_sample_in_any_batch(run, call, hdit, tmp_path):
+def test_pictures_are_those_of_hdit_sample_in_any_batch(trained, call, hdit, tmp_path):
     options = ("--seed", 5, "-n", 3, "--steps", 3)
-    out, _, err = call(run, *options, "--batch", 2)
+    out, _, err = call(trained, *options, "--batch", 2)
     assert "warning" not in err
     theirs = tmp_path / "theirs"
     status, _, err = hdit(
-        "sample", run, *options, "--sampler", "dpmpp_3m_sde", "--labels", "5,6,7", "--out", theirs
+        "sample",
+        trained,
+        *options,
+        "--sampler",
+        "dpmpp_3m_sde",
+        "--labels",
+        "5,6,7",
+        "--out",
+        theirs,
     )
     assert status == 0, err
     ours, theirs = pictures(out), pictures(theirs)
@@ -73,10 +70,10 @@ def test_pictures_are_those_of_hdit_sample_in_any_batch(run, call, hdit, tmp_pat
         assert abs(image.astype(int) - theirs[name]).max() <= 1
 
 
-def test_k_diffusions_weights_give_the_same_pictures(run, call, tmp_path):
-    convert(run, tmp_path / "theirs.safetensors", "k-diffusion")
+def test_k_diffusions_weights_give_the_same_pictures(trained, call, tmp_path):
+    convert(trained, tmp_path / "theirs.safetensors", "k-diffusion")
     options = ("-n", 2, "--steps", 2)
-    ours, _, _ = call(run, *options)
+    ours, _, _ = call(trained, *options)
     theirs, _, _ = call(tmp_path / "theirs.safetensors", *options, out=tmp_path / "other")
     ours, theirs = pictures(ours), pictures(theirs)
     assert len(ours) == 2
@@ -95,15 +92,15 @@ def test_k_diffusions_weights_give_the_same_pictures(run, call, tmp_path):
         (("no-such-run",), "no-such-run"),
     ],
 )
-def test_what_cannot_be_is_refused_with_nothing_written(run, call, tmp_path, arguments, message):
+def test_what_cannot_be_is_refused_and_leaves_nothing(trained, call, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        call(*[run if argument == "RUN" else argument for argument in arguments])
+        call(*[trained if argument == "RUN" else argument for argument in arguments])
     assert not (tmp_path / "pictures").exists()
 
 
-def test_folder_with_something_in_it_is_left_alone(run, call, tmp_path):
+def test_folder_with_something_in_it_is_left_alone(trained, call, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "000000.png").write_text("mine")
     with pytest.raises(UserError, match=r"pictures is there already"):
-        call(run)
+        call(trained)
     assert (tmp_path / "pictures" / "000000.png").read_text() == "mine"

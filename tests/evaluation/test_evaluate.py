@@ -7,14 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 
-from hdit import config
 from hdit.evaluation.comparison import compare
 from hdit.evaluation.features import Extractor
 from hdit.evaluation.images import open_set
-from hdit.training.trainer import Trainer
 from scripts import train_classifier
 
 CPU = torch.device("cpu")
@@ -34,14 +31,6 @@ def here(tmp_path, monkeypatch):
         np.savez(tmp_path / f"{name}.npz", arr_0=random.integers(0, top, (30, 8, 8, 3), np.uint8))
     yield tmp_path
     sys.modules.pop("mine", None)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(TINY)
-    assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
-    return folder / "run"
 
 
 MINE = ("--features", "mine:thumbnail", "--workers", 0)
@@ -79,12 +68,12 @@ def test_evaluate_prints_a_table(here, hdit):
     assert "A and B are the same images" in err
 
 
-def test_evaluate_of_a_run_is_that_of_its_samples(here, hdit, run):
+def test_evaluate_of_a_run_is_that_of_its_samples(here, hdit, trained):
     number = ("-n", 13, "--seed", 5, "--steps", 3, "--guidance", 2)
-    found, _ = card(hdit, run, run / "config.toml", *number)
-    status, _, err = hdit("sample", run, *number, "--out", here / "samples")
+    found, _ = card(hdit, trained, trained / "config.toml", *number)
+    status, _, err = hdit("sample", trained, *number, "--out", here / "samples")
     assert status == 0, err
-    again, _ = card(hdit, here / "samples", run / "config.toml")
+    again, _ = card(hdit, here / "samples", trained / "config.toml")
     assert found["a"]["pixels_sha256"] == again["a"]["pixels_sha256"]
     assert found["fid"] == pytest.approx(again["fid"], rel=1e-9)
     assert found["protocol"] == again["protocol"]
@@ -141,8 +130,8 @@ def test_pictures_may_be_of_many_sizes_where_they_are_resized(here):
     assert found.card["a"]["sizes"] == "3 sizes from 4 x 4 to 6 x 4"
 
 
-def test_evaluate_refuses_a_model_as_the_reference(here, hdit, run):
-    status, _, err = hdit("evaluate", "a.npz", run, *MINE)
+def test_evaluate_refuses_a_model_as_the_reference(here, hdit, trained):
+    status, _, err = hdit("evaluate", "a.npz", trained, *MINE)
     assert status == 1
     assert "is a model; the reference must be pictures" in err
 
@@ -155,8 +144,8 @@ def test_evaluate_refuses_a_model_as_the_reference(here, hdit, run):
         (("--set", "sampling.sampler.kind=dpm_adaptive", "--steps", 5), "chooses its steps"),
     ],
 )
-def test_evaluate_refuses_settings_that_are_not_of_its_sampling(here, hdit, run, arguments, words):
-    status, _, err = hdit("evaluate", run, "a.npz", *MINE, *arguments)
+def test_evaluate_refuses_settings_that_are_no_sampling(here, hdit, trained, arguments, words):
+    status, _, err = hdit("evaluate", trained, "a.npz", *MINE, *arguments)
     assert status == 1
     assert words in err
 
