@@ -46,6 +46,7 @@ from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream
+from hdit.device import precision_on
 from hdit.diffusion.denoiser import Denoiser
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
@@ -55,6 +56,7 @@ from hdit.protocols import Cond, NormalNoise, Signal, Space, Spec, UserError
 from hdit.report.grid import to_png
 from hdit.sampling import check_guidance, make_denoiser, sample
 from hdit.training.checkpoint import write_atomically
+from hdit.training.objective import settled
 from hdit.training.run_folder import read_metrics
 from hdit.training.trainer import Trainer
 
@@ -280,7 +282,8 @@ def _budgeted(raw: dict[str, Any], budget: Budget, name: str) -> RunConfig:
         images = math.ceil(1e9 * budget.gmacs / macs / config.training.batch_size)
         images *= config.training.batch_size
         config = parse(merge(raw, {"training": {"images": images}}), name)
-    return config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return settled(config, device)
 
 
 ENDLESS = 10**12
@@ -349,7 +352,8 @@ def measure(model: Model, measures: Measures) -> dict[str, Any]:
     held_out = open_held_out(config, measures)
     space = config.space.open(device)
     network = model.network().to(device)
-    denoiser = make_denoiser(network, config, signal)
+    precision = precision_on(device, config.training.precision)
+    denoiser = make_denoiser(network, config, signal, precision)
     edges = np.geomspace(measures.sigma_min, measures.sigma_max, measures.bins + 1)
     losses, count = x0_losses(denoiser, space, held_out, signal, measures, edges, device)
     result: dict[str, Any] = {

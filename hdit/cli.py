@@ -330,7 +330,7 @@ def _sampled(
     }
     config = sampling_config(found, source, options, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Sampled(found, config, number, seed, raw, device)
+    return Sampled(found, config, number, seed, raw, device, _warn)
 
 
 @app.command()
@@ -515,11 +515,13 @@ def info(
 
 
 def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
+    import torch
     from rich.table import Table
 
+    from hdit.device import autocast_dtype, precision_on
     from hdit.models.memory import training_memory
-    from hdit.sampling import AUTOCAST
 
+    precision = precision_on(torch.device("cpu"), settings.training.precision)
     plain, checkpointed = (
         training_memory(
             settings.model,
@@ -527,12 +529,12 @@ def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
             images,
             out_channels=settings.output_channels(signal),
             checkpointing=checkpointing,
-            autocast=AUTOCAST[settings.training.precision],
+            autocast=autocast_dtype(precision),
         )
         for checkpointing in (False, True)
     )
     table = Table(
-        title=f"memory of a step with {images} images in {settings.training.precision}",
+        title=f"memory of a step with {images} images in {precision}",
         caption="GiB of tensors, by a CPU's kernels; the optimizer's temporaries and the "
         "allocator's reserve come on top",
     )

@@ -52,6 +52,8 @@ class DiffusionSpec(Spec):
     learned_variance: bool = Field(False, description="of the reverse process, as in iDDPM")
 
 
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Compile = Literal["auto", True, False]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,9 +88,11 @@ class TrainingSpec(Spec):
     accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
     seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast")
-    compile: bool = Field(
-        False, description="torch.compile each block, in place: a slow first step, then faster ones"
+    precision: Precision = Field(
+        "auto", description="bf16 if the hardware multiplies it, else fp32; what it was at first"
+    )
+    compile: Compile = Field(
+        "auto", description="torch.compile each block, in place; on CUDA, in a run long enough"
     )
     gradient_checkpointing: bool = Field(
         False, description="keep no activations within a block: less memory, a third more work"
@@ -130,9 +134,13 @@ class SamplingSpec(Spec):
     sigma_min: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 0.01")
     sigma_max: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 160")
     guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
-    precision: Literal["fp32", "bf16"] | None = Field(None, description="training's if absent")
+    precision: Precision = Field(
+        "auto", description="training's if the hardware multiplies that, else fp32"
+    )
     batch_size: int = Field(64, gt=0, description="images that are sampled at once")
-    compile: bool = Field(False, description="torch.compile each block for `hdit sample`")
+    compile: Compile = Field(
+        "auto", description="torch.compile each block; on CUDA, for images enough"
+    )
     grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
 
 

@@ -28,7 +28,7 @@ from rich.text import Text
 from torch import Tensor
 
 import hdit
-from hdit.sampling import AUTOCAST
+from hdit.device import PRECISIONS
 from hdit_kernels import BACKENDS, native, neighborhood_attention, select_backend
 from hdit_kernels.neighborhood import Problem
 
@@ -532,7 +532,7 @@ def _machine_table(report: Report) -> Table:
     table = Table(
         title="machine",
         show_header=False,
-        caption=f"training.precision takes {' and '.join(AUTOCAST)}",
+        caption=f"training.precision takes {', '.join(PRECISIONS)} or auto",
     )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -18,7 +18,7 @@ from hdit.config import ConfigError, RunConfig, apply, parse
 from hdit.models import DiT, HDiT
 from hdit.protocols import NULL_LABEL, UserError
 from hdit.report.grid import save_grid, save_png
-from hdit.sampling import WeakModel, check_guidance, sample
+from hdit.sampling import WeakModel, check_guidance, sample, settled
 from hdit.training.checkpoint import Checkpoint, Export, find, write_atomically
 from hdit_kernels.host import keep_freed_memory
 
@@ -133,6 +133,8 @@ def write_samples(
     """
     keep_freed_memory()
     check_guidance(config, found.state.signal)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settled(config, device, len(seeds), lambda text: _warn(console, text))
     spec = config.sampling
     weights = found.weights(raw)
     if out is None:
@@ -144,7 +146,6 @@ def write_samples(
         raise UserError(f"--out: {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     space = config.space.open(device)
     if found.state.space and space.identity != found.state.space:
         raise UserError(
@@ -202,6 +203,10 @@ def write_samples(
         f"{len(seeds)} images of {round(evaluations / len(seeds))} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
     )
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _known(labels: list[int] | None, number: int) -> list[int | None]:

@@ -12,18 +12,26 @@ from torch import Tensor, nn
 
 from hdit import randomness
 from hdit.config import RunConfig
+from hdit.device import (
+    Precision,
+    autocast_dtype,
+    float32_products,
+    multiplies_bf16,
+    multiplies_tf32,
+    precision_on,
+    to_device,
+)
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
+from hdit.nn.compiling import compiles
 from hdit.protocols import Backbone, Cond, Signal, Space, UserError
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def make_denoiser(
-    backbone: Backbone, config: RunConfig, signal: Signal, precision: str | None = None
+    backbone: Backbone, config: RunConfig, signal: Signal, precision: Precision = "fp32"
 ) -> Denoiser:
-    """The denoiser that a config makes of a backbone; in the precision of training if not told."""
+    """The denoiser that a config makes of a backbone."""
     d = config.diffusion
     assert d.noise_label is not None, "the config must be resolved"
     return Denoiser(
@@ -33,8 +41,31 @@ def make_denoiser(
         signal.sigma_data,
         table=d.schedule,
         learned_variance=d.learned_variance,
-        autocast=AUTOCAST[precision or config.training.precision],
+        autocast=autocast_dtype(precision),
     )
+
+
+def settled(
+    config: RunConfig, device: torch.device, images: int, warn: Callable[[str], None]
+) -> RunConfig:
+    """With what "auto" comes to in [sampling], for so many images on this device.
+
+    The precision is that of training where the hardware multiplies it, and else fp32. Raises
+    UserError for one that is asked for by name where the device lacks it.
+    """
+    spec = config.sampling
+    asked: str = spec.precision
+    if asked == "auto":
+        asked = config.training.precision
+        if (asked == "bf16" and not multiplies_bf16(device)) or (
+            asked == "tf32" and not multiplies_tf32(device)
+        ):
+            asked = "fp32"
+    update = {
+        "precision": precision_on(device, asked, "sampling.precision", warn),
+        "compile": compiles(spec.compile, device, calls=-(-images // spec.batch_size) * spec.steps),
+    }
+    return config.model_copy(update={"sampling": spec.model_copy(update=update)})
 
 
 def check_guidance(config: RunConfig, signal: Signal) -> None:
@@ -96,13 +127,14 @@ def sample(
     and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
     is called after each step of each batch; `space` is config's, opened, if it is at hand.
     """
-    spec, guidance = config.sampling, config.sampling.guidance
+    spec = settled(config, device, len(seeds), warn=lambda text: None).sampling
+    guidance, precision = spec.guidance, precision_on(device, spec.precision)
     space = space or config.space.open(device)
     networks = [_Counted(backbone)]
-    denoiser = make_denoiser(networks[0], config, signal, spec.precision)
+    denoiser = make_denoiser(networks[0], config, signal, precision)
     if weak:
         networks.append(_Counted(weak.backbone.eval()))
-        weak_denoiser = make_denoiser(networks[1], weak.config, signal, spec.precision)
+        weak_denoiser = make_denoiser(networks[1], weak.config, signal, precision)
     sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
     options = guidance.model_dump(exclude={"scale", "batched"})
     options["batching"] = Batching(guidance.batched)
@@ -116,7 +148,7 @@ def sample(
             streams = randomness.streams(i, purpose, counters, device)
             return randomness.normal(streams, signal.shape)
 
-        cond = Cond(None if labels is None else torch.tensor(labels, device=device))
+        cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
         denoise = denoiser.bind(cond)
         if weak:
             denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale, **options)
@@ -135,4 +167,6 @@ def sample(
     backbone.eval()
     for first in range(0, len(seeds), spec.batch_size):
         part = slice(first, first + spec.batch_size)
-        yield batch(seeds[part], None if labels is None else labels[part])
+        with float32_products(precision):
+            samples = batch(seeds[part], None if labels is None else labels[part])
+        yield samples

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hdit.data import DataSpec
+from hdit.device import PRECISIONS, float32_products, precision_on
 from hdit.explain import explain
 from hdit.interop.files import whole
 from hdit.protocols import Spec, UserError
@@ -287,13 +288,20 @@ def check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> Table:
     """Writes the folder, whole or not at all -> what there is to tell."""
     check(arguments)
+    arguments.precision = precision_on(
+        torch.device(arguments.device),
+        arguments.precision,
+        "--precision",
+        lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
     keep_freed_memory()
     torch.manual_seed(arguments.seed)
     with whole(arguments.out) as folder:
         folder.mkdir()  # before the training, to fail where nothing can be written
         images, held_out, mirror = read(arguments)
         vae = build(arguments).to(arguments.device)
-        steps, seconds = train(vae, images, mirror, arguments)
+        with float32_products(arguments.precision):
+            steps, seconds = train(vae, images, mirror, arguments)
         vae.eval()
         held_out = spread(held_out, MEASURED)
         figures, made = measure(vae, images, held_out, arguments)
@@ -337,7 +345,12 @@ def main() -> None:
         help="weight of the KL against the summed error of an image",
     )
     add("--images", type=int, default=20_000, help="read at most so many, evenly spread")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 is autocast")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", *PRECISIONS],
+        help="bf16 if the hardware multiplies it, else fp32 [auto]",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     arguments = parser.parse_args()

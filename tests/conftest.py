@@ -31,6 +31,7 @@ images = 96
 checkpoint_every = 32
 batch_size = 16
 log_every = 16
+precision = "fp32"
 
 [sampling]
 steps = 2

@@ -7,6 +7,8 @@ it learns from all of that, and samples what nothing was done to. The choices ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import Tensor
 
 from hdit import randomness
+from hdit.device import to_device
 from hdit.protocols import Spec
 
 
@@ -28,14 +31,20 @@ class Augmentation(Spec):
         0.0, ge=0, le=1, description="of each change to an image; 0 is no augmentation"
     )
 
-    def __call__(self, images: Tensor, seed: int, counters: np.ndarray) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, seed: int, counters: np.ndarray, compiled: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Images as of `warp` and their counters (b,) -> the same, augmented, and Cond.aug (b 9).
 
-        What is done to an image follows from seed and its counter alone.
+        What is done to an image follows from seed and its counter alone. With `compiled` torch
+        makes one kernel of the warp, for each shape.
         """
         a = draw(seed, counters, self.probability)
         matrices, conditions = transform(a, *images.shape[-2:])
-        return warp(images, matrices), conditions.float().to(images.device)
+        both = torch.cat([_inverse(matrices).flatten(1), conditions.float()], dim=1)
+        inverse, conditions = to_device(both, images.device).split([9, 9], dim=1)
+        move = _compiled_resample() if compiled else resample
+        return move(images, inverse.unflatten(1, (3, 3))), conditions
 
 
 def _of_number(setting: Any) -> Any:
@@ -152,10 +161,20 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     outermost pixels; nothing is smoothed where the image shrinks. All as scikit-image's warp of
     order 3 with mode "reflect". The identity leaves an image as it was, bit for bit.
     """
+    return resample(images, to_device(_inverse(matrices), images.device))
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """(b 3 3) -> (b 3 3) float32: where each place of the result comes from."""
+    return torch.linalg.inv(matrices).float()
+
+
+def resample(images: Tensor, inverse: Tensor) -> Tensor:
+    """`warp` by the inverses (b 3 3) float32 of its matrices, on the images' device."""
     h, w = images.shape[-2:]
     pixels = (images if images.is_floating_point() else images / 255).float()
     pixels = pixels.flatten(2)  # (b c hw)
-    m = torch.linalg.inv(matrices).float().to(images.device)[..., None, None]  # (b 3 3 1 1)
+    m = inverse[..., None, None]  # (b 3 3 1 1)
     x = torch.arange(w, dtype=torch.float32, device=images.device)  # (w)
     y = torch.arange(h, dtype=torch.float32, device=images.device)[:, None]  # (h 1)
     source_x, source_y = (
@@ -169,6 +188,11 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
             tap = pixels.gather(2, index[:, None].expand_as(pixels))  # (b c hw)
             warped.addcmul_(tap, weight[:, None])
     return warped.unflatten(2, (h, w))
+
+
+@lru_cache(maxsize=1)
+def _compiled_resample() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(resample, fullgraph=True, dynamic=False)
 
 
 def _taps(position: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from hdit.data.pictures import MAX_PIXELS, open_picture
 from hdit.data.source import DataError, Source, Stream
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.protocols import UserError
-from hdit.sampling import check_guidance, sample
+from hdit.sampling import check_guidance, sample, settled
 from hdit.training.checkpoint import MANIFEST, Checkpoint, is_export
 
 Prepare = Callable[[Tensor], Tensor] | None
@@ -270,10 +270,12 @@ class Sampled:
         seed: int,
         raw: bool,
         device: torch.device,
+        warn: Callable[[str], None],
     ):
         """`config` is the model's, with the sampling that is wanted. Raises UserError."""
         signal, classes = found.state.signal, found.state.classes
         check_guidance(config, signal)
+        config = settled(config, device, n, warn)
         self.config, self.signal, self.device, weights = config, signal, device, found.weights(raw)
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None

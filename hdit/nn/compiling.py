@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
+import torch
 from torch import nn
 
 RECOMPILE_LIMIT = 64
 """Graphs of all blocks together: a level at a resolution takes one to sample, one to train and one
 to evaluate in training. torch's own limit, 8, would end training at the third resolution."""
+
+ENOUGH_CALLS = 1000
+"""Calls of a network that repay its compilation on CUDA. It takes a minute or two, and is repaid if
+a call gains a tenth of a second. Nothing of this has been measured on a GPU yet."""
+
+
+def compiles(setting: Literal["auto"] | bool, device: torch.device, calls: int) -> bool:
+    """What a setting comes to for so many calls of the network in all.
+
+    "auto" is a function of device and calls alone, never a timing, so that a rerun does the same.
+    On a CPU it is off: there the elementwise parts of a block are fused already.
+    """
+    if setting == "auto":
+        return device.type == "cuda" and calls >= ENOUGH_CALLS
+    return setting
 
 
 def compile_in_place(blocks: Iterable[nn.Module]) -> None:

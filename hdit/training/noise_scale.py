@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 BETA = 0.9998  # of the running averages
 TINY = 1e-8
 
@@ -12,16 +14,20 @@ TINY = 1e-8
 class GradientNoiseScale:
     """Running averages of |G|^2 and of the trace of a gradient's covariance, from two batch sizes.
 
-    The averages begin at 0; `unbiased` takes that out.
+    The averages begin at 0; `unbiased` takes that out. Updated with tensors, they are tensors () on
+    their device, float64 where it has that, until `unbiased`, `scale` or `state` is asked for.
     """
 
-    square: float = 0.0
-    variance: float = 0.0
+    square: float | Tensor = 0.0
+    variance: float | Tensor = 0.0
     updates: int = 0
     beta: float = BETA
 
-    def update(self, small_square: float, square: float, small: int, batch: int) -> None:
+    def update(
+        self, small_square: float | Tensor, square: float | Tensor, small: int, batch: int
+    ) -> None:
         """The squared norms of the gradient of `small` images and of all `batch`."""
+        small_square, square = _widened(small_square), _widened(square)
         self.square += (1 - self.beta) * (
             (batch * square - small * small_square) / (batch - small) - self.square
         )
@@ -39,4 +45,15 @@ class GradientNoiseScale:
     def unbiased(self) -> tuple[float, float]:
         """(|G|^2, variance), with the averages' start at 0 taken out."""
         seen = 1 - self.beta**self.updates
-        return self.square / seen, self.variance / seen
+        return float(self.square) / seen, float(self.variance) / seen
+
+    def state(self) -> tuple[float, float, int]:
+        """What a checkpoint keeps, and the constructor takes."""
+        return float(self.square), float(self.variance), self.updates
+
+
+def _widened(number: float | Tensor) -> float | Tensor:
+    """In float64, which the averages need: they move by 1/5000 of what is new."""
+    if not isinstance(number, Tensor):
+        return number
+    return number.double() if number.device.type != "mps" else number.cpu().double()

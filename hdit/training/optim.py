@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hdit.config import EMASpec, OptimizerSpec
 from hdit.models import DiT, HDiT
@@ -20,9 +19,16 @@ def parameter_groups(backbone: HDiT | DiT) -> dict[Group, list[str]]:
     return groups
 
 
-def adamw(backbone: HDiT | DiT, spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) over the backbone's groups."""
+def adamw(
+    backbone: HDiT | DiT, spec: OptimizerSpec, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) over the backbone's groups.
+
+    `fused` takes torch's one kernel for all that a step does; on CUDA it is the default.
+    """
     parameters = dict(backbone.named_parameters())
+    if fused is None:
+        fused = all(p.device.type == "cuda" for p in parameters.values())
     return torch.optim.AdamW(
         [
             {
@@ -35,6 +41,7 @@ def adamw(backbone: HDiT | DiT, spec: OptimizerSpec) -> torch.optim.AdamW:
         lr=spec.lr,
         betas=spec.betas,
         eps=spec.eps,
+        fused=fused or None,  # False would choose the loop over parameters, None may do better
     )
 
 
@@ -58,12 +65,14 @@ def load_optimizer_tensors(
 ) -> None:
     """Puts back what `optimizer_tensors` gave; lr and the like stay as they were constructed."""
     parameters = dict(backbone.named_parameters())
+    fused = {p: bool(g["fused"]) for g in optimizer.param_groups for p in g["params"]}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         parameter = parameters[name]
-        # AdamW keeps its step counters on the CPU, and its moments with the parameter. A copy, for
-        # the tensors of a file are a view of it.
-        device = value.device if kind == "step" else parameter.device
+        # The moments lie with the parameter, and so does the step counter of a fused optimizer;
+        # any other counts on the CPU. A copy, for the tensors of a file are a view of it.
+        on_cpu = kind == "step" and not fused[parameter]
+        device = torch.device("cpu") if on_cpu else parameter.device
         optimizer.state[parameter][kind] = value.to(device, copy=True)
 
 
@@ -74,8 +83,10 @@ def ema_decay(step: int, spec: EMASpec) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves each parameter of `ema` to `model` by 1 - decay, and copies the buffers."""
-    average = get_ema_multi_avg_fn(decay)
-    average(list(ema.parameters()), list(model.parameters()), None)
-    for old, new in zip(ema.buffers(), model.buffers(), strict=True):
-        old.copy_(new)
+    """Moves each parameter of `ema` to `model` by 1 - decay, and copies the buffers.
+
+    Each in one call over all tensors, which on CUDA is a few kernels for the whole model.
+    """
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    if buffers := list(ema.buffers()):
+        torch._foreach_copy_(buffers, list(model.buffers()))

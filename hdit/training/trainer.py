@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -15,22 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
-from hdit import models, randomness
+from hdit import models
 from hdit.config import RunConfig, differences
 from hdit.data.batches import Batch, Batches, Layout
-from hdit.data.latents import Latents, choose
+from hdit.data.latents import Latents
 from hdit.data.source import Skipped, first, size_of
-from hdit.diffusion.noise import stratify
+from hdit.device import float32_products, precision_on
 from hdit.encode import open_source, origin_of
-from hdit.protocols import Cond, NormalNoise, Space, UserError
+from hdit.nn.compiling import compiles
+from hdit.protocols import Space, UserError
 from hdit.report.grid import save_grid
-from hdit.sampling import check_guidance, make_denoiser, sample
+from hdit.sampling import check_guidance, sample
 from hdit.training import checkpoint
 from hdit.training.checkpoint import CheckpointError, State
 from hdit.training.noise_scale import GradientNoiseScale
+from hdit.training.objective import Objective, settled
 from hdit.training.optim import (
     adamw,
     ema_decay,
@@ -84,6 +86,8 @@ class Trainer:
         )
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
+        # What processes agree on lies on the CPU: to ask a GPU, the host would wait for its steps.
+        self.hosts = dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         t = config.training
         self.layout = Layout(
             t.batch_size,
@@ -103,6 +107,11 @@ class Trainer:
         if config.sampling.grid:
             check_guidance(config, self.signal)
         found = checkpoint.newest(self.run.checkpoints, self._warn)
+        if found and t.precision == "auto":  # a run keeps what it became at first
+            t = t.model_copy(update={"precision": found.config.training.precision})
+            config = config.model_copy(update={"training": t})
+        self.config = config = settled(config, self.device, self._warn)
+        t = config.training
         if found:
             self._refuse_another_model(found)
 
@@ -112,7 +121,8 @@ class Trainer:
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         if t.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
-        if t.compile:
+        self.compiled = compiles(t.compile, self.device, calls=t.images // t.batch_size)
+        if self.compiled:
             self.backbone.compile_blocks()
         self.optimizer = adamw(self.backbone, t.optimizer)
         self.images, self.step = 0, 0
@@ -122,7 +132,15 @@ class Trainer:
         if found:
             self._restore(found)
         self.network = self.accelerator.prepare_model(self.backbone)
-        self.denoiser = make_denoiser(self.network, config, self.signal)
+        self.objective = Objective(
+            self.network,
+            config,
+            self.signal,
+            self.space,
+            self.device,
+            stored=isinstance(self.source, Latents),
+            compiled=self.compiled,
+        )
         self.skipped: dict[str, Skipped] = {}
         self.signalled = False
         self.waited = 0.0  # seconds for data, since the last line of metrics
@@ -154,6 +172,7 @@ class Trainer:
             f"{images}{classes}, {shape}; "
             f"{self.config.model.kind} of {parameters:,} parameters; "
             f"{self.device.type}{processes}, {self.config.training.precision}"
+            f"{', compiled' if self.compiled else ''}"
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -217,7 +236,7 @@ class Trainer:
             size_of(self.source),
             self.signal,
             tuple(self.source.classes),
-            (scale.square, scale.variance, scale.updates),
+            scale.state(),
             self.space.identity,
             stream,
         )
@@ -273,7 +292,12 @@ class Trainer:
                 "raise training.images to go on"
             )
             return True
-        with self.run.locked() if self.main else nullcontext(), self._watching_signals():
+        precision = precision_on(self.device, self.config.training.precision)
+        with (
+            self.run.locked() if self.main else nullcontext(),
+            self._watching_signals(),
+            float32_products(precision),
+        ):
             if self.main:
                 self.run.prepare(self.config, self.images, self.source.classes)
             if self.images:
@@ -346,7 +370,8 @@ class Trainer:
                 asked = time.monotonic()
                 batch = next(stream)
                 self.waited += time.monotonic() - asked
-                loss = self._loss(batch) / t.accumulate
+                self._name_skipped(batch.skipped)
+                loss = self.objective(batch).mean() / t.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
             if t.gradient_noise_scale and micro == 0:
@@ -354,61 +379,17 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.clip_grad_norm)
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
-            self.noise_scale.update(small, float(norm) ** 2, part, t.batch_size)
+            self.noise_scale.update(small, norm.square(), part, t.batch_size)
         set_learning_rate(self.optimizer, t.optimizer, self.step)
         self.optimizer.step()
         update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema))
         return total, norm
 
-    def _square_of_gradient(self) -> float:
-        """Squared norm of the gradient that each process has by itself, averaged over them."""
+    def _square_of_gradient(self) -> torch.Tensor:
+        """Squared norm () of the gradient that each process has by itself, averaged over them."""
         gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
         square = torch.nn.utils.get_total_norm(gradients).square()
-        return float(self.accelerator.reduce(square, reduction="mean"))
-
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Mean loss of a batch; every random choice is a function of seed and image counter."""
-        t, d, counters = self.config.training, self.config.diffusion, batch.counters
-        self._name_skipped(batch.skipped)
-        x0, aug = self._x0(batch)
-        noise = self._normal("noise", counters)(self.signal.shape)
-        rand = randomness.uniform(t.seed, "sigma", counters)
-        u = stratify(rand, torch.from_numpy(batch.position), t.batch_size)
-        sigma = d.density(u, self.signal, self.config.schedule).to(self.device, non_blocking=True)
-        cond = Cond(aug=aug)
-        if self.signal.num_classes:
-            dropped = randomness.uniform(t.seed, "label dropout", counters) < t.label_dropout
-            labels = Cond(batch.labels).drop(dropped).labels
-            assert labels is not None, "the model has classes"
-            cond = replace(cond, labels=labels.to(self.device, non_blocking=True))
-        # Dropout within the network draws from the global generator.
-        torch.manual_seed(int(randomness.bits(t.seed, "dropout", counters[:1])[0] >> np.uint64(1)))
-        return self.denoiser.loss(x0, noise, sigma, cond, d.weighting, d.loss_scales).mean()
-
-    def _x0(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the diffusion sees of a batch, and the parameters of its augmentation, if any."""
-        data, seed, counters = self.config.data, self.config.training.seed, batch.counters
-        images = batch.images.to(self.device, non_blocking=True)
-        mirrored = aug = None
-        if data.augment.probability:
-            images, aug = data.augment(images, seed, counters)
-            images = 255 * images  # as the space takes them
-        elif data.flip:
-            mirrored = randomness.uniform(seed, "flip", counters) < 0.5
-            mirrored = mirrored.to(self.device, non_blocking=True)
-        if isinstance(self.source, Latents):
-            stored = choose(images, mirrored)
-        else:
-            if mirrored is not None:
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            stored = self.space.encode(images)
-        return self.space.normalize(stored, self._normal("posterior", counters)), aug
-
-    def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
-        seed = self.config.training.seed
-        return lambda shape: randomness.normal(
-            randomness.streams(seed, purpose, counters, self.device), shape
-        )
+        return self.accelerator.reduce(square, reduction="mean")
 
     def _name_skipped(self, skipped: list[Skipped]) -> None:
         for file in skipped:
@@ -476,8 +457,8 @@ class Trainer:
         if self.step % AGREE_EVERY:
             return False
         said = torch.tensor([self.signalled, self.is_time_up], dtype=torch.float)
-        sums = self.accelerator.reduce(said.to(self.device), reduction="sum").tolist()
-        signalled, is_time_up = (n > 0 for n in sums)
+        dist.all_reduce(said, group=self.hosts)
+        signalled, is_time_up = (n > 0 for n in said.tolist())
         # What has come in since is told at the next question: here it would be told to this one.
         if signalled:
             self.signalled = True

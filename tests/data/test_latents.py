@@ -345,7 +345,7 @@ def test_augmented_pictures_are_augmented_before_they_are_encoded(live, tmp_path
     for augment in (0, 0.1):
         trainer = Trainer(parse(merge(raw, {"data": {"augment": augment}}), "it"), tmp_path)
         batch = next(Batches(trainer.source, seed=0, start=0, layout=Layout(64)))
-        seen.append(trainer._x0(batch))
+        seen.append(trainer.objective._x0(batch))
     (plain, none), (x0, aug) = seen
     assert none is None
     same = (aug[:, 1:] == 0).all(1)
@@ -364,7 +364,7 @@ def drawn(config: RunConfig, tmp_path, layout: Layout, n: int = 1, start: int = 
     trainer = Trainer(config, tmp_path / "unused")
     seed = config.training.seed
     parts = islice(Batches(trainer.source, seed=seed, start=start, layout=layout), n)
-    return torch.cat([trainer._x0(batch)[0] for batch in parts])
+    return torch.cat([trainer.objective._x0(batch)[0] for batch in parts])
 
 
 def test_posterior_is_drawn_afresh_in_each_epoch(live, tmp_path):

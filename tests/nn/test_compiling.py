@@ -1,13 +1,18 @@
 """Compiled blocks compute what plain ones do, in few graphs."""
 
 import warnings
+from functools import partialmethod
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from hdit import config
+from hdit.data import augmentation
 from hdit.models import DiTSpec, HDiTSpec, build
 from hdit.protocols import Cond, Signal
+from hdit.training.trainer import Trainer
 
 SIGNAL = Signal(3, 32, 32, 5, 0.5)
 SPECS = {
@@ -21,8 +26,20 @@ SPECS = {
         "levels": [{"depth": 2, "width": 32, "attention": {
             "kind": "shifted_window", "d_head": 16, "window_size": 4}}],
     }),
+    "hdit-none": HDiTSpec.model_validate({
+        "patch_size": 4, "feed_forward": "gelu", "levels": [
+            {"depth": 2, "width": 32, "attention": {"kind": "none"}},
+            {"depth": 1, "width": 32, "attention": {"kind": "global", "d_head": 16}}]}),
     "dit": DiTSpec(patch_size=4, depth=3, width=48, num_heads=3),
+    **{
+        f"dit-{kind}": DiTSpec.model_validate({
+            "patch_size": 4, "depth": 2, "width": 48, "num_heads": 3,
+            "conditioning": {"kind": kind}})
+        for kind in ("adaln", "in_context", "cross_attention")
+    },
 }  # fmt: skip
+KINDS = {"hdit": 2, "hdit-gate": 2, "hdit-none": 2}
+"""Graphs: one for each level, or for layers that shift their windows and that do not; DiT has 1."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +77,13 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def eagerly(module, compile_module, **options):
+    """As Module.compile, with the graphs run as they are: inductor takes ten seconds each."""
+    compile_module(module, backend="aot_eager", **options)
+
+
 def compile_eagerly(model, monkeypatch):
-    """As compile_blocks, with the graphs run as they are: inductor takes ten seconds each."""
-    compile_module = torch.nn.Module.compile
-
-    def compile_with_eager(module, **options):
-        compile_module(module, backend="aot_eager", **options)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_eager)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(eagerly, torch.nn.Module.compile))
     model.compile_blocks()
 
 
@@ -93,8 +109,7 @@ def test_steps_compile_nothing_more_and_layers_alike_share_a_graph(spec, monkeyp
     compile_eagerly(model, monkeypatch)
     step(model)
     first = graphs()
-    kinds = {"hdit": 2, "hdit-gate": 2, "dit": 1}[next(n for n, s in SPECS.items() if s is spec)]
-    assert first == kinds  # of levels, and of layers that shift their windows and that do not
+    assert first == KINDS.get(next(n for n, s in SPECS.items() if s is spec), 1)
     for seed in range(3):
         step(model, seed=seed)
         for parameter in model.parameters():  # as an optimizer does
@@ -122,3 +137,42 @@ def test_a_block_compiles_with_inductor_and_samples_in_inference_mode():
         expected = plain(x, c_noise, Cond(torch.tensor([1])))
         actual = compiled(x, c_noise, Cond(torch.tensor([1])))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_steps_of_training_compile_in_the_first_alone(spec, precision, tmp_path, monkeypatch):
+    """With augmentation, dropped labels and an accumulated batch, as a run has them."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(eagerly, torch.nn.Module.compile))
+    monkeypatch.setattr(augmentation, "_compiled_resample", lambda: augmentation.resample)
+    raw = {
+        "data": {"kind": "shapes", "size": 32, "augment": 0.5 if spec.kind == "hdit" else 0},
+        "model": spec.model_dump(mode="json", exclude_none=True),
+        "training": {
+            "images": 64, "checkpoint_every": 64, "batch_size": 8, "accumulate": 2,
+            "compile": True, "precision": precision, "gradient_noise_scale": True,
+        },
+        "sampling": {"grid": 0},
+    }  # fmt: skip
+    trainer = Trainer(config.parse(raw, "test"), tmp_path)
+    step, seen = trainer._step, []
+
+    def watched(stream):
+        with torch._dynamo.config.patch(error_on_recompile=bool(seen)):
+            result = step(stream)
+        seen.append(graphs())
+        return result
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    assert trainer.fit()
+    assert len(seen) == 8
+    assert set(seen) == {KINDS.get(next(n for n, s in SPECS.items() if s is spec), 1)}
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_warp_is_the_warp():
+    images = torch.randint(0, 256, (3, 1, 12, 10), dtype=torch.uint8)
+    setting = augmentation.Augmentation(probability=0.8)
+    plain, compiled = (setting(images, 0, np.arange(3), on) for on in (False, True))
+    torch.testing.assert_close(compiled[0], plain[0], atol=1e-5, rtol=0)  # sums of 16 products
+    assert torch.equal(compiled[1], plain[1])

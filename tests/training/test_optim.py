@@ -55,19 +55,56 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def test_optimizer_state_restored_by_name_continues_bitwise():
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_state_restored_by_name_continues_bitwise(fused):
     model = small_dit()
-    optimizer = adamw(model, OptimizerSpec(lr=0.1))
+    optimizer = adamw(model, OptimizerSpec(lr=0.1), fused)
     step(model, optimizer)
     twin = copy.deepcopy(model)
     tensors = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
     assert "exp_avg/blocks.0.mlp.fc1.weight" in tensors
-    restored = adamw(twin, OptimizerSpec(lr=0.1))
+    restored = adamw(twin, OptimizerSpec(lr=0.1), fused)
     load_optimizer_tensors(twin, restored, tensors)
     step(model, optimizer)
     step(twin, restored)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_and_plain_optimizers_read_each_other(fused):
+    """One step by either, then one by the other, is two steps of AdamW."""
+    spec = OptimizerSpec(lr=1e-3)
+    model, plain = small_dit(), small_dit()
+    first, both = adamw(model, spec, fused), adamw(plain, spec)
+    step(model, first)
+    second = adamw(model, spec, not fused)
+    load_optimizer_tensors(model, second, optimizer_tensors(model, first))
+    step(model, second)
+    for _ in range(2):
+        step(plain, both)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)  # one rounds in another order
+
+
+def test_step_counters_lie_where_the_optimizer_looks_for_them():
+    """A fused optimizer's with the parameters, any other's on the CPU: here meta is a GPU."""
+    model = small_dit()
+    optimizer = adamw(model, OptimizerSpec(), fused=True)
+    step(model, optimizer)
+    tensors = optimizer_tensors(model, optimizer)
+    on_device = small_dit().to("meta")
+    for fused in (True, False):
+        restored = adamw(on_device, OptimizerSpec(), fused=False)
+        for group in restored.param_groups:
+            group["fused"] = fused  # torch makes no fused optimizer of meta tensors
+        load_optimizer_tensors(on_device, restored, tensors)
+        devices = {kind: set() for kind in ("step", "exp_avg", "exp_avg_sq")}
+        for state in restored.state.values():
+            for kind, value in state.items():
+                devices[kind].add(value.device.type)
+        step_on = "meta" if fused else "cpu"
+        assert devices == {"step": {step_on}, "exp_avg": {"meta"}, "exp_avg_sq": {"meta"}}
 
 
 def test_adamw_decays_matrices_only_and_scales_the_learning_rate_of_a_group():
@@ -140,3 +177,15 @@ def test_noise_scale_is_that_of_gradients_of_known_noise():
         scale.update(*squares, 8, 32)
     # an average over 1,000 updates, each with a standard deviation near 7 for the variance of 450
     assert scale.scale == pytest.approx(9, rel=0.03)
+
+
+def test_noise_scale_of_tensors_stays_a_tensor_until_it_is_asked_for():
+    numbers, tensors = GradientNoiseScale(), GradientNoiseScale()
+    for i in range(200):
+        small, square = 2.0 + i / 7, 1.5 + i / 11
+        numbers.update(small, square, 8, 32)
+        squares = (torch.tensor(x, dtype=torch.float64) for x in (small, square))
+        tensors.update(*squares, 8, 32)
+    assert isinstance(tensors.square, torch.Tensor)
+    assert tensors.scale == pytest.approx(numbers.scale, rel=1e-12)
+    assert GradientNoiseScale(*tensors.state()).scale == tensors.scale

@@ -129,13 +129,10 @@ def test_processes_agree_to_stop_though_a_signal_comes_while_they_ask(tiny, tmp_
     trainer.layout = Layout(16, processes=2)
     trainer.step = AGREE_EVERY
 
-    def reduce(said, reduction):
-        assert reduction == "sum"
-        answer = said.clone()
+    def reduce(said, group):
         trainer.signalled = True  # as its handler does, after the others have got their answer
-        return answer
 
-    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     assert not trainer._agreed_to_stop()
     assert trainer.signalled, "for the next time"
     assert trainer._agreed_to_stop()
@@ -245,8 +242,8 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
         seen.append((x0, noise, sigma, cond))
         return torch.zeros(len(x0))
 
-    monkeypatch.setattr(trainer.denoiser, "loss", record)
-    trainer._loss(trainer_batch(trainer, Layout(1024)))
+    monkeypatch.setattr(trainer.objective.denoiser, "loss", record)
+    trainer.objective(trainer_batch(trainer, Layout(1024)))
     x0, noise, sigma, cond = seen[0]
     # 1,024 draws at rate 0.3 have a standard error of 0.014
     assert (cond.labels == -1).double().mean().item() == pytest.approx(0.3, abs=0.06)
@@ -264,15 +261,15 @@ def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch,
     trainer = Trainer(config.load(tiny, [f"data.augment={augment}"]), tmp_path)
     seen = []
     monkeypatch.setattr(
-        trainer.denoiser, "loss", lambda *a: seen.append(a[:4]) or torch.zeros(len(a[0]))
+        trainer.objective.denoiser, "loss", lambda *a: seen.append(a[:4]) or torch.zeros(len(a[0]))
     )
-    trainer._loss(trainer_batch(trainer, Layout(16)))
+    trainer.objective(trainer_batch(trainer, Layout(16)))
     parts = []
     for rank in (0, 1):
         stream = Batches(trainer.source, seed=0, start=0, layout=Layout(16, 2, 2, rank))
         parts += [next(stream), next(stream)]
     for part in parts:
-        trainer._loss(part)
+        trainer.objective(part)
     whole = seen[0]
     for part, (x0, noise, sigma, cond) in zip(parts, seen[1:], strict=True):
         index = torch.from_numpy(np.asarray(part.position))
@@ -294,9 +291,9 @@ def test_augmented_images_are_trained_with_their_conditions(tiny, tmp_path, monk
     for augment in (0, 0.2):
         trainer = Trainer(config.load(tiny, [f"data.augment={augment}"]), tmp_path / str(augment))
         monkeypatch.setattr(
-            trainer.denoiser, "loss", lambda *a: seen.append(a) or torch.zeros(len(a[0]))
+            trainer.objective.denoiser, "loss", lambda *a: seen.append(a) or torch.zeros(len(a[0]))
         )
-        trainer._loss(trainer_batch(trainer, Layout(64)))
+        trainer.objective(trainer_batch(trainer, Layout(64)))
     (plain, *_), (x0, _, _, cond, *_) = seen
     untouched = (cond.aug == 0).all(1)
     assert 0 < untouched.sum() < 64
@@ -343,7 +340,7 @@ def test_learned_variance_adds_bits_to_the_loss_that_move_it_alone(tiny, tmp_pat
     for variance in ("false", "true"):
         overrides = [LEARNED[0], f"diffusion.learned_variance={variance}"]
         trainer = Trainer(config.load(tiny, overrides), tmp_path)
-        loss = trainer._loss(trainer_batch(trainer, Layout(16)))
+        loss = trainer.objective(trainer_batch(trainer, Layout(16))).mean()
         loss.backward()
         losses.append(loss.item())
         gradients.append(trainer.backbone.patch_out.proj.weight.grad)
@@ -366,11 +363,11 @@ def test_loss_scales_reach_the_loss(tiny, tmp_path, scales):
     trainer = Trainer(config.load(tiny, [f"diffusion.loss_scales={scales}"]), tmp_path)
     plain = Trainer(config.load(tiny), tmp_path)
     batch = trainer_batch(trainer, Layout(16))
-    ratio = (trainer._loss(batch) / plain._loss(batch)).item()
+    ratio = (trainer.objective(batch).mean() / plain.objective(batch).mean()).item()
     assert (ratio == 1) if scales == 1 else (1.2 < ratio < 4)
     seen = []
-    trainer.denoiser.loss = lambda *a: seen.append(a[5]) or torch.zeros(16)
-    trainer._loss(batch)
+    trainer.objective.denoiser.loss = lambda *a: seen.append(a[5]) or torch.zeros(16)
+    trainer.objective(batch)
     assert seen == [scales]
 
 

@@ -1,0 +1,127 @@
+"""What a device multiplies in hardware, and so which precision "auto" takes on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hdit.protocols import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+"""fp32 is float32 throughout; tf32 rounds what float32 products multiply to 10 bits, on CUDA; bf16
+is autocast."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux
+X86_BF16 = ("amx_bf16", "avx512_bf16")  # as Linux and torch name them
+BF16_FLAGS = (*X86_BF16, "bf16")  # the last is what Linux calls it on Arm
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux tells of the last of the CPU's cores, by its names; nothing on other systems."""
+    try:
+        return dict(re.findall(r"^(.+?)\s*:\s*(.*)$", CPUINFO.read_text(), re.MULTILINE))
+    except OSError:
+        return {}
+
+
+def cpu_bf16() -> list[str] | None:
+    """The instructions of this CPU that multiply bfloat16, of BF16_FLAGS; None if nobody tells.
+
+    On other systems torch is asked, where it is new enough to answer, and of x86-64 alone: whether
+    it multiplies by Arm's instruction there is untested.
+    """
+    told = cpuinfo()
+    if flags := told.get("flags") or told.get("Features"):
+        return [name for name in BF16_FLAGS if name in flags.split()]
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = ask() if ask else {}
+    if X86_BF16[0] not in capabilities:
+        return None
+    return [name for name in X86_BF16 if capabilities[name]]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, rather than emulates it.
+
+    A CUDA device does from compute capability 8.0 on, and any that ROCm drives. A CPU does that has
+    AMX, AVX512-BF16, or Arm's bf16. Of other devices, MPS among them, nothing was tried: False.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(cpu_bf16())
+
+
+def auto_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """What the precision "auto" becomes on a device: bf16 if it multiplies that in hardware."""
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def multiplies_tf32(device: torch.device) -> bool:
+    """Whether the device multiplies TF32: CUDA devices do, from compute capability 8.0 on."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def precision_on(
+    device: torch.device,
+    asked: str,
+    key: str = "precision",
+    warn: Callable[[str], None] = lambda text: None,
+) -> Precision:
+    """What `asked`, a Precision or "auto", comes to on a device; messages name `key`.
+
+    Raises UserError for tf32 where the hardware lacks it. bf16 where it is emulated is a warning.
+    """
+    if asked == "auto":
+        return auto_precision(device)
+    if asked == "tf32":
+        if not multiplies_tf32(device):
+            raise UserError(
+                f"{key}: 'tf32' needs a CUDA device of compute capability 8.0 or more, and this "
+                f"runs on {device.type!r}; take 'auto' or 'fp32'"
+            )
+        return "tf32"
+    if asked == "bf16":
+        if not multiplies_bf16(device):
+            warn(
+                f"{key}: 'bf16' is emulated on this {device.type} device, which takes several "
+                "times as long as fp32; take 'auto' or 'fp32'"
+            )
+        return "bf16"
+    assert asked == "fp32", f"no precision: {asked!r}"
+    return "fp32"
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """What the network's call is autocast to, or None."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+@contextmanager
+def float32_products(precision: Precision) -> Iterator[None]:
+    """While it lasts, products of float32 matrices are TF32 with tf32, and exact otherwise.
+
+    The setting is torch's, of the whole process.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on the device; to CUDA by pinned memory, so that the host does not wait."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

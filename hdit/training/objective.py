@@ -1,0 +1,108 @@
+"""What training minimizes: a batch becomes one loss for each of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdit import randomness
+from hdit.config import RunConfig
+from hdit.data.batches import Batch
+from hdit.data.latents import choose
+from hdit.device import precision_on, to_device
+from hdit.diffusion.noise import stratify
+from hdit.protocols import Backbone, Cond, NormalNoise, Signal, Space
+from hdit.sampling import make_denoiser
+
+
+def settled(
+    config: RunConfig, device: torch.device, warn: Callable[[str], None] = lambda text: None
+) -> RunConfig:
+    """With the precision that "auto" comes to in [training] on this device.
+
+    Raises UserError for one that is asked for by name where the device lacks it.
+    """
+    t = config.training
+    precision = precision_on(device, t.precision, "training.precision", warn)
+    return config.model_copy(update={"training": t.model_copy(update={"precision": precision})})
+
+
+class Objective:
+    """Batch -> loss of each image (b,), differentiable in the network's parameters.
+
+    Every random choice is a function of the seed and the image's counter. Nothing in it makes the
+    host wait for a CUDA device: what the host decides goes there by pinned memory.
+    """
+
+    def __init__(
+        self,
+        network: Backbone,
+        config: RunConfig,
+        signal: Signal,
+        space: Space,
+        device: torch.device,
+        *,
+        stored: bool = False,
+        compiled: bool = False,
+    ):
+        """`stored` tells that batches hold a VAE's posteriors; `compiled`, to compile the warp."""
+        self.config, self.signal, self.space, self.device = config, signal, space, device
+        self.stored, self.compiled = stored, compiled
+        precision = precision_on(device, config.training.precision)
+        self.denoiser = make_denoiser(network, config, signal, precision)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        d, seed, counters = self.config.diffusion, self.config.training.seed, batch.counters
+        x0, aug = self._x0(batch)
+        noise = self._normal("noise", counters)(self.signal.shape)
+        # Dropout within the network draws from the global generator.
+        torch.manual_seed(int(randomness.bits(seed, "dropout", counters[:1])[0] >> np.uint64(1)))
+        return self.denoiser.loss(
+            x0, noise, self._sigma(batch), self._cond(batch, aug), d.weighting, d.loss_scales
+        )
+
+    def _x0(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the diffusion sees of a batch, and the parameters of its augmentation, if any."""
+        data, seed, counters = self.config.data, self.config.training.seed, batch.counters
+        images = to_device(batch.images, self.device)
+        mirrored = aug = None
+        if data.augment.probability:
+            images, aug = data.augment(images, seed, counters, self.compiled)
+            images = 255 * images  # as the space takes them
+        elif data.flip:
+            mirrored = to_device(randomness.uniform(seed, "flip", counters) < 0.5, self.device)
+        if self.stored:
+            stored = choose(images, mirrored)
+        else:
+            if mirrored is not None:
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            stored = self.space.encode(images)
+        return self.space.normalize(stored, self._normal("posterior", counters)), aug
+
+    def _sigma(self, batch: Batch) -> Tensor:
+        """Noise levels (b,) float64, one from each stratum of the whole batch."""
+        rand = randomness.uniform(self.config.training.seed, "sigma", batch.counters)
+        total = self.config.training.batch_size
+        u = stratify(rand, torch.from_numpy(batch.position), total)
+        sigma = self.config.diffusion.density(u, self.signal, self.config.schedule)
+        return to_device(sigma, self.device)
+
+    def _cond(self, batch: Batch, aug: Tensor | None) -> Cond:
+        cond = Cond(aug=aug)
+        if not self.signal.num_classes:
+            return cond
+        t = self.config.training
+        dropped = randomness.uniform(t.seed, "label dropout", batch.counters) < t.label_dropout
+        labels = Cond(batch.labels).drop(dropped).labels
+        assert labels is not None, "the model has classes"
+        return replace(cond, labels=to_device(labels, self.device))
+
+    def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
+        seed = self.config.training.seed
+        return lambda shape: randomness.normal(
+            randomness.streams(seed, purpose, counters, self.device), shape
+        )
