@@ -15,7 +15,7 @@ import hdit as hdit_package
 from hdit import doctor
 from hdit.device import auto_precision
 from hdit_kernels import BACKENDS, native, neighborhood, select_backend
-from hdit_kernels.neighborhood import Problem
+from hdit_kernels.neighborhood import AUTO, Choice, Problem
 
 ABSENT = "no C++ compiler found (c++, g++ or clang++); install one (Debian: apt install g++)"
 SMALL = (1, 8, 8, 1, 16), torch.float32, 3
@@ -157,7 +157,7 @@ def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monke
         attention=lambda q, k, v, kernel_size, scale: v,
     )
     monkeypatch.setitem(BACKENDS, "forwardonly", forward)
-    monkeypatch.setitem(neighborhood.AUTO, "cpu", ("forwardonly", "tile"))
+    monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("forwardonly", "tile")), *AUTO))
     status, out, err = hdit("doctor")
     assert status == 0, err
     assert max(map(len, out.splitlines())) <= 80
@@ -200,7 +200,7 @@ def test_doctor_shows_the_first_line_of_a_backend_that_raises(quick, hdit, monke
 
 def test_doctor_fails_where_what_auto_takes_fails(quick, hdit, monkeypatch):
     monkeypatch.setitem(BACKENDS, "unlucky", failing())
-    monkeypatch.setitem(neighborhood.AUTO, "cpu", ("unlucky",))
+    monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("unlucky",)), *AUTO))
     status, out, err = hdit("doctor")
     assert status == 1
     assert "hdit can train here" not in out
