@@ -16,7 +16,7 @@ BELOW = {
     "randomness": set(),
     "device": set(),
     "nn": {"hdit_kernels", "protocols"},
-    "models": {"nn", "protocols"},
+    "models": {"hdit_kernels", "nn", "protocols"},
     "diffusion": {"protocols"},
     "spaces": {"protocols"},
     "data": {"protocols", "randomness"},
