@@ -460,6 +460,13 @@ def info(
     classes: Annotated[
         int | None, typer.Option(min=0, help="Of the data.  [default: what the data has]")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda",
+            help="Of the memory; it need not be here.  [default: what a run here takes]",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes."""
@@ -471,7 +478,10 @@ def info(
     from hdit.data.source import DataError
     from hdit.models import DiTSpec
     from hdit.models.cost import cost
+    from hdit.protocols import UserError
 
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device: must be cpu or cuda, got {device!r}")
     settings = load(config, overrides or [])
     note = ""
     if classes is None:
@@ -509,19 +519,26 @@ def info(
         with_table = params + h * w * settings.model.width
         console.print(f"with DiT's fixed position table: {with_table:,} parameters")
     images = batch or settings.training.batch_size // settings.training.accumulate
-    console.print(_memory_table(settings, signal, images))
+    console.print(_memory_table(settings, signal, images, device))
     if note:
         console.print(note, highlight=False, markup=False)
 
 
-def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
+def _memory_table(settings: RunConfig, signal: Signal, images: int, device: str | None) -> Table:
+    """Of an eager step on the device, or if None on the one that a run here takes."""
     import torch
     from rich.table import Table
 
     from hdit.device import autocast_dtype, precision_on
     from hdit.models.memory import training_memory
+    from hdit_kernels import native
 
-    precision = precision_on(torch.device("cpu"), settings.training.precision)
+    cuda_here = torch.cuda.is_available()
+    device = device or ("cuda" if cuda_here else "cpu")
+    asked = settings.training.precision
+    if asked == "auto" and device == "cuda" and not cuda_here:
+        asked = "bf16"  # as devices from compute capability 8.0 on take it
+    precision = precision_on(torch.device(device), asked) if asked == "auto" else asked
     plain, checkpointed = (
         training_memory(
             settings.model,
@@ -530,13 +547,18 @@ def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
             out_channels=settings.output_channels(signal),
             checkpointing=checkpointing,
             autocast=autocast_dtype(precision),
+            device=device,
         )
         for checkpointing in (False, True)
     )
+    operators = "the C++ library's and torch's operators"
+    if device == "cuda" or native.unavailable():
+        operators = "torch's operators"
     table = Table(
-        title=f"memory of a step with {images} images in {precision}",
-        caption="GiB of tensors, by a CPU's kernels; the optimizer's temporaries and the "
-        "allocator's reserve come on top",
+        title=f"memory of a step with {images} images on {device} in {precision}",
+        caption=f"GiB of tensors in an eager step, by {operators};\ntorch.compile keeps less. "
+        "The kernels' own buffers, the allocator's\nreserve"
+        f"{', CUDA itself' if device == 'cuda' else ''} and images in the loader come on top",
     )
     table.add_column("")
     table.add_column("plain", justify="right")
@@ -551,6 +573,7 @@ def _memory_table(settings: RunConfig, signal: Signal, images: int) -> Table:
     for part in plain.activations:
         sizes = (m.activations.get(part, 0) for m in (plain, checkpointed))
         row(f"activations of {part}", *sizes)
+    row("temporaries of AdamW", plain.update, checkpointed.update)
     table.add_section()
     # A later part of a batch runs while the gradients of the earlier ones are there.
     kept = plain.gradients if settings.training.accumulate > 1 else 0

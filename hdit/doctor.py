@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import get_args
 
 import torch
 from rich.table import Table
@@ -28,13 +29,12 @@ from rich.text import Text
 from torch import Tensor
 
 import hdit
-from hdit.device import PRECISIONS
+from hdit.config import TrainingSpec
+from hdit.device import auto_precision, cpu_bf16, cpuinfo, multiplies_bf16
 from hdit_kernels import BACKENDS, native, neighborhood_attention, select_backend
 from hdit_kernels.neighborhood import Problem
 
-CPUINFO = Path("/proc/cpuinfo")
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # as Linux names them on x86-64, and on Arm
 RUNS = 5  # whose median is a time
 LONGEST = 1.0  # second, after which no further run begins
 LONGEST_LINE = 300  # characters of a reason; a compiler may say anything
@@ -81,7 +81,7 @@ class CPU:
     capability: str  # the vector instructions that torch uses
     cores: int  # that this process may run on
     threads: int  # that torch takes
-    bf16: list[str] | None  # instructions for bfloat16; None where the system does not tell
+    bf16: list[str] | None  # instructions for bfloat16; None where nobody tells
     memory_bytes: int | None
 
 
@@ -104,6 +104,7 @@ class Precision:
     device: str
     dtype: str
     trains: bool
+    auto: bool  # whether training.precision = "auto" takes it
     note: str | None  # why not, or how well
 
 
@@ -262,18 +263,13 @@ def _torch_build() -> str:
 
 
 def _cpu() -> CPU:
-    try:
-        told = dict(re.findall(r"^(.+?)\s*:\s*(.*)$", CPUINFO.read_text(), re.MULTILINE))
-    except OSError:  # not Linux
-        told = {}
-    flags = told.get("flags") or told.get("Features")
     affinity = getattr(os, "sched_getaffinity", None)
     return CPU(
-        name=told.get("model name") or platform.processor() or platform.machine(),
+        name=cpuinfo().get("model name") or platform.processor() or platform.machine(),
         capability=torch.backends.cpu.get_cpu_capability(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        bf16=None if flags is None else [name for name in BF16_FLAGS if name in flags.split()],
+        bf16=cpu_bf16(),
         memory_bytes=_memory_bytes(),
     )
 
@@ -321,20 +317,23 @@ def _why_no_cuda(warned: list[str]) -> str:
 
 
 def _precisions(device: torch.device, cpu: CPU) -> list[Precision]:
-    found = []
-    for name, check in (
-        ("fp32", lambda: _check_float32(device, tf32=False)),
-        ("tf32", lambda: _check_float32(device, tf32=True)),
-        ("bf16", lambda: _check_autocast(device, torch.bfloat16)),
-        ("fp16", lambda: _check_autocast(device, torch.float16)),
-    ):
+    checks = {
+        "fp32": lambda: _check_float32(device, tf32=False),
+        "tf32": lambda: _check_float32(device, tf32=True),
+        "bf16": lambda: _check_autocast(device, torch.bfloat16),
+        "fp16": lambda: _check_autocast(device, torch.float16),
+    }
+    if device.type != "cuda":
+        del checks["tf32"]  # NVIDIA's own: elsewhere it is no setting
+    auto, found = auto_precision(device), []
+    for name, check in checks.items():
         try:
             with _without_warnings():
                 problem = check()
         except Exception as error:
             problem = error_line(error)
         note = _bf16_speed(device, cpu) if name == "bf16" and problem is None else problem
-        found.append(Precision(str(device), name, problem is None, note))
+        found.append(Precision(str(device), name, problem is None, name == auto, note))
     return found
 
 
@@ -376,9 +375,7 @@ def _check_autocast(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _bf16_speed(device: torch.device, cpu: CPU) -> str | None:
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "in hardware" if fast else "emulated: the device has no bf16"
+        return "in hardware" if multiplies_bf16(device) else "emulated: the device has no bf16"
     if device.type != "cpu" or cpu.bf16 is None:
         return None
     return f"in hardware: {', '.join(cpu.bf16)}" if cpu.bf16 else "slow: not in hardware"
@@ -434,9 +431,8 @@ def attention_problem(device: torch.device) -> tuple[tuple[int, ...], torch.dtyp
     """The (b h w n e), dtype and kernel size that are timed: a fine level of an HDiT."""
     if device.type == "cpu":
         return (1, 64, 64, 2, 64), torch.float32, 7
-    with torch.cuda.device(device):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return (4, 128, 128, 2, 64), torch.bfloat16 if fast else torch.float32, 7
+    dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return (4, 128, 128, 2, 64), dtype, 7
 
 
 def _attention(
@@ -529,10 +525,11 @@ def tables(report: Report) -> Iterator[Table]:
 
 
 def _machine_table(report: Report) -> Table:
+    taken = get_args(TrainingSpec.model_fields["precision"].annotation)
     table = Table(
         title="machine",
         show_header=False,
-        caption=f"training.precision takes {', '.join(PRECISIONS)} or auto",
+        caption=f"training.precision takes {' or '.join(taken)}",
     )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -569,7 +566,7 @@ def _machine_table(report: Report) -> Table:
 
 
 def _precision(found: Precision) -> str:
-    text = f"{found.dtype} {'yes' if found.trains else 'no'}"
+    text = f"{found.dtype} {'yes' if found.trains else 'no'}{' (auto)' if found.auto else ''}"
     return f"{text}, {found.note}" if found.note else text
 
 

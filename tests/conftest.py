@@ -39,6 +39,14 @@ grid = 4
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Warnings are no errors where a GPU is: torch's compilers warn there of what nobody can mend,
+    such as that a card could multiply in TF32."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """On tensors as small as these, threads cost far more than they bring."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hdit import samples
@@ -399,16 +400,37 @@ def test_train_into_a_file_is_one_message(tiny, hdit, tmp_path):
 
 
 def test_info_predicts_the_memory_of_a_step(tiny, hdit):
-    status, out, _ = hdit("info", tiny, "--batch", 4)
+    status, out, _ = hdit("info", tiny, "--batch", 4, "--set", "training.precision=fp32")
     assert status == 0
-    assert "memory of a step with 4 images in fp32" in out
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"memory of a step with 4 images on {here} in fp32" in out
     for row in (
         "weights and EMA",
         "activations of level 0",
         "activations of level 1",
+        "temporaries of AdamW",
         "at the peak",
     ):
         assert row in out
+
+
+def test_info_predicts_the_memory_of_a_device_that_is_not_here(tiny, hdit):
+    peaks = {}
+    for device in ("cpu", "cuda"):
+        asked = ("--device", device, "--set", "training.precision=bf16")
+        status, out, _ = hdit("info", tiny, "--batch", 4, *asked)
+        assert status == 0
+        assert f"memory of a step with 4 images on {device} in bf16" in out
+        assert "in an eager step" in out
+        assert ("CUDA itself" in out) == (device == "cuda")
+        peaks[device] = next(line for line in out.splitlines() if "at the peak" in line)
+    assert peaks["cpu"] != peaks["cuda"]
+
+
+def test_info_refuses_a_device_of_which_it_knows_nothing(tiny, hdit):
+    status, _, err = hdit("info", tiny, "--device", "mps")
+    assert status == 1
+    assert err == "error: --device: must be cpu or cuda, got 'mps'\n"
 
 
 def test_info_of_a_dit_counts_its_position_table_apart(hdit):

@@ -1,139 +1,74 @@
-"""Which precision a device computes in, and what a run and its samples make of "auto"."""
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hdit import config, device, sampling
-from hdit.device import float32_products, precision_on, to_device
-from hdit.nn.compiling import ENOUGH_CALLS, compiles
-from hdit.protocols import UserError
-from hdit.sampling import settled
-from hdit.training import checkpoint
-from hdit.training.objective import settled as settled_training
-from hdit.training.trainer import Trainer
+from hdit import device
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 @pytest.fixture
-def hardware(monkeypatch):
-    """Sets what devices multiply, whatever this machine does."""
-
-    def multiplies(bf16: bool, tf32: bool = False) -> None:
-        for module in (device, sampling):
-            monkeypatch.setattr(module, "multiplies_bf16", lambda device: bf16)
-            monkeypatch.setattr(module, "multiplies_tf32", lambda device: tf32)
-
-    return multiplies
-
-
-@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_bf16_where_the_hardware_multiplies_it(hardware, bf16, expected):
-    hardware(bf16)
-    assert precision_on(CPU, "auto") == expected
-
-
-def test_bf16_by_name_is_kept_and_warned_of_where_it_is_emulated(hardware):
-    said = []
-    hardware(bf16=True)
-    assert precision_on(CPU, "bf16", "training.precision", said.append) == "bf16"
-    assert not said
-    hardware(bf16=False)
-    assert precision_on(CPU, "bf16", "training.precision", said.append) == "bf16"
-    [text] = said
-    assert "training.precision: 'bf16' is emulated on this cpu device" in text
-    assert "'auto' or 'fp32'" in text
-
-
-def test_tf32_is_refused_where_there_is_none(hardware):
-    hardware(bf16=True, tf32=False)
-    with pytest.raises(UserError, match=r"sampling\.precision: 'tf32' needs a CUDA device"):
-        precision_on(CPU, "tf32", "sampling.precision")
-    hardware(bf16=True, tf32=True)
-    assert precision_on(CUDA, "tf32") == "tf32"
-
-
-def test_products_are_tf32_within_tf32_alone():
-    before = torch.get_float32_matmul_precision()
-    with float32_products("tf32"):
-        assert torch.get_float32_matmul_precision() == "high"
-        with float32_products("fp32"):  # as a grid of samples within training
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+def elsewhere(monkeypatch, tmp_path):
+    """A system without /proc/cpuinfo, as macOS and Windows."""
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "absent")
+    return monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("training", "sampling", "bf16", "tf32", "expected"),
+    ("text", "wanted", "precision"),
     [
-        ("bf16", "auto", True, False, "bf16"),
-        ("bf16", "auto", False, False, "fp32"),  # trained on a GPU, sampled on an old CPU
-        ("fp32", "auto", True, True, "fp32"),  # whoever trained in float32 samples in it
-        ("tf32", "auto", True, True, "tf32"),
-        ("tf32", "auto", True, False, "fp32"),
-        ("auto", "auto", True, False, "bf16"),  # a converted model, which no run has settled
-        ("fp32", "bf16", True, False, "bf16"),
-        ("bf16", "fp32", True, False, "fp32"),
+        ("model name\t: A\nflags\t\t: fpu avx512_bf16 amx_bf16\n", ["amx", "avx512"], "bf16"),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", ["avx512"], "bf16"),
+        ("model name\t: B\nflags\t\t: fpu avx2 avx512f amx_tile\n", [], "fp32"),
+        ("Features\t: fp asimd bf16 i8mm\n", ["bf16"], "bf16"),
+        ("Features\t: fp asimd\n", [], "fp32"),
     ],
 )
-def test_samples_are_made_in_the_precision_of_training_where_it_is(
-    hardware, tiny, training, sampling, bf16, tf32, expected
+def test_cpu_multiplies_bf16_by_the_flags_that_linux_tells(
+    monkeypatch, tmp_path, text, wanted, precision
 ):
-    hardware(bf16, tf32)
-    overrides = [f"training.precision={training}", f"sampling.precision={sampling}"]
-    found = settled(config.load(tiny, overrides), CPU, 4, warn=pytest.fail)
-    assert found.sampling.precision == expected
-    again = settled(found, CPU, 4, warn=pytest.fail)
-    assert again == found
-
-
-def test_a_run_writes_what_auto_became_and_stays_with_it(tiny, tmp_path, hardware):
-    hardware(bf16=False)
-    auto = config.load(tiny, ["training.precision=auto", "sampling.grid=0"])
-    first = Trainer(auto.model_copy(update={"training": auto.training.model_copy(
-        update={"images": 16})}), tmp_path)  # fmt: skip
-    assert first.fit()
-    assert config.load(tmp_path / "config.toml").training.precision == "fp32"
-    assert checkpoint.find(tmp_path, print).config.training.precision == "fp32"
-    hardware(bf16=True)  # resumed on a newer machine
-    assert settled_training(auto, CPU).training.precision == "bf16"
-    resumed = Trainer(auto, tmp_path)
-    assert resumed.config.training.precision == "fp32"
-    assert resumed.fit()
-    assert checkpoint.find(tmp_path, print).config.training.precision == "fp32"
-
-
-def test_a_run_takes_another_precision_that_is_named_and_says_so(tiny, tmp_path, capfd, hardware):
-    hardware(bf16=True)
-    few = ["training.images=16", "sampling.grid=0"]
-    assert Trainer(config.load(tiny, few), tmp_path).fit()
-    Trainer(config.load(tiny, ["training.precision=bf16"]), tmp_path)
-    said = capfd.readouterr().err
-    assert "another setting: training.precision: 'fp32' in the run, 'bf16' now" in said
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    assert [name.split("_")[0] for name in device.cpu_bf16()] == wanted
+    assert device.auto_precision(CPU) == precision
 
 
 @pytest.mark.parametrize(
-    ("setting", "place", "calls", "expected"),
+    ("told", "wanted"),
     [
-        ("auto", CPU, 10**9, False),
-        ("auto", CUDA, ENOUGH_CALLS, True),
-        ("auto", CUDA, ENOUGH_CALLS - 1, False),
-        (True, CPU, 1, True),
-        (False, CUDA, 10**9, False),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, ["avx512_bf16"]),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, []),
+        ({"neon": True, "bf16": True}, None),
     ],
 )
-def test_auto_compiles_on_cuda_for_calls_enough(setting, place, calls, expected):
-    assert compiles(setting, place, calls) is expected
+def test_cpu_multiplies_bf16_by_what_torch_tells_elsewhere(elsewhere, told, wanted):
+    elsewhere.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert device.cpu_bf16() == wanted
+    assert device.multiplies_bf16(CPU) == bool(wanted)
 
 
-@pytest.mark.parametrize(("images", "expected"), [(64, False), (64 * 20, True)])
-def test_samples_compile_for_images_enough(tiny, images, expected):
-    """50 steps for each batch of 64."""
-    overrides = ["sampling.batch_size=64", "sampling.steps=50", "sampling.precision=fp32"]
-    found = settled(config.load(tiny, overrides), CUDA, images, warn=pytest.fail)
-    assert found.sampling.compile is expected
+def test_cpu_of_which_nobody_tells_takes_fp32(elsewhere):
+    elsewhere.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert device.cpu_bf16() is None
+    assert device.auto_precision(CPU) == "fp32"
 
 
-def test_to_device_leaves_a_tensor_of_the_cpu_where_it_is():
-    x = torch.arange(3)
-    assert to_device(x, CPU) is x
+@pytest.mark.parametrize(
+    ("major", "hip", "wanted"),
+    [(7, None, "fp32"), (8, None, "bf16"), (9, None, "bf16"), (9, "6.4", "bf16")],
+)
+def test_cuda_multiplies_bf16_from_capability_8_on(monkeypatch, major, hip, wanted):
+    """Capability 7 emulates it, which torch counts as support if not told otherwise."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    facts = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    assert device.auto_precision(CUDA) == wanted
+
+
+def test_an_untested_device_takes_fp32():
+    assert device.auto_precision(torch.device("mps")) == "fp32"

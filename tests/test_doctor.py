@@ -13,8 +13,9 @@ import torch
 
 import hdit as hdit_package
 from hdit import doctor
+from hdit.device import auto_precision
 from hdit_kernels import BACKENDS, native, neighborhood, select_backend
-from hdit_kernels.neighborhood import Problem
+from hdit_kernels.neighborhood import AUTO, Choice, Problem
 
 ABSENT = "no C++ compiler found (c++, g++ or clang++); install one (Debian: apt install g++)"
 SMALL = (1, 8, 8, 1, 16), torch.float32, 3
@@ -130,9 +131,11 @@ def test_doctor_compiles_or_says_why_not(report):
 
 def test_doctor_finds_precisions_by_trying(report):
     found = {p.dtype: p for p in report.precisions if p.device == "cpu"}
-    assert list(found) == ["fp32", "tf32", "bf16", "fp16"]
+    assert list(found) == ["fp32", "bf16", "fp16"], "tf32 is CUDA's"
     assert found["fp32"].trains
     assert found["bf16"].trains
+    (auto,) = [name for name, precision in found.items() if precision.auto]
+    assert auto == auto_precision(torch.device("cpu"))
     assert torch.get_float32_matmul_precision() == "highest", "tried, and put back"
 
 
@@ -141,22 +144,6 @@ def test_doctor_knows_a_precision_that_autocast_leaves_out():
     cpu = torch.device("cpu")
     with pytest.warns(UserWarning, match="autocast"):
         assert "torch.float32" in doctor._check_autocast(cpu, torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("model name\t: A\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16\n", ["amx", "avx512"]),
-        ("model name\t: B\nflags\t\t: fpu avx2\n", []),
-        ("Features\t: fp asimd bf16 i8mm\n", ["bf16"]),
-        ("nothing\n", None),
-    ],
-)
-def test_doctor_reads_whether_the_cpu_has_bf16(monkeypatch, tmp_path, text, wanted):
-    (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
-    found = doctor._cpu().bf16
-    assert (found if found is None else [name.split("_")[0] for name in found]) == wanted
 
 
 def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monkeypatch):
@@ -170,7 +157,7 @@ def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monke
         attention=lambda q, k, v, kernel_size, scale: v,
     )
     monkeypatch.setitem(BACKENDS, "forwardonly", forward)
-    monkeypatch.setitem(neighborhood.AUTO, "cpu", ("forwardonly", "tile"))
+    monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("forwardonly", "tile")), *AUTO))
     status, out, err = hdit("doctor")
     assert status == 0, err
     assert max(map(len, out.splitlines())) <= 80
@@ -183,7 +170,9 @@ def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monke
     assert found["forwardonly"][0] == "forwardonly (auto: sampling)"
     assert found["tile"][0] == "tile (auto: training)"
     assert "with backward" in found["reference"][2]
-    assert rows(out, "machine")["torch.compile"][1] == "cpu: works: 1.5 s"
+    machine = rows(out, "machine")
+    assert machine["torch.compile"][1] == "cpu: works: 1.5 s"
+    assert f"{auto_precision(torch.device('cpu'))} yes (auto)" in machine["cpu"][1]
     packages = rows(out, "optional packages")
     for name, (purpose, install) in doctor.PACKAGES.items():
         assert packages[name][1] == purpose
@@ -211,7 +200,7 @@ def test_doctor_shows_the_first_line_of_a_backend_that_raises(quick, hdit, monke
 
 def test_doctor_fails_where_what_auto_takes_fails(quick, hdit, monkeypatch):
     monkeypatch.setitem(BACKENDS, "unlucky", failing())
-    monkeypatch.setitem(neighborhood.AUTO, "cpu", ("unlucky",))
+    monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("unlucky",)), *AUTO))
     status, out, err = hdit("doctor")
     assert status == 1
     assert "hdit can train here" not in out

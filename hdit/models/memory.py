@@ -1,7 +1,14 @@
-"""The memory that a training step takes, from the spec alone.
+"""The memory that an eager training step takes on a CPU or a CUDA device, from the spec alone.
 
-The step is run on tensors without data, by the rules that a device's kernels go by, and every
-storage is counted while it lives. Fragmentation and the allocator's own reserve come on top.
+The step is run on tensors without data, and every storage is counted while it lives. The device
+need not be there: torch cannot differentiate tensors of CUDA where it is built for the CPU alone,
+so that a CUDA device's step is run with the CPU's tensors and CUDA's operators. Those are torch's
+own in place of the C++ library's, and fused AdamW.
+
+Neighborhood attention keeps q, k and v, as each fused kernel does; a CUDA kernel's logsumexp is one
+number for a head of a token, a percent of those. Left out on either device are the buffers within a
+kernel, fragmentation and the allocator's own reserve, and of CUDA what its context takes.
+torch.compile, which fuses the operators, keeps less.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from hdit.models import DiT, HDiT, build
 from hdit.models.dit import DiTSpec
 from hdit.models.hdit import HDiTSpec
 from hdit.protocols import Cond, Signal
+from hdit_kernels.fused import Formulas
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class Memory:
     optimizer: int  # two moments of each parameter
     gradients: int
     activations: dict[str, int]  # kept from the forward pass for the backward, by part
-    peak: int  # of all that, and of what the pass itself needs at its worst
+    update: int  # what AdamW makes while it changes the weights
+    peak: int  # of all that, and of what the passes themselves need at their worst
 
 
 class _Live(TorchDispatchMode):
@@ -132,8 +141,13 @@ def training_memory(
     autocast: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Memory:
-    """Of a step with `batch` images on a device; with `autocast` in that dtype, if given."""
-    with FakeTensorMode(), torch.device(device):
+    """Of an eager step with `batch` images on a device; with `autocast` in that dtype, if given.
+
+    device: "cpu" or "cuda", which need not be there.  Raises ValueError for another.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    with Formulas() if device == "cuda" else FakeTensorMode(), torch.device("cpu"):
         model = build(spec, signal, out_channels).train()
         if checkpointing:
             model.checkpoint_blocks()
@@ -143,8 +157,22 @@ def training_memory(
         labels = torch.zeros(batch, dtype=torch.long) if signal.num_classes else None
         kept, live = _Kept(model), _Live([*model.parameters(), *model.buffers()])
         with live:
-            with kept.watching(), torch.autocast(device, autocast, enabled=autocast is not None):
+            # The operators that autocast gives fewer bits are the same on both devices.
+            with kept.watching(), torch.autocast("cpu", autocast, enabled=autocast is not None):
                 out = model(x, c_noise, Cond(labels))
             (out[:, : x.shape[1]].float() - x).square().mean().backward()
+        update = _update(model, fused=True if device == "cuda" else None)
     fixed = weights + weights + 2 * parameters  # and the EMA's, and the moments
-    return Memory(weights, weights, 2 * parameters, parameters, kept.bytes, fixed + live.peak)
+    peak = fixed + max(live.peak, parameters + update)
+    return Memory(weights, weights, 2 * parameters, parameters, kept.bytes, update, peak)
+
+
+def _update(model: nn.Module, fused: bool | None) -> int:
+    """Bytes that AdamW makes and drops in a step, beside its moments; by torch's choice if None."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    optimizer.step()  # makes the moments
+    there = [p.grad for p in model.parameters() if p.grad is not None]
+    there += [t for state in optimizer.state.values() for t in state.values()]
+    with _Live([*model.parameters(), *there]) as live:
+        optimizer.step()
+    return live.peak

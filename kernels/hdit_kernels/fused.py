@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 
 from hdit_kernels import native
@@ -25,6 +26,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class Formulas(FakeTensorMode):
+    """Tensors without data on the CPU, of which the library leaves the formulas to torch.
+
+    They take the operators that other devices take, on machines that have no such device.
+    """
+
+
 def in_native(*tensors: Tensor) -> bool:
     """Whether the compiled library computes on these."""
     if torch.compiler.is_compiling():
@@ -33,6 +41,7 @@ def in_native(*tensors: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in NAMES
+        and not isinstance(getattr(x, "fake_mode", None), Formulas)
         and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
         and native.unavailable() is None
     )
@@ -347,7 +356,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if in_native(x) and x.is_contiguous():
         return _Dropout.apply(x, p, torch.randint(2**62, (), device=x.device))
-    return F.dropout(x, p)
+    return torch.native_dropout(x, p, train=True)[0]  # F.dropout's on CUDA: it keeps bytes
 
 
 def geglu(up: Tensor) -> Tensor:

@@ -57,26 +57,78 @@ BACKENDS: dict[str, Backend] = {
 }
 """Backends by name."""
 
-AUTO: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "tile", "reference"),
-    "cuda": ("natten", "flex", "tile", "reference"),
-}
-"""The order in which "auto" tries backends on a type of device, best first.
 
-One that is measured nowhere, as triton on CUDA, is taken by name alone.
+class Choice(NamedTuple):
+    """A row of AUTO: which problems it is for, and the backends to try on them, best first.
+
+    None is any; a range includes both its ends. A row that names capabilities is for no problem
+    of which the capability is not known.
+    """
+
+    device: str | None
+    backends: tuple[str, ...]
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    kernel_sizes: tuple[int, int] | None = None
+    d_heads: tuple[int, int] | None = None
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether the row is for this problem."""
+        if self.device is not None and problem.device != self.device:
+            return False
+        if self.capabilities is not None:
+            least, most = self.capabilities
+            if problem.capability is None or not least <= problem.capability <= most:
+                return False
+        if self.dtypes is not None and problem.dtype not in self.dtypes:
+            return False
+        return _within(problem.kernel_size, self.kernel_sizes) and _within(
+            problem.d_head, self.d_heads
+        )
+
+
+def _within(value: int, ends: tuple[int, int] | None) -> bool:
+    return ends is None or ends[0] <= value <= ends[1]
+
+
+AUTO: tuple[Choice, ...] = (
+    Choice("cpu", ("cpu", "tile", "reference")),
+    Choice("cuda", ("natten", "flex", "tile", "reference")),
+    Choice(None, ("tile", "reference")),
+)
+"""What "auto" takes: the first row that fits a problem, and of its backends the first that can.
+
+A row names triton only for a capability on which docs/benchmarks.md has measured it, in a section
+that says "capability 9.0" or the like; a test holds it. Elsewhere triton is taken by name alone.
+For 16 bits on capability 9.0, for example, before the row that is there for "cuda":
+
+    Choice("cuda", ("triton", "flex", "tile", "reference"), capabilities=((9, 0), (9, 0)),
+           dtypes=(torch.bfloat16, torch.float16), kernel_sizes=(3, 13), d_heads=(32, 128))
 """
-
-ANYWHERE = ("tile", "reference")
 
 
 def select_backend(problem: Problem) -> str:
-    """The name of the backend that "auto" takes for a problem."""
-    for name in AUTO.get(problem.device, ANYWHERE):
+    """The name of the backend that "auto" takes for a problem, by AUTO."""
+    for name in _order(problem):
         if name == "natten" and not natten.has_libnatten():
             continue  # it would be flex_attention with a detour
         if BACKENDS[name].unsupported(problem) is None:
             return name
     raise AssertionError(f"'reference' must support every valid problem, but refused {problem}")
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    for row in AUTO:
+        if row.fits(problem):
+            return row.backends
+    raise AssertionError(f"AUTO has no row for {problem}")
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device; None elsewhere, and of tensors without data where there is no CUDA."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -115,8 +167,7 @@ def neighborhood_attention(
             f"got {kernel_size} on a grid of {h}x{w}"
         )
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e, grad, capability)
+    problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e, grad, _capability(q.device))
     if backend == "auto":
         name = select_backend(problem)
         chosen = BACKENDS[name]

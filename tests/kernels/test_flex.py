@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from test_neighborhood import dense, draw, may_see, value_and_gradients
+from definition import dense, draw, may_see, value_and_gradients
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -272,7 +272,6 @@ def test_flex_before_torch_2_7_wants_a_power_of_two(monkeypatch):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "kernel_size", "layout"),
@@ -320,7 +319,6 @@ class Block(torch.nn.Module):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_flex_compiles_within_a_model_on_cuda():
     torch.manual_seed(0)
     model = Block(64, 32).cuda()

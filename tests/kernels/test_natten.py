@@ -3,7 +3,7 @@ import types
 
 import pytest
 import torch
-from test_neighborhood import dense, draw, value_and_gradients
+from definition import dense, draw, value_and_gradients
 
 from hdit_kernels import natten, neighborhood_attention
 from hdit_kernels.neighborhood import BACKENDS, Problem

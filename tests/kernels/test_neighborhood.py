@@ -1,15 +1,18 @@
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from definition import dense, draw, value_and_gradients
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
 from torch.utils.flop_counter import FlopCounterMode
 
-from hdit_kernels import BACKENDS, neighborhood_attention, select_backend
-from hdit_kernels.neighborhood import AUTO, Problem
+from hdit_kernels import BACKENDS, neighborhood, neighborhood_attention, select_backend
+from hdit_kernels.neighborhood import AUTO, Choice, Problem
 from hdit_kernels.reference import window_starts
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "tile", "cpu"])
@@ -17,41 +20,6 @@ each_backend = pytest.mark.parametrize("backend", ["reference", "tile", "cpu"])
 
 def vectors():
     return load("hdit_forward.json")["na2d"]
-
-
-def may_see(length, kernel_size):
-    """Which keys each query of one axis sees, from the definition: (length, length) bool."""
-    starts = [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
-    return torch.tensor([[s <= j < s + kernel_size for j in range(length)] for s in starts])
-
-
-def dense(q, k, v, kernel_size, scale):
-    """Attention of all tokens to all tokens, with the logits outside the windows at -inf."""
-    b, h, w, n, e = q.shape
-    rows, cols = may_see(h, kernel_size), may_see(w, kernel_size)
-    visible = torch.einsum("yi,xj->yxij", rows.int(), cols.int()).bool().reshape(h * w, h * w)
-    q, k, v = (t.reshape(b, h * w, n, e) for t in (q, k, v))
-    logits = scale * torch.einsum("bqne,bkne->bnqk", q, k)
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-    return torch.einsum("bnqk,bkne->bqne", weights, v).reshape(b, h, w, n, e)
-
-
-def draw(shape, seed, dtype=torch.float64, layout="own"):
-    """Normal q, k and v (b h w n e): each its own tensor, or views of one that holds all three."""
-    b, h, w, n, e = shape
-    rng = torch.Generator().manual_seed(seed)
-    if layout == "qkv":  # as the projection of the model leaves them
-        return torch.randn(b, h, w, 3, n, e, generator=rng).to(dtype).unbind(3)
-    if layout == "heads_first":
-        return torch.randn(3, b, n, h, w, e, generator=rng).to(dtype).movedim(2, -2).unbind(0)
-    return torch.randn(3, *shape, generator=rng).to(dtype).unbind(0)
-
-
-def value_and_gradients(f, qkv, out_grad):
-    """f(q, k, v) and the gradients of sum(out_grad * f) with respect to q, k and v."""
-    qkv = [t.detach().requires_grad_() for t in qkv]
-    out = f(*qkv)
-    return out.detach(), *torch.autograd.grad(out, qkv, out_grad)
 
 
 @st.composite
@@ -311,8 +279,106 @@ def test_select_backend_takes_the_first_that_can(monkeypatch):
             return "never"
 
     monkeypatch.setitem(BACKENDS, "never", Never())
-    monkeypatch.setitem(AUTO, "cpu", ("never", "tile", "reference"))
+    monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("never", "tile", "reference")),))
     assert select_backend(Problem("cpu", torch.float32, 16, 12, 7, 64, False)) == "tile"
+
+
+ON_GPU = Problem("cuda", torch.bfloat16, 64, 64, 7, 64, True, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("row", "fits"),
+    [
+        (Choice("cuda", ()), True),
+        (Choice(None, ()), True),
+        (Choice("cpu", ()), False),
+        (Choice("cuda", (), capabilities=((9, 0), (9, 0))), True),
+        (Choice("cuda", (), capabilities=((8, 0), (9, 9))), True),
+        (Choice("cuda", (), capabilities=((9, 1), (12, 0))), False),
+        (Choice("cuda", (), capabilities=((8, 0), (8, 9))), False),
+        (Choice("cuda", (), dtypes=(torch.bfloat16, torch.float16)), True),
+        (Choice("cuda", (), dtypes=(torch.float32,)), False),
+        (Choice("cuda", (), kernel_sizes=(3, 7)), True),
+        (Choice("cuda", (), kernel_sizes=(9, 13)), False),
+        (Choice("cuda", (), d_heads=(64, 64)), True),
+        (Choice("cuda", (), d_heads=(16, 32)), False),
+    ],
+)
+def test_auto_row_fits_what_it_names(row, fits):
+    assert row.fits(ON_GPU) == fits
+
+
+def test_auto_row_of_a_capability_is_for_no_unknown_one():
+    row = Choice("cuda", (), capabilities=((0, 0), (99, 0)))
+    assert row.fits(ON_GPU)
+    assert not row.fits(ON_GPU._replace(capability=None))
+
+
+def test_auto_takes_the_first_row_that_fits(monkeypatch):
+    half = Choice("cpu", ("reference",), dtypes=(torch.float16,), kernel_sizes=(3, 7))
+    monkeypatch.setattr(neighborhood, "AUTO", (half, Choice("cpu", ("tile",))))
+    problem = Problem("cpu", torch.float16, 16, 12, 7, 64, False)
+    assert select_backend(problem) == "reference"
+    assert select_backend(problem._replace(kernel_size=9)) == "tile"
+    assert select_backend(problem._replace(dtype=torch.float32)) == "tile"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_auto_ends_with_what_computes_anywhere(device):
+    rows = [row for row in AUTO if row.fits(Problem(device, torch.float64, 9, 9, 3, 5, True))]
+    assert rows[0].backends[-2:] == ("tile", "reference")
+
+
+def unmeasured(table, benchmarks):
+    """What is wrong with a table's rows of triton, by the text of docs/benchmarks.md."""
+    sections = re.split(r"^#+ ", benchmarks, flags=re.MULTILINE)
+    wrong = []
+    for row in table:
+        if "triton" not in row.backends:
+            continue
+        least, most = row.capabilities or (None, None)
+        if row.device != "cuda" or least is None or least != most:
+            wrong.append(f"{row} must name one capability of CUDA")
+            continue
+        told = re.compile(r"capability {}\.{}\b".format(*least), re.IGNORECASE)
+        figures = re.compile(r"^\|(.*\|)? *triton\b.*\|.*\d", re.MULTILINE)
+        if not any(told.search(section) and figures.search(section) for section in sections):
+            wrong.append(f"docs/benchmarks.md has no triton on capability {least}")
+    return wrong
+
+
+def test_auto_names_triton_only_where_it_is_measured():
+    docs = Path(__file__).parents[2] / "docs"
+    assert unmeasured(AUTO, (docs / "benchmarks.md").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (Choice("cuda", ("triton",), capabilities=((9, 0), (9, 0))), None),
+        (Choice("cuda", ("triton",), capabilities=((8, 0), (8, 0))), "no triton on capability"),
+        (Choice("cuda", ("triton",), capabilities=((1, 0), (1, 0))), "no triton on capability"),
+        (Choice("cuda", ("triton",), capabilities=((8, 0), (9, 0))), "one capability"),
+        (Choice("cuda", ("triton",)), "one capability"),
+        (Choice(None, ("flex", "triton")), "one capability"),
+        (Choice("cuda", ("flex",)), None),
+    ],
+)
+def test_a_table_that_names_triton_unmeasured_is_found(row, says):
+    text = (
+        "# GPU\n\n## One card\nH100, capability 9.0, torch\n\n| problem | backend | ms |\n"
+        "| --- | --- | --- |\n| 64x64 | triton | 0.12 |\n"
+        "## Another\ncapability 8.0, torch\n\n| problem | backend | ms |\n| 64x64 | flex | 2 |\n"
+        "triton was left out\n"
+    )
+    found = unmeasured([row], text)
+    assert [says in line for line in found] == ([] if says is None else [True])
+
+
+def test_capability_is_unknown_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert neighborhood._capability(torch.device("cuda")) is None
+    assert neighborhood._capability(torch.device("cpu")) is None
 
 
 def test_neighborhood_auto_is_the_backend_that_it_names():

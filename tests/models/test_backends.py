@@ -10,8 +10,8 @@ from hdit.models import build
 from hdit.nn.attention import Neighborhood
 from hdit.protocols import Cond, Signal
 from hdit.sampling import make_denoiser
-from hdit_kernels import BACKENDS, reference, select_backend
-from hdit_kernels.neighborhood import AUTO, Problem
+from hdit_kernels import BACKENDS, neighborhood, reference, select_backend
+from hdit_kernels.neighborhood import AUTO, Choice, Problem
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_CPU = [
@@ -34,7 +34,8 @@ def random_network(config, signal):
 def loss_and_gradients(network, config, signal):
     rng = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, 2, *signal.shape, generator=rng).unbind(0)
-    denoiser = make_denoiser(network, config, signal)
+    precision = config.training.precision
+    denoiser = make_denoiser(network, config, signal, precision)
     sigma = torch.tensor([0.1, 3.0])
     labels = Cond(torch.tensor([0, 1])) if signal.num_classes else Cond()
     loss = denoiser.loss(x0, noise, sigma, labels, config.diffusion.weighting, 1).mean()
@@ -52,7 +53,7 @@ def losses_and_gradients(precision, monkeypatch):
     network = random_network(config, signal)
     results = {}
     for name in ON_CPU:
-        monkeypatch.setitem(AUTO, "cpu", (name,))
+        monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", (name,)), *AUTO))
         results[name] = loss_and_gradients(network, config, signal)
     return results
 
@@ -91,9 +92,9 @@ def test_a_sample_step_is_the_same_with_each_backend(name, monkeypatch):
     denoise = make_denoiser(network, config, signal).bind(Cond())
     x, sigma = torch.randn(1, *signal.shape), torch.ones(1)
     with torch.inference_mode():
-        monkeypatch.setitem(AUTO, "cpu", ("reference",))
+        monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("reference",)), *AUTO))
         expected = denoise(x, sigma)
-        monkeypatch.setitem(AUTO, "cpu", (name,))
+        monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", (name,)), *AUTO))
         torch.testing.assert_close(denoise(x, sigma), expected, atol=1e-5, rtol=1e-4)
 
 
