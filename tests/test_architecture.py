@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 BELOW = {
     "hdit_kernels": set(),
     "protocols": set(),
-    "randomness": set(),
+    "randomness": {"hdit_kernels"},
     "nn": {"hdit_kernels", "protocols"},
     "models": {"nn", "protocols"},
     "diffusion": {"protocols"},

@@ -407,7 +407,7 @@ class Trainer:
     def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
         seed = self.config.training.seed
         return lambda shape: randomness.normal(
-            randomness.streams(seed, purpose, counters, self.device), shape
+            randomness.keys(seed, purpose, counters, self.device), shape
         )
 
     def _name_skipped(self, skipped: list[Skipped]) -> None:
