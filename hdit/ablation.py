@@ -410,7 +410,7 @@ def x0_losses(
 
 
 def _normal(purpose: str, counters: np.ndarray, device: torch.device) -> NormalNoise:
-    return lambda shape: randomness.normal(randomness.streams(0, purpose, counters, device), shape)
+    return lambda shape: randomness.normal(randomness.keys(0, purpose, counters, device), shape)
 
 
 def _gaussian(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:

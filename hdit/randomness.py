@@ -6,12 +6,16 @@ nothing depends on the number of processes or on the batch size.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hdit.device import to_device
+from hdit_kernels import philox
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -35,34 +39,21 @@ def uniform(seed: int, purpose: str, counters: np.ndarray) -> Tensor:
     return torch.from_numpy((bits(seed, purpose, counters) >> np.uint64(11)) * 2.0**-53)
 
 
-class Stream:
-    """Standard normal noise without end, of a 64-bit seed.
+def keys(seed: int, purpose: str, counters: np.ndarray, device: torch.device) -> Tensor:
+    """The key of each counter's stream of noise: (n,) integers -> (n,) int64 on the device.
 
-    A CPU draws from numpy's Philox, because torch's CPU generator keeps 32 bits of its seed; a GPU
-    draws on the device. The two differ.
+    They are copied as `to_device` copies, which the host does not wait for.
     """
-
-    def __init__(self, seed: int, device: torch.device):
-        self.device = device
-        self.generator: np.random.Generator | torch.Generator
-        if device.type == "cpu":
-            self.generator = np.random.Generator(np.random.Philox(key=seed))
-        else:
-            self.generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """The next noise: float32 of this shape, on the device."""
-        if isinstance(self.generator, torch.Generator):
-            return torch.randn(*shape, generator=self.generator, device=self.device)
-        return torch.from_numpy(self.generator.standard_normal(tuple(shape), dtype=np.float32))
+    values = torch.from_numpy(bits(seed, purpose, counters).view(np.int64))
+    return to_device(values, device)
 
 
-def streams(seed: int, purpose: str, counters: np.ndarray, device: torch.device) -> list[Stream]:
-    """One stream of noise for each counter."""
-    seeds = (bits(seed, purpose, counters) >> np.uint64(1)).tolist()
-    return [Stream(value, device) for value in seeds]
+def normal(keys: Tensor, shape: Sequence[int], draw: int = 0) -> Tensor:
+    """Standard normal noise of streams: keys (n,) -> (n, *shape) float32 on their device.
 
-
-def normal(streams: Sequence[Stream], shape: Sequence[int]) -> Tensor:
-    """The next noise of each stream: (n, *shape) float32, on their device."""
-    return torch.stack([stream.normal(shape) for stream in streams])
+    The streams are those of Philox4x32-10, with the same bits on every device: see
+    hdit_kernels/philox.py. `draw` says which tensor of each stream, in 0..2^63 - 1; different draws
+    are independent. An element is a function of its key, the draw and its place in the shape.
+    Raises ValueError if the draw is not in its range, or the keys are not a vector of int64.
+    """
+    return philox.normal(keys, math.prod(shape), draw).view(len(keys), *shape)

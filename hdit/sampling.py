@@ -143,11 +143,8 @@ def sample(
     @torch.inference_mode()
     def batch(seeds: list[int], labels: list[int] | None) -> Samples:
         counters = np.array(seeds)
-
-        def normal(purpose: str, i: int = 0) -> Tensor:
-            streams = randomness.streams(i, purpose, counters, device)
-            return randomness.normal(streams, signal.shape)
-
+        x_keys = randomness.keys(0, "sampling", counters, device)
+        path_keys = randomness.keys(0, "sampling path", counters, device)
         cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
         denoise = denoiser.bind(cond)
         if weak:
@@ -156,9 +153,11 @@ def sample(
         before = sum(network.images for network in networks)
         x0 = spec.sampler(
             denoise,
-            start * normal("sampling"),
+            start * randomness.normal(x_keys, signal.shape),
             sigmas,
-            noise=BrownianPath(lambda i: normal("sampling path", i), sigmas[0].item()),
+            noise=BrownianPath(
+                lambda i: randomness.normal(path_keys, signal.shape, i), sigmas[0].item()
+            ),
             on_step=None if on_step is None else lambda *_: on_step(),
         )
         seen = sum(network.images for network in networks) - before

@@ -14,7 +14,7 @@ BELOW = {
     "hdit_kernels": set(),
     "protocols": set(),
     "device": {"protocols"},
-    "randomness": {"hdit_kernels"},
+    "randomness": {"device", "hdit_kernels"},
     "nn": {"hdit_kernels", "protocols"},
     "models": {"hdit_kernels", "nn", "protocols"},
     "diffusion": {"protocols"},

@@ -206,8 +206,8 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
     x0 = torch.stack([source[i].image for i in places]) / 127.5 - 1
     labels = torch.tensor([source[i].label for i in places])
     counters = np.arange(32)
-    streams = randomness.streams(0, "held-out noise", counters, torch.device("cpu"))
-    noise = randomness.normal(streams, (1, 8, 8))
+    keys = randomness.keys(0, "held-out noise", counters, torch.device("cpu"))
+    noise = randomness.normal(keys, (1, 8, 8))
     u = randomness.uniform(0, "held-out sigma", counters)
     denoiser = make_denoiser(model.network(), model.config, model.signal)
     edges = torch.logspace(np.log10(0.02), np.log10(80), 4, dtype=torch.float64)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdit import randomness
-from hdit.randomness import bits, normal, uniform
+from hdit.randomness import bits, keys, normal, uniform
 
 CPU = torch.device("cpu")
 N = 50_000
@@ -126,40 +126,102 @@ def test_bits_flip_by_half_from_one_counter_to_the_next():
 # ---- normal --------------------------------------------------------------------------------------
 
 
-def streams(counters, seed: int = 0, purpose: str = "noise") -> list[torch.Generator]:
-    return randomness.streams(seed, purpose, np.array(counters), CPU)
+def streams(counters, seed: int = 0, purpose: str = "noise") -> torch.Tensor:
+    return keys(seed, purpose, np.array(counters), CPU)
 
 
-def test_normal_of_a_stream_does_not_depend_on_its_batch():
-    batch, alone = streams([5, 6, 7, 8]), streams([7])
-    for shape in [(3, 8, 8), (3,), (1, 2)]:  # the streams go on from draw to draw
-        together = normal(batch, shape)
-        assert together.shape == (4, *shape)
-        assert together.dtype == torch.float32
-        assert torch.equal(together[2:3], normal(alone, shape))
+def test_keys_are_the_bits_of_the_counters():
+    made = streams(range(1000), 3)
+    assert made.dtype == torch.int64
+    assert np.array_equal(made.numpy().view(np.uint64), bits(3, "noise", np.arange(1000)))
 
 
-def test_normal_goes_on_with_each_draw():
-    stream = streams([0])
-    assert not torch.equal(normal(stream, (64,)), normal(stream, (64,)))
+@given(
+    batch=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5),
+    shape=st.sampled_from([(), (1,), (3,), (2, 5), (3, 8, 8)]),
+    draw=st.integers(0, 2**63 - 1),
+)
+def test_normal_is_a_function_of_the_counter_the_draw_and_the_place(batch, shape, draw):
+    together = normal(streams(batch), shape, draw)
+    assert together.shape == (len(batch), *shape)
+    assert together.dtype == torch.float32
+    longer = normal(streams(batch[-1:]), (200,), draw)
+    assert torch.equal(together[-1].flatten(), longer[0, : math.prod(shape)])
 
 
-def test_normal_differs_by_seed_purpose_and_counter():
+def test_normal_has_the_first_draw_unless_told():
+    assert torch.equal(normal(streams([1]), (9,)), normal(streams([1]), (9,), 0))
+
+
+def test_normal_differs_by_seed_purpose_counter_and_draw():
     draws = [
-        normal(streams(range(10), seed, purpose), (4,))
-        for seed, purpose in itertools.product(range(3), ["noise", "sampling"])
+        normal(streams(range(10), seed, purpose), (4,), draw)
+        for seed, purpose, draw in itertools.product(
+            range(3), ["noise", "sampling"], [0, 1, 2**32, 2**62]
+        )
     ]
-    assert len({tuple(row) for row in torch.cat(draws).tolist()}) == 60
+    assert len({tuple(row) for row in torch.cat(draws).tolist()}) == 240
 
 
-def test_normal_is_standard_and_uncorrelated_between_neighbours():
-    z = normal(streams(range(50)), (1000,)).double()
-    n = z.numel()
-    # 5 standard deviations: E z^2 = 1 and Var z^2 = 2
-    assert abs(z.mean()) < 5 / math.sqrt(n)
-    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / n)
-    assert abs((z[1:] * z[:-1]).mean()) < 5 / math.sqrt(n - 1000)
-    assert abs((z[:, 1:] * z[:, :-1]).mean()) < 5 / math.sqrt(n - 50)
+def test_normal_refuses_a_draw_that_is_negative():
+    with pytest.raises(ValueError, match="draw in 0"):
+        normal(streams([1]), (9,), -1)
+
+
+# Again 5 standard deviations, were the numbers random; they never change.
+
+
+@pytest.fixture(scope="module")
+def many_normals():
+    """(50, 20, 4000) float64: streams, draws, places."""
+    batch = streams(range(50))
+    return torch.stack([normal(batch, (4000,), draw) for draw in range(20)], 1).double()
+
+
+def test_normal_has_the_moments_of_a_standard_normal(many_normals):
+    n = many_normals.numel()
+    for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(many_normals.pow(power).mean() - mean) < 5 * math.sqrt(variance / n)
+
+
+def test_normal_has_the_distribution_of_a_standard_normal(many_normals):
+    """Kolmogorov and Smirnov's test: a gap of 1.95 / sqrt(n) is passed by chance once in 1,000."""
+    ordered, n = many_normals.flatten().sort().values, many_normals.numel()
+    cdf, steps = torch.special.ndtr(ordered), torch.arange(n + 1).double() / n
+    gap = max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max())
+    assert gap < 1.95 / math.sqrt(n)
+
+
+def test_normal_has_the_tails_of_a_standard_normal(many_normals):
+    n = many_normals.numel()
+    for beyond in (2, 3, 4):
+        p = torch.special.ndtr(torch.tensor(-beyond, dtype=torch.float64)).item()
+        for side in (many_normals, -many_normals):
+            assert abs((side > beyond).sum() - n * p) < 5 * math.sqrt(n * p)
+
+
+def test_normal_of_streams_draws_and_places_is_uncorrelated(many_normals):
+    """The numbers themselves, and their squares: the two of a pair share a radius."""
+    z = many_normals
+    squares = (z.square() - 1) / math.sqrt(2)
+    for x in (z, squares):
+        lagged = [(x[1:], x[:-1]), (x[:, 1:], x[:, :-1])]
+        lagged += [(x[..., lag:], x[..., :-lag]) for lag in (1, 2, 3, 4, 64)]
+        for a, b in lagged:
+            assert abs((a * b).mean()) < 5 / math.sqrt(a.numel())
+
+
+def test_normal_of_pairs_of_one_radius_is_independent(many_normals):
+    """Quadrants and halves of the circle of the two numbers that two words make."""
+    x, y = many_normals.flatten().view(-1, 2).unbind(1)
+    angle = torch.atan2(y, x) / math.tau % 1
+    counts = torch.histc(angle, 64, 0, 1)
+    chi2 = float(((counts - len(x) / 64).square() / (len(x) / 64)).sum())
+    assert abs(chi2 - 63) < 5 * math.sqrt(2 * 63)
+    radius = (x.square() + y.square()) / 2  # exponential, so uniform is:
+    counts = torch.histc((-radius).exp(), 64, 0, 1)
+    chi2 = float(((counts - len(x) / 64).square() / (len(x) / 64)).sum())
+    assert abs(chi2 - 63) < 5 * math.sqrt(2 * 63)
 
 
 def test_normal_neither_reads_nor_moves_the_global_generator():
@@ -170,3 +232,22 @@ def test_normal_neither_reads_nor_moves_the_global_generator():
     assert torch.equal(after, torch.rand(3))
     torch.manual_seed(2)
     assert torch.equal(normal(streams([0, 1]), (4,)), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_normal_on_a_gpu_is_that_of_a_cpu_and_waits_for_nothing():
+    cuda = torch.device("cuda")
+    normal(keys(0, "noise", np.arange(2), cuda), (64,))  # compiles, and allocates
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = keys(5, "noise", np.arange(9), cuda)
+        noise = normal(on_gpu, (3, 32, 32), 7)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(on_gpu.cpu(), streams(range(9), 5))
+    # As in tests/kernels/test_philox.py: a few roundings of the largest number there can be.
+    torch.testing.assert_close(
+        noise.cpu(), normal(streams(range(9), 5), (3, 32, 32), 7), rtol=0, atol=3.6e-6
+    )

@@ -79,8 +79,8 @@ def draw(seed: int, counters: np.ndarray, probability: float) -> Tensor:
     def do(what: str) -> Tensor:
         return (uniform(f"augmentation, whether to {what}") < probability).double()
 
-    sources = randomness.streams(seed, "augmentation", counters, torch.device("cpu"))
-    size, ratio, x, y = randomness.normal(sources, (4,)).double().unbind(1)
+    keys = randomness.keys(seed, "augmentation", counters, torch.device("cpu"))
+    size, ratio, x, y = randomness.normal(keys, (4,)).double().unbind(1)
     mirror = (uniform("flip") < 0.5).double()
     upend = (uniform("augmentation, upside down") < 0.5).double()
     angle, axis = (

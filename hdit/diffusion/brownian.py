@@ -48,7 +48,7 @@ class BrownianPath:
                 f"noise, which has 2^{DEPTH} ticks; take fewer steps"
             )
         before = self._at(start)  # first, as it is the end of the step before
-        return (self._at(end) - before) * math.sqrt(2**DEPTH / abs(end - start))
+        return (self._at(end) - before).mul_(math.sqrt(2**DEPTH / abs(end - start)))
 
     def _at(self, tick: int) -> Tensor:
         """W at a tick; its variance is tick / 2^DEPTH."""
@@ -61,7 +61,7 @@ class BrownianPath:
         while left < tick < right:
             middle = (left + right) // 2
             spread = math.sqrt((right - left) / 2**DEPTH) / 2
-            at_middle = (at_left + at_right) / 2 + spread * self.normal(node)
+            at_middle = torch.lerp(at_left, at_right, 0.5).add_(self.normal(node), alpha=spread)
             if tick >= middle:
                 node, left, at_left = 2 * node + 1, middle, at_middle
             else:

@@ -104,5 +104,5 @@ class Objective:
     def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
         seed = self.config.training.seed
         return lambda shape: randomness.normal(
-            randomness.streams(seed, purpose, counters, self.device), shape
+            randomness.keys(seed, purpose, counters, self.device), shape
         )

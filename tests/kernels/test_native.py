@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_fused import cases, outputs_and_gradients
 from test_neighborhood import dense, draw, value_and_gradients
+from test_philox import KEYS, LONG, close_to_exact
 
-from hdit_kernels import cpu, fused, native, select_backend
+from hdit_kernels import cpu, fused, native, philox, select_backend
 from hdit_kernels.neighborhood import Problem
 
 LIBRARY = native.library
@@ -80,6 +81,14 @@ def test_fused_parts_of_each_build_are_right(name, build, monkeypatch):
     expected = outputs_and_gradients(f, [t.double() for t in inputs])
     for a, e in zip(fast, expected, strict=True):
         torch.testing.assert_close(a.double(), e, atol=5e-6, rtol=5e-6)
+
+
+def test_noise_of_each_build_has_the_same_words_and_right_normals(build):
+    keys = torch.tensor(KEYS)
+    for count in (1, 31, LONG + 1):
+        words = philox.in_cpp(keys, count, 4, False)
+        assert torch.equal(words, philox.in_torch(keys, count, 4, False))
+    close_to_exact(philox.in_cpp(keys, count, 4, True), words)
 
 
 @needs_compiler

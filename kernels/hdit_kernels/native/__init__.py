@@ -26,7 +26,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("neighborhood.cpp", "fused.cpp")
+SOURCES = ("neighborhood.cpp", "fused.cpp", "philox.cpp")
 HEADERS = ("simd.h",)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-w")
 VECTORS = {
