@@ -139,6 +139,19 @@ def test_doctor_finds_precisions_by_trying(report):
     assert torch.get_float32_matmul_precision() == "highest", "tried, and put back"
 
 
+def test_doctor_tells_tf32_of_cuda_alone(monkeypatch):
+    """With what is tried on a device in the place of the device."""
+    monkeypatch.setattr(doctor, "_check_float32", lambda device, tf32: None)
+    monkeypatch.setattr(doctor, "_check_autocast", lambda device, dtype: None)
+    monkeypatch.setattr(doctor, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(doctor, "auto_precision", lambda device: "bf16")
+    cpu = doctor._cpu()
+    for device, names in (("cuda:0", ["fp32", "tf32", "bf16", "fp16"]), ("mps", ["fp32", "bf16"])):
+        found = doctor._precisions(torch.device(device), cpu)
+        assert [p.dtype for p in found][: len(names)] == names
+        assert [p.dtype for p in found if p.auto] == ["bf16"]
+
+
 def test_doctor_knows_a_precision_that_autocast_leaves_out():
     """Autocast on a CPU refuses float64 with a warning, and goes on in float32."""
     cpu = torch.device("cpu")

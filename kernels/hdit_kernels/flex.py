@@ -4,6 +4,8 @@ It visits blocks of 128 queries by 128 keys, so tokens are put in an order in wh
 a tile of 8 x 16. The keys' tiles begin k//2 before the queries': the keys that a tile of queries
 sees then begin at the edge of a tile, and with k up to 9 they fill 2 x 2 tiles instead of 3 x 3.
 
+VARIANTS has other blocks and another kernel, for a benchmark to time; the backend is "default".
+
 On a CPU it has no gradient, and outside of torch.compile it holds the weights of all tokens to all
 tokens: use it to check, on small grids. FlopCounterMode fails on it, as torch does not trace
 flex_attention below another mode: count with another backend.
@@ -16,18 +18,19 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if TYPE_CHECKING:
     from hdit_kernels.neighborhood import Problem
 
-TILE = (8, 16)  # of the grid's rows and columns
-BLOCK = TILE[0] * TILE[1]  # what each default configuration of torch's kernels divides
+Tile = tuple[int, int]
+TILE: Tile = (8, 16)  # of the grid's rows and columns: 128, which each of torch's defaults divides
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ANY_D_HEAD = torch.__version__ >= "2.7"
 
@@ -61,9 +64,9 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def tiles(h: int, w: int, kernel_size: int = 1) -> tuple[int, int]:
+def tiles(h: int, w: int, kernel_size: int = 1, tile: Tile = TILE) -> tuple[int, int]:
     """How many tiles of queries a grid has, or of keys, which begin kernel_size//2 before it."""
-    return -(-(h + kernel_size // 2) // TILE[0]), -(-(w + kernel_size // 2) // TILE[1])
+    return -(-(h + kernel_size // 2) // tile[0]), -(-(w + kernel_size // 2) // tile[1])
 
 
 def seen_tiles(length: int, kernel_size: int, tile: int) -> tuple[Tensor, Tensor]:
@@ -87,45 +90,62 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _block_lists(h: int, w: int, kernel_size: int, device: torch.device) -> tuple[Tensor, ...]:
+def _block_lists(
+    h: int, w: int, kernel_size: int, device: torch.device, tile: Tile, full_too: bool
+) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):  # or no gradient could use them later
         (any_y, all_y), (any_x, all_x) = (
-            seen_tiles(length, kernel_size, tile) for length, tile in zip((h, w), TILE, strict=True)
+            seen_tiles(length, kernel_size, side) for length, side in zip((h, w), tile, strict=True)
         )
         seen, full = (
             (y[:, None, :, None] & x[None, :, None, :]).flatten(2).flatten(0, 1)
             for y, x in ((any_y, any_x), (all_y, all_x))
         )  # (blocks of queries, blocks of keys)
-        kinds = [seen & ~full, full] if full.any() else [seen]
+        kinds = [seen & ~full, full] if full_too or full.any() else [seen]
         return tuple(
             t.to(device) for blocks in kinds for t in (*_listed(blocks), *_listed(blocks.mT))
         )
 
 
-def block_lists(h: int, w: int, kernel_size: int, device: torch.device) -> tuple[Tensor, ...]:
+def block_lists(
+    h: int,
+    w: int,
+    kernel_size: int,
+    device: torch.device,
+    tile: Tile = TILE,
+    full_too: bool = False,
+) -> tuple[Tensor, ...]:
     """kv_num_blocks, kv_indices, q_num_blocks and q_indices, as BlockMask has them, of the blocks
-    to mask and then, where there are any, of those seen in full."""
-    return _block_lists(h, w, kernel_size, device)
+    to mask and then, where there are any or with `full_too`, of those seen in full."""
+    return _block_lists(h, w, kernel_size, device, tile, full_too)
 
 
-def block_mask(h: int, w: int, kernel_size: int, device: torch.device) -> BlockMask:
+def block_mask(
+    h: int,
+    w: int,
+    kernel_size: int,
+    device: torch.device,
+    tile: Tile = TILE,
+    full_too: bool = False,
+) -> BlockMask:
     """Which keys each query sees, both in the order of their tiles."""
-    (rows, cols), (key_rows, key_cols) = tiles(h, w), tiles(h, w, kernel_size)
-    halo = kernel_size // 2
+    (rows, cols), (key_rows, key_cols) = tiles(h, w, 1, tile), tiles(h, w, kernel_size, tile)
+    halo, (height, width) = kernel_size // 2, tile
+    block = height * width
 
     def visible(b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        y = query // BLOCK // cols * TILE[0] + query % BLOCK // TILE[1]
-        x = query // BLOCK % cols * TILE[1] + query % TILE[1]
-        key_y = key // BLOCK // key_cols * TILE[0] + key % BLOCK // TILE[1] - halo
-        key_x = key // BLOCK % key_cols * TILE[1] + key % TILE[1] - halo
+        y = query // block // cols * height + query % block // width
+        x = query // block % cols * width + query % width
+        key_y = key // block // key_cols * height + key % block // width - halo
+        key_x = key // block % key_cols * width + key % width - halo
         top, left = (y - halo).clamp(0, h - kernel_size), (x - halo).clamp(0, w - kernel_size)
         in_rows = (key_y >= top) & (key_y < top + kernel_size)
         return in_rows & (key_x >= left) & (key_x < left + kernel_size)
 
-    lists = block_lists(h, w, kernel_size, device)
+    lists = block_lists(h, w, kernel_size, device, tile, full_too)
     masked, full = lists[:4], lists[4:] or [None] * 4
     return BlockMask(
-        seq_lengths=(rows * cols * BLOCK, key_rows * key_cols * BLOCK),
+        seq_lengths=(rows * cols * block, key_rows * key_cols * block),
         kv_num_blocks=masked[0],
         # sizes that torch.compile(dynamic=True) does not see in a constant
         kv_indices=masked[1].view(1, 1, rows * cols, key_rows * key_cols),
@@ -135,7 +155,7 @@ def block_mask(h: int, w: int, kernel_size: int, device: torch.device) -> BlockM
         q_indices=masked[3],
         full_q_num_blocks=full[2],
         full_q_indices=full[3],
-        BLOCK_SIZE=(BLOCK, BLOCK),
+        BLOCK_SIZE=(block, block),
         mask_mod=visible,
     )
 
@@ -146,34 +166,136 @@ _no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 block_lists._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def tokens(x: Tensor, kernel_size: int = 1) -> Tensor:
+def tokens(x: Tensor, kernel_size: int = 1, tile: Tile = TILE) -> Tensor:
     """(b h w n e) -> (b n t e): the tokens of one tile after those of another; 0 beyond the grid"""
     _, h, w, _, _ = x.shape
-    (rows, cols), halo = tiles(h, w, kernel_size), kernel_size // 2
-    below, right = rows * TILE[0] - halo - h, cols * TILE[1] - halo - w
+    (rows, cols), halo = tiles(h, w, kernel_size, tile), kernel_size // 2
+    below, right = rows * tile[0] - halo - h, cols * tile[1] - halo - w
     x = F.pad(x, (0, 0, 0, 0, halo, right, halo, below))
-    x = x.unflatten(2, (cols, TILE[1])).unflatten(1, (rows, TILE[0]))  # (b ty y tx x n e)
+    x = x.unflatten(2, (cols, tile[1])).unflatten(1, (rows, tile[0]))  # (b ty y tx x n e)
     # contiguous() in four dimensions, of which torch's kernel for CPUs reads the layout
     return x.transpose(2, 3).flatten(1, 4).transpose(1, 2).contiguous()
 
 
-def grid(x: Tensor, h: int, w: int) -> Tensor:
+def grid(x: Tensor, h: int, w: int, tile: Tile = TILE) -> Tensor:
     """(b n t e) -> (b h w n e), what tokens() has made of queries"""
-    x = x.unflatten(2, (*tiles(h, w), *TILE))  # (b n ty tx y x e)
+    x = x.unflatten(2, (*tiles(h, w, 1, tile), *tile))  # (b n ty tx y x e)
     x = x.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)
     return x[:, :h, :w]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+# ---- what torch's kernel may be told -------------------------------------------------------------
+
+
+def _no_further_limit(problem: Problem) -> str | None:
+    return None
+
+
+def _blocks_of_64(problem: Problem) -> str | None:
+    if problem.device == "cuda" and problem.grad and problem.dtype != torch.float32:
+        # inductor looks at the steps that it would take by itself, on 9.0 128 keys for d_head 64
+        return (
+            "torch's backward kernel in 16 bits wants blocks that its own steps divide, "
+            "128 keys on many devices, whatever kernel_options say"
+        )
+    return None
+
+
+def _no_flash() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is None
+    except ImportError:
+        return True
+
+
+def _flash(problem: Problem) -> str | None:
+    options = getattr(torch_flex, "FlexKernelOptions", None)
+    if "BACKEND" not in getattr(options, "__annotations__", ()):
+        return f"torch {torch.__version__} has no FLASH backend of flex_attention"
+    if problem.device != "cuda":
+        return f"FlashAttention-4 runs on CUDA, not on {problem.device!r}"
+    if problem.capability is None or problem.capability[0] != 9:
+        # elsewhere a tile is 256 queries and 128 keys
+        return (
+            "FlashAttention-4 takes blocks of 128 on compute capability 9 alone, "
+            f"not on {problem.capability}"
+        )
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention-4 computes in bfloat16 and float16, not in {problem.dtype}"
+    if problem.d_head % 8 or problem.d_head > 128:
+        return (
+            f"FlashAttention-4 wants a d_head that 8 divides, of at most 128, not {problem.d_head}"
+        )
+    if problem.grad:
+        # https://github.com/Dao-AILab/flash-attention/issues/2623
+        return (
+            "FlashAttention-4 had wrong gradients of sparse blocks, in silence; it is not trusted"
+        )
+    if _no_flash():
+        return "it needs FlashAttention-4: pip install --pre flash-attn-4"
+    return None
+
+
+class Variant(NamedTuple):
+    """One way to have flex_attention compute the contract: call it as attention()."""
+
+    tile: Tile = TILE
+    options: tuple[tuple[str, int | str], ...] = ()  # its kernel_options
+    full_too: bool = False  # whether the kernel wants lists of blocks seen in full that are empty
+    limit: Callable[[Problem], str | None] = _no_further_limit
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why this variant cannot solve the problem, or None where it can."""
+        return unsupported(problem) or self.limit(problem)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+        if q.numel() == 0:
+            return q + k + v
+        if torch.compiler.is_compiling():
+            return _attend(q, k, v, kernel_size, scale, self)
+        backend = "inductor" if q.is_cuda else "eager"
+        compiled = _compiled(q.shape, q.dtype, kernel_size, backend, self)
+        return compiled(q, k, v, kernel_size, scale, self)
+
+
+FORWARD_64 = (("fwd_BLOCK_M", 64), ("fwd_BLOCK_N", 64))
+BACKWARD_64 = tuple((f"bwd_BLOCK_{axis}", 64) for axis in ("M1", "N1", "M2", "N2"))
+
+VARIANTS = {
+    "default": Variant(),
+    # blocks of half the size: fewer keys in vain, more blocks. Never flex_decoding, which torch
+    # takes for fewer than 128 queries and which cuts blocks in its own way.
+    "64x64 blocks": Variant(
+        (8, 8), (*FORWARD_64, ("FORCE_USE_FLEX_ATTENTION", True)), limit=_blocks_of_64
+    ),
+    # the default's blocks, in smaller steps
+    "64x64 steps": Variant(options=(*FORWARD_64, *BACKWARD_64)),
+    "flash": Variant(options=(("BACKEND", "FLASH"),), full_too=True, limit=_flash),
+}
+"""By name. The backend is "default"; the others are for a benchmark to time."""
+
+
+def variants(problem: Problem) -> dict[str, Variant]:
+    """Those of VARIANTS that can solve a problem."""
+    return {name: v for name, v in VARIANTS.items() if v.unsupported(problem) is None}
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float, variant: Variant
+) -> Tensor:
     h, w = operator.index(q.shape[1]), operator.index(q.shape[2])  # constants, also to the compiler
-    mask = block_mask(h, w, kernel_size, q.device)
-    key, value = tokens(k, kernel_size), tokens(v, kernel_size)
-    return grid(flex_attention(tokens(q), key, value, block_mask=mask, scale=scale), h, w)
+    tile, options, full_too, _ = variant
+    mask = block_mask(h, w, kernel_size, q.device, tile, full_too)
+    query, key = tokens(q, 1, tile), tokens(k, kernel_size, tile)
+    value = tokens(v, kernel_size, tile)
+    told: Any = dict(options) or None
+    out = flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=told)
+    return grid(out, h, w, tile)
 
 
 @lru_cache(maxsize=256)
 def _compiled(
-    shape: torch.Size, dtype: torch.dtype, kernel_size: int, backend: str
+    shape: torch.Size, dtype: torch.dtype, kernel_size: int, backend: str, variant: Variant
 ) -> Callable[..., Tensor]:
     # torch.compile counts recompilations by code object, and refuses the ninth of one: a copy each
     function = FunctionType(_attend.__code__.replace(), _attend.__globals__)
@@ -181,9 +303,4 @@ def _compiled(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
-    if q.numel() == 0:
-        return q + k + v
-    if torch.compiler.is_compiling():
-        return _attend(q, k, v, kernel_size, scale)
-    backend = "inductor" if q.is_cuda else "eager"
-    return _compiled(q.shape, q.dtype, kernel_size, backend)(q, k, v, kernel_size, scale)
+    return VARIANTS["default"](q, k, v, kernel_size, scale)

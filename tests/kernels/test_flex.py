@@ -25,17 +25,17 @@ def problem(**changes):
     return on_gpu._replace(**changes)
 
 
-def places(h, w, kernel_size=1):
+def places(h, w, kernel_size=1, tile=(8, 16)):
     """The grid's (row, column) of each token, in the order of tiles, counted from the definition;
     outside the grid beyond it."""
-    halo = kernel_size // 2
-    rows, cols = -(-(h + halo) // 8), -(-(w + halo) // 16)
+    halo, (height, width) = kernel_size // 2, tile
+    rows, cols = -(-(h + halo) // height), -(-(w + halo) // width)
     return [
-        (8 * tile_y + y - halo, 16 * tile_x + x - halo)
+        (height * tile_y + y - halo, width * tile_x + x - halo)
         for tile_y in range(rows)
         for tile_x in range(cols)
-        for y in range(8)
-        for x in range(16)
+        for y in range(height)
+        for x in range(width)
     ]
 
 
@@ -57,12 +57,14 @@ GRIDS = [
     (3, 3, 3),  # the whole grid
     (17, 18, 1),  # each query itself
 ]
+each_tile = pytest.mark.parametrize("tile", sorted({v.tile for v in flex.VARIANTS.values()}))
 
 
+@each_tile
 @pytest.mark.parametrize(("h", "w", "kernel_size"), GRIDS)
-def test_flex_mask_is_the_window_of_each_query(h, w, kernel_size):
-    queries, keys = places(h, w), places(h, w, kernel_size)
-    mask = flex.block_mask(h, w, kernel_size, CPU)
+def test_flex_mask_is_the_window_of_each_query(h, w, kernel_size, tile):
+    queries, keys = places(h, w, tile=tile), places(h, w, kernel_size, tile)
+    mask = flex.block_mask(h, w, kernel_size, CPU, tile)
     assert mask.shape[-2:] == (len(queries), len(keys))
     q_index, k_index = torch.arange(len(queries))[:, None], torch.arange(len(keys))
     visible = mask.mask_mod(torch.tensor(0), torch.tensor(0), q_index, k_index)
@@ -79,17 +81,21 @@ def test_flex_mask_is_the_window_of_each_query(h, w, kernel_size):
             assert not (seen & ~real).any()
 
 
+@each_tile
+@pytest.mark.parametrize("full_too", [False, True])
 @pytest.mark.parametrize(("h", "w", "kernel_size"), GRIDS)
-def test_flex_blocks_are_those_that_hold_a_visible_key(h, w, kernel_size):
-    mask = flex.block_mask(h, w, kernel_size, CPU)
+def test_flex_blocks_are_those_that_hold_a_visible_key(h, w, kernel_size, full_too, tile):
+    mask = flex.block_mask(h, w, kernel_size, CPU, tile, full_too)
+    size = tile[0] * tile[1]
+    assert (size, size) == mask.BLOCK_SIZE
     q_index, k_index = torch.arange(mask.shape[-2])[:, None], torch.arange(mask.shape[-1])
     visible = mask.mask_mod(torch.tensor(0), torch.tensor(0), q_index, k_index)
-    visible = visible.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+    visible = visible.unflatten(1, (-1, size)).unflatten(0, (-1, size))
     some, full = visible.any(3).any(1), visible.all(3).all(1)
 
     assert torch.equal(blocks(mask.kv_num_blocks, mask.kv_indices), some & ~full)
     assert torch.equal(blocks(mask.q_num_blocks, mask.q_indices), (some & ~full).mT)
-    if full.any():
+    if full.any() or full_too:
         assert torch.equal(blocks(mask.full_kv_num_blocks, mask.full_kv_indices), full)
         assert torch.equal(blocks(mask.full_q_num_blocks, mask.full_q_indices), full.mT)
     else:
@@ -130,16 +136,18 @@ def test_flex_builds_the_mask_of_a_big_grid_in_little_memory():
     assert largest <= 512 * 561 * 8  # as int64
 
 
+@each_tile
 @pytest.mark.parametrize(("h", "w", "kernel_size"), GRIDS)
-def test_flex_orders_tokens_by_tiles(h, w, kernel_size):
+def test_flex_orders_tokens_by_tiles(h, w, kernel_size, tile):
     x = torch.arange(1, h * w + 1).view(1, h, w, 1, 1).expand(2, h, w, 3, 1)
-    ordered = flex.tokens(x, kernel_size)
+    ordered = flex.tokens(x, kernel_size, tile)
     expected = [
-        y * w + x + 1 if 0 <= y < h and 0 <= x < w else 0 for y, x in places(h, w, kernel_size)
+        y * w + x + 1 if 0 <= y < h and 0 <= x < w else 0
+        for y, x in places(h, w, kernel_size, tile)
     ]
     assert ordered.shape == (2, 3, len(expected), 1)
     assert ordered[1, 2, :, 0].tolist() == expected
-    assert torch.equal(flex.grid(flex.tokens(x), h, w), x)
+    assert torch.equal(flex.grid(flex.tokens(x, 1, tile), h, w, tile), x)
 
 
 @pytest.mark.parametrize("layout", ["own", "qkv"])
@@ -177,21 +185,22 @@ def test_flex_ignores_what_no_query_sees():
     assert changed.nonzero().tolist() == [[7, 18], [7, 19], [8, 18], [8, 19]]
 
 
-def test_flex_kernel_that_visits_only_the_listed_blocks_agrees():
+@pytest.mark.parametrize(("tile", "full_too"), [((8, 16), False), ((8, 8), False), ((8, 16), True)])
+def test_flex_kernel_that_visits_only_the_listed_blocks_agrees(full_too, tile):
     """Uncompiled, flex_attention reads the mask alone; compiled, it skips blocks by the lists."""
     h, w, kernel_size = 20, 37, 7
     q, k, v = draw((1, h, w, 2, 16), 0, torch.float32)
-    ordered = flex.tokens(q), flex.tokens(k, kernel_size), flex.tokens(v, kernel_size)
-    mask = flex.block_mask(h, w, kernel_size, CPU)
+    ordered = flex.tokens(q, 1, tile), *(flex.tokens(x, kernel_size, tile) for x in (k, v))
+    mask = flex.block_mask(h, w, kernel_size, CPU, tile, full_too)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.compile itself
         try:
-            compiled = torch.compile(flex_attention, fullgraph=True)
+            compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
             out = compiled(*ordered, block_mask=mask, scale=0.25)
         except torch._inductor.exc.InductorError as error:
             pytest.skip(f"torch cannot compile flex_attention on this CPU: {error}"[:300])
     expected = dense(q.double(), k.double(), v.double(), kernel_size, 0.25)
-    torch.testing.assert_close(flex.grid(out, h, w).double(), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(flex.grid(out, h, w, tile).double(), expected, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -270,6 +279,94 @@ def test_flex_before_torch_2_7_wants_a_power_of_two(monkeypatch):
     assert flex.unsupported(problem()) is None
 
 
+@pytest.mark.parametrize("name", flex.VARIANTS)
+@pytest.mark.parametrize(("h", "w", "kernel_size"), [(20, 37, 7), (9, 21, 5), (32, 40, 31)])
+def test_each_flex_variant_is_attention_masked_to_windows(h, w, kernel_size, name):
+    """As torch computes it on a CPU, which takes the mask and leaves the kernel's options alone."""
+    q, k, v = draw((2, h, w, 2, 16), 0)
+    out = flex.VARIANTS[name](q, k, v, kernel_size, 0.3)
+    torch.testing.assert_close(out, dense(q, k, v, kernel_size, 0.3), atol=1e-12, rtol=1e-12)
+
+
+def test_flex_backend_is_the_default_variant():
+    q, k, v = draw((1, 9, 21, 2, 16), 0)
+    out = neighborhood_attention(q, k, v, 5, scale=1, backend="flex")
+    assert torch.equal(out, flex.VARIANTS["default"](q, k, v, 5, 1.0))
+    assert flex.VARIANTS["default"].options == ()
+
+
+@pytest.fixture
+def with_flash(monkeypatch):
+    monkeypatch.setattr(flex, "_no_triton", lambda: False)
+    monkeypatch.setattr(flex, "_no_flash", lambda: False)
+
+
+def test_flex_variants_are_those_that_can(with_flash):
+    assert list(flex.variants(problem(grad=False))) == list(flex.VARIANTS)
+    assert list(flex.variants(problem())) == ["default", "64x64 steps"]
+    assert list(flex.variants(problem(device="cpu"))) == []
+    on_cpu = problem(device="cpu", capability=None, grad=False)
+    assert list(flex.variants(on_cpu)) == ["default", "64x64 blocks", "64x64 steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"grad": True}, "wrong gradients"),
+        ({"dtype": torch.float32}, "not in torch.float32"),
+        ({"d_head": 256}, "at most 128, not 256"),
+        ({"d_head": 36}, "8 divides"),
+        ({"capability": (8, 0)}, r"not on \(8, 0\)"),
+        ({"capability": None}, "not on None"),
+        ({"device": "cpu"}, "runs on CUDA, not on 'cpu'"),
+        ({"device": "mps"}, "on CUDA, and without gradients on a CPU"),
+    ],
+)
+def test_flex_flash_says_what_it_cannot(with_flash, changes, reason):
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(
+            flex.VARIANTS["flash"].unsupported(problem(**({"grad": False} | changes)))
+        )
+
+
+def test_flex_flash_wants_its_package_and_a_torch_that_knows_it(monkeypatch):
+    monkeypatch.setattr(flex, "_no_triton", lambda: False)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash, forward = flex.VARIANTS["flash"], problem(grad=False)
+    assert "pip install --pre flash-attn-4" in flash.unsupported(forward)
+    monkeypatch.setattr(flex.torch_flex, "FlexKernelOptions", None)
+    assert "has no FLASH backend" in flash.unsupported(forward)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_flex_steps_on_cuda_divide_the_blocks_of_each_variant(monkeypatch, with_flash, capability):
+    """Else inductor refuses: forward by the steps that it ends with, backward by its own steps."""
+    heuristics = pytest.importorskip("torch._inductor.template_heuristics.triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    torchs = heuristics.CUDAConfigHeuristic()
+    for dtype in (torch.float32, torch.bfloat16):
+        for d_head in (16, 32, 64, 96, 128):
+            (fwd,) = torchs.get_flex_attn_fwd_configs(d_head, dtype)
+            (bwd,) = torchs.get_flex_attn_bwd_configs(d_head, dtype)
+            own = {"fwd_BLOCK_M": fwd.block_m, "fwd_BLOCK_N": fwd.block_n}
+            backward = {
+                f"bwd_BLOCK_{a}{i}": getattr(bwd, f"block_{a.lower()}{i}")
+                for a in "MN"
+                for i in "12"
+            }
+            for grad in (False, True):
+                asked = problem(dtype=dtype, d_head=d_head, capability=capability, grad=grad)
+                for name, variant in flex.variants(asked).items():
+                    if name == "flash":  # no kernel of inductor's
+                        continue
+                    size = variant.tile[0] * variant.tile[1]
+                    steps = [(own | dict(variant.options))[key] for key in own]
+                    if grad:
+                        steps += [*backward.values()]
+                        steps += [(backward | dict(variant.options))[key] for key in backward]
+                    assert [step for step in steps if size % step] == [], (name, dtype, d_head)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -300,6 +397,37 @@ def test_flex_on_cuda_stays_close_to_float64(shape, kernel_size, layout, dtype):
         worst = (few_bits.cpu().double() - exact).abs().max() / exact.abs().max()
         # the weights are rounded to the dtype before each product, once more than on a CPU
         assert worst < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", [name for name in flex.VARIANTS if name != "default"])
+def test_each_flex_variant_on_cuda_stays_close_to_float64(name, grad, dtype):
+    shape, kernel_size = (2, 20, 37, 2, 64), 7
+    here = torch.cuda.get_device_capability()
+    variant = flex.VARIANTS[name]
+    if reason := variant.unsupported(Problem("cuda", dtype, 20, 37, 7, 64, grad, here)):
+        pytest.skip(reason)
+    *qkv, out_grad = *draw(shape, 0, dtype), draw(shape, 1, dtype)[0]
+
+    def run(f, qkv, out_grad):
+        return value_and_gradients(f, qkv, out_grad) if grad else (f(*qkv),)
+
+    actual = run(
+        lambda q, k, v: variant(q, k, v, kernel_size, 0.125),
+        [t.cuda() for t in qkv],
+        out_grad.cuda(),
+    )
+    expected = run(
+        lambda q, k, v: dense(q, k, v, kernel_size, 0.125),
+        [t.double() for t in qkv],
+        out_grad.double(),
+    )
+    for few_bits, exact in zip(actual, expected, strict=True):
+        worst = (few_bits.cpu().double() - exact).abs().max() / exact.abs().max()
+        assert worst < 16 * torch.finfo(dtype).eps  # as the default's
 
 
 class Block(torch.nn.Module):
