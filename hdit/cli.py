@@ -11,8 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hdit.config import RunConfig
-    from hdit.evaluation.images import ImageSet, Sampled
+    from hdit.config.schema import RunConfig
+    from hdit.evaluation.image_sets import ImageSet, Sampled
     from hdit.protocols import Signal
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def train(
 
     import torch.distributed as dist
 
-    from hdit.config import load
+    from hdit.config.schema import load
     from hdit.protocols import UserError
     from hdit.training.trainer import Trainer
     from hdit_kernels.host import keep_freed_memory
@@ -152,8 +152,8 @@ def sample(
     """
 
     from hdit.protocols import UserError
-    from hdit.samples import choose_labels, find_weak, sampling_config, write_samples
-    from hdit.training.checkpoint import find
+    from hdit.runs.checkpoint import find
+    from hdit.sampling.writer import choose_labels, find_weak, sampling_config, write_samples
 
     found = find(source, _warn)
     options = {
@@ -250,10 +250,11 @@ def evaluate(
     from rich.progress import MofNCompleteColumn, Progress
 
     from hdit.data.check import processes
-    from hdit.evaluation import comparison, images
+    from hdit.evaluation import card as comparison
+    from hdit.evaluation import image_sets as images
     from hdit.evaluation.features import open_features
     from hdit.protocols import UserError
-    from hdit.training.checkpoint import write_atomically
+    from hdit.runs.checkpoint import write_atomically
     from hdit_kernels.host import keep_freed_memory
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -318,9 +319,9 @@ def _sampled(
     """Samples of a model by its own settings, but for what is given."""
     import torch
 
-    from hdit.evaluation.images import Sampled
-    from hdit.samples import sampling_config
-    from hdit.training.checkpoint import find
+    from hdit.evaluation.image_sets import Sampled
+    from hdit.runs.checkpoint import find
+    from hdit.sampling.writer import sampling_config
 
     found = find(source, _warn)
     options = {
@@ -357,10 +358,10 @@ def encode(
 
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config import load
+    from hdit.config.schema import load
     from hdit.data.source import Skipped
-    from hdit.encode import DTYPES
-    from hdit.encode import encode as encode_images
+    from hdit.latents.encode import DTYPES
+    from hdit.latents.encode import encode as encode_images
     from hdit.protocols import UserError
     from hdit_kernels.host import keep_freed_memory
 
@@ -473,9 +474,9 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hdit.config import load
-    from hdit.data.latents import read_manifest
+    from hdit.config.schema import load
     from hdit.data.source import DataError
+    from hdit.latents.store import read_manifest
     from hdit.models import DiTSpec
     from hdit.models.cost import cost
     from hdit.protocols import UserError
@@ -672,10 +673,10 @@ def check_data(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config import load
+    from hdit.config.schema import load
     from hdit.data import check
     from hdit.protocols import UserError
-    from hdit.report.grid import save_grid
+    from hdit.report.grids import save_grid
 
     path = check.sheet_path(place, sheet)
     options = {"--size": size, "--channels": channels, "--crop": crop, "--kind": kind}

@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 import hdit
-from hdit.config import TrainingSpec
+from hdit.config.schema import TrainingSpec
 from hdit.device import auto_precision, cpu_bf16, cpuinfo, multiplies_bf16
 from hdit_kernels import BACKENDS, native, neighborhood_attention, select_backend
 from hdit_kernels.neighborhood import Problem

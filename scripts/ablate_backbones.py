@@ -18,10 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hdit.ablation import Cell, check, finished, read_matrix, run_cell, write_record
+from hdit.experiments.matrix import Cell, check, finished, read_matrix, run_cell, write_record
 from hdit.protocols import UserError
-from hdit.report.comparison import markdown, page
-from hdit.training.checkpoint import write_atomically
+from hdit.report.pages import markdown, page
+from hdit.runs.checkpoint import write_atomically
 from hdit_kernels.host import keep_freed_memory
 
 

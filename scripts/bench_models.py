@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hdit import models
-from hdit.config import load
+from hdit.config.schema import load
 from hdit.interop import diffusers_dit
 from hdit.interop.model import Model
 from hdit.models.cost import cost

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hdit import models
-from hdit.data.digits import Digits
-from hdit.sampling import sample
-from hdit.training.checkpoint import find
+from hdit.data.sources.digits import Digits
+from hdit.runs.checkpoint import find
+from hdit.sampling.sample import sample
 
 
 def classifier(images: Tensor, labels: Tensor, epochs: int = 60) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Makes hdit/data/digits.npz, the embedded data set, from scikit-learn's copy of the UCI digits.
+"""Makes the embedded digits, hdit/data/sources/digits.npz, from scikit-learn's copy of UCI's.
 
 pip install scikit-learn && python scripts/make_digits.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits  # type: ignore[import-not-found]
 
-TARGET = Path(__file__).parents[1] / "hdit" / "data" / "digits.npz"
+TARGET = Path(__file__).parents[1] / "hdit" / "data" / "sources" / "digits.npz"
 
 digits = load_digits()
 images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255, (n 8 8)

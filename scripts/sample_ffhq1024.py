@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from hdit import interop, models
-from hdit.config import RunConfig, load, parse
+from hdit.config.schema import RunConfig, load, parse
 from hdit.interop import Model
 from hdit.protocols import Signal, UserError
-from hdit.report.grid import save_png
-from hdit.sampling import check_guidance, sample
+from hdit.report.grids import save_png
+from hdit.sampling.sample import check_guidance, sample
 from hdit_kernels.host import (
     forget_peak_memory,
     keep_freed_memory,

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from hdit import models
-from hdit.config import RunConfig, load
+from hdit.config.schema import RunConfig, load
 from hdit.models.cost import cost
 from hdit.protocols import Cond
-from hdit.report.comparison import plot
-from hdit.training.checkpoint import write_atomically
+from hdit.report.pages import plot
+from hdit.runs.checkpoint import write_atomically
 from hdit_kernels.host import (
     forget_peak_memory,
     keep_freed_memory,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hdit.diffusion import samplers
-from hdit.diffusion.ladders import Exponential, Karras
+from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.samplers import DDPM, Churned, DPMAdaptive
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.sigmas import Exponential, Karras
 
 SD = 0.5
 TABLE = LinearSchedule()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hdit import samples
-from hdit.training.checkpoint import find
+from hdit.runs.checkpoint import find
+from hdit.sampling import writer as samples
 
 
 @pytest.fixture

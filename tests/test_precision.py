@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from hdit import config, device, sampling
+from hdit import config, device
 from hdit.device import float32_products, precision_on, to_device
 from hdit.nn.compiling import ENOUGH_CALLS, compiles
 from hdit.protocols import UserError
-from hdit.sampling import settled
-from hdit.training import checkpoint
+from hdit.runs import checkpoint
+from hdit.sampling import sample as sampling
+from hdit.sampling.sample import settled
 from hdit.training.objective import settled as settled_training
 from hdit.training.trainer import Trainer
 

@@ -6,15 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from hdit.data.archive import ZipSpec
-from hdit.data.arrays import NpzSpec
-from hdit.data.digits import DigitsSpec
-from hdit.data.folder import FolderSpec
-from hdit.data.hook import PythonSpec
-from hdit.data.hub import HubSpec
 from hdit.data.pictures import kind_of
-from hdit.data.shapes import ShapesSpec
-from hdit.data.tars import TarSpec
+from hdit.data.sources.archive import ZipSpec
+from hdit.data.sources.arrays import NpzSpec
+from hdit.data.sources.digits import DigitsSpec
+from hdit.data.sources.folder import FolderSpec
+from hdit.data.sources.hook import PythonSpec
+from hdit.data.sources.hub import HubSpec
+from hdit.data.sources.shapes import ShapesSpec
+from hdit.data.sources.tars import TarSpec
 
 
 def _with_kind(table: Any) -> Any:

@@ -39,7 +39,7 @@ from hdit.data.pictures import (
     too_many,
 )
 from hdit.data.source import DataError, printable
-from hdit.data.tars import Tars
+from hdit.data.sources.tars import Tars
 from hdit.data.transforms import to_image, to_mode, to_tensor
 
 DEFAULT_SIGMA_DATA = 0.5  # of hdit.spaces, which this room does not know

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hdit.diffusion.beta_schedules import VPTable
 from hdit.diffusion.broadcast import per_image
 from hdit.diffusion.parametrization import NOISE_LABELS, Parametrization, Scales
 from hdit.diffusion.vlb import vlb
-from hdit.diffusion.vp import VPTable
 from hdit.diffusion.weighting import Weighting, mean_square
 from hdit.protocols import Backbone, Cond, Denoise
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from hdit.diffusion.vp import VPTable
+from hdit.diffusion.beta_schedules import VPTable
 from hdit.protocols import Spec
 
 FLOW_SIGMA_MAX = 999.0  # at time 0.999

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdit.diffusion.beta_schedules import VPTable
 from hdit.diffusion.broadcast import per_image
-from hdit.diffusion.vp import VPTable
 from hdit.protocols import Denoise, DenoiseWithVariance
 
 Variance = Literal["lower", "upper", "learned"]

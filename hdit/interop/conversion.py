@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hdit.interop import diffusers_dit, facebook_dit, hub, k_diffusion
 from hdit.interop.files import read_json, read_pickle, read_safetensors, whole
 from hdit.interop.model import InteropError, Model
-from hdit.training.checkpoint import find, is_export
+from hdit.runs.checkpoint import find, is_export
 
 log = logging.getLogger(__name__)
 

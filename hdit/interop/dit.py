@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hdit.config import RunConfig, parse
+from hdit.config.schema import RunConfig, parse
 from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import Signal

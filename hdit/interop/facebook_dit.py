@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdit.config import RunConfig
+from hdit.config.schema import RunConfig
 from hdit.interop.dit import check_dit, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hdit.interop.model import Model
 from hdit.models.cost import cost
-from hdit.training.checkpoint import (
+from hdit.runs.checkpoint import (
     EXPORT_CONFIG,
     EXPORT_WEIGHTS,
     Checkpoint,

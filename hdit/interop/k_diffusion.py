@@ -15,8 +15,9 @@ import tomli_w
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdit.config import RunConfig, parse
-from hdit.diffusion.noise import (
+from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.config.schema import RunConfig, parse
+from hdit.diffusion.densities import (
     CosineInterpolated,
     Density,
     LogLogistic,
@@ -29,7 +30,6 @@ from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
 from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model, check_held
-from hdit.learning_rate import ConstantLR, ExponentialLR, InverseLR
 from hdit.models import HDiTSpec
 from hdit.protocols import Signal, Spec
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdit.config import RunConfig
+from hdit.config.schema import RunConfig
 from hdit.interop.model import InteropError
 from hdit.protocols import Signal
-from hdit.training.checkpoint import Shapes, check_shapes, expected_shapes
+from hdit.runs.checkpoint import Shapes, check_shapes, expected_shapes
 
 
 @dataclass(frozen=True)

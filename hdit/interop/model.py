@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hdit import models
-from hdit.config import RunConfig, differences
+from hdit.config.schema import RunConfig, differences
 from hdit.models import DiT, HDiT
 from hdit.protocols import Signal, Spec, UserError
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hdit import randomness
-from hdit.config import RunConfig
+from hdit.config.schema import RunConfig
 from hdit.data.batches import Batch
-from hdit.data.latents import choose
 from hdit.device import precision_on, to_device
-from hdit.diffusion.noise import stratify
+from hdit.diffusion.densities import stratify
+from hdit.latents.store import choose
 from hdit.protocols import Backbone, Cond, NormalNoise, Signal, Space
-from hdit.sampling import make_denoiser
+from hdit.sampling.sample import make_denoiser
 
 
 def settled(

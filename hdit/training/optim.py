@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hdit.config import EMASpec, OptimizerSpec
+from hdit.config.schema import EMASpec, OptimizerSpec
 from hdit.models import DiT, HDiT
 from hdit.protocols import Group
 

@@ -19,18 +19,19 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from hdit import models
-from hdit.config import RunConfig, differences
+from hdit.config.schema import RunConfig, differences
 from hdit.data.batches import Batch, Batches, Layout
-from hdit.data.latents import Latents
 from hdit.data.source import Skipped, first, size_of
 from hdit.device import float32_products, precision_on
-from hdit.encode import open_source, origin_of
+from hdit.latents.encode import open_source, origin_of
+from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
 from hdit.protocols import Space, UserError
-from hdit.report.grid import save_grid
-from hdit.sampling import check_guidance, sample
-from hdit.training import checkpoint
-from hdit.training.checkpoint import CheckpointError, State
+from hdit.report.grids import save_grid
+from hdit.runs import checkpoint
+from hdit.runs.checkpoint import CheckpointError, State
+from hdit.runs.folder import RunFolder
+from hdit.sampling.sample import check_guidance, sample
 from hdit.training.noise_scale import GradientNoiseScale
 from hdit.training.objective import Objective, settled
 from hdit.training.optim import (
@@ -42,7 +43,6 @@ from hdit.training.optim import (
     update_ema,
 )
 from hdit.training.progress import Progress
-from hdit.training.run_folder import RunFolder
 from hdit_kernels.host import peak_memory
 
 FIXED = (

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from known_answers import load
 
+from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import DEPTH, BrownianPath
-from hdit.diffusion.ladders import Exponential, Karras, LinearT
-from hdit.diffusion.vp import CosineSchedule, LinearSchedule
+from hdit.diffusion.sigmas import Exponential, Karras, LinearT
 from hdit.protocols import SolverError
 
 TICKS = 2**DEPTH

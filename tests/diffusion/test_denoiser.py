@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
 from reference_models import reference_model, reference_name
 
+from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.parametrization import EDM, X0, EpsVP, Flow, V
-from hdit.diffusion.vp import CosineSchedule, LinearSchedule
 from hdit.diffusion.weighting import X0 as X0Weight
 from hdit.diffusion.weighting import EDMWeight, Eps, MinSNR, Sigmoid, SoftMinSNR, mean_square
 from hdit.diffusion.weighting import Flow as FlowWeight

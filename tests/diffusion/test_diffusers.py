@@ -10,11 +10,11 @@ import pytest
 import torch
 from known_answers import hfill
 
+from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.ladders import LinearT
 from hdit.diffusion.parametrization import EpsVP
 from hdit.diffusion.samplers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, unipc
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.sigmas import LinearT
 from hdit.protocols import Cond
 
 diffusers = pytest.importorskip("diffusers", reason="the extra [dev] brings diffusers, the oracle")

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_answers import hfill
 
+from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
 from hdit.diffusion.parametrization import EDM
-from hdit.diffusion.vp import LinearSchedule
 from hdit.protocols import Cond, DenoiseWithVariance
 
 SHAPE = (3, 4, 3, 5)

@@ -10,8 +10,8 @@ from known_answers import check_record, hfill, load
 from pydantic import ValidationError
 
 from hdit.diffusion import samplers
+from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.ladders import Exponential, Karras
 from hdit.diffusion.samplers import (
     DDIM,
     DDPM,
@@ -28,7 +28,7 @@ from hdit.diffusion.samplers import (
     Heun,
     UniPC,
 )
-from hdit.diffusion.vp import LinearSchedule
+from hdit.diffusion.sigmas import Exponential, Karras
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULE = LinearSchedule()

@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
 
+from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule, respaced, strided
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.ladders import LinearT
 from hdit.diffusion.parametrization import X0, EpsVP
 from hdit.diffusion.samplers import ddim, ddpm, euler
+from hdit.diffusion.sigmas import LinearT
 from hdit.diffusion.vlb import (
     FLOOR,
     bits_per_dim,
@@ -26,7 +27,6 @@ from hdit.diffusion.vlb import (
     posterior_variances,
     vlb,
 )
-from hdit.diffusion.vp import CosineSchedule, LinearSchedule, respaced, strided
 from hdit.diffusion.weighting import X0 as X0Weight
 from hdit.diffusion.weighting import Eps
 from hdit.protocols import Cond

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hdit.evaluation.comparison import compare
+from hdit.evaluation.card import compare
 from hdit.evaluation.features import Extractor
-from hdit.evaluation.images import open_set
+from hdit.evaluation.image_sets import open_set
 from scripts import train_classifier
 
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from hdit import config, interop, models
 from hdit.interop import InteropError, k_diffusion
 from hdit.protocols import Cond, UserError
-from hdit.training import checkpoint
-from hdit.training.checkpoint import State
+from hdit.runs import checkpoint
+from hdit.runs.checkpoint import State
 from hdit.training.trainer import Trainer
 
 HDIT_FILE = FOLDER / "hdit_tiny_fp32.safetensors"

@@ -8,14 +8,14 @@ from known_answers import FOLDER, load
 
 from hdit import interop
 from hdit.diffusion.guidance import cfg
-from hdit.diffusion.ladders import LinearT
 from hdit.diffusion.samplers import DPMpp2MSDE, ddim
+from hdit.diffusion.sigmas import LinearT
 from hdit.interop import facebook_dit, k_diffusion
 from hdit.interop.layout import foreign_shapes
 from hdit.nn.attention import Global, SelfAttention
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import NULL_LABEL, Cond
-from hdit.sampling import make_denoiser
+from hdit.sampling.sample import make_denoiser
 
 
 def close(actual, expected, atol, rtol=0.0):

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdit.config import load
+from hdit.config.schema import load
 from hdit.models import build
 from hdit.nn.attention import Neighborhood
 from hdit.protocols import Cond, Signal
-from hdit.sampling import make_denoiser
+from hdit.sampling.sample import make_denoiser
 from hdit_kernels import BACKENDS, neighborhood, reference, select_backend
 from hdit_kernels.neighborhood import AUTO, Choice, Problem
 

@@ -5,8 +5,8 @@ import torch
 from known_answers import load
 from torch import nn
 
-from hdit.config import EMASpec, OptimizerSpec
-from hdit.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.config.schema import EMASpec, OptimizerSpec
 from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
 from hdit.models.hdit import Level, Mapping
 from hdit.nn.attention import Global

@@ -14,8 +14,8 @@ from safetensors.torch import load, load_file
 from hdit import config
 from hdit.data.batches import Batch, Batches, Layout
 from hdit.protocols import Cond, UserError
-from hdit.training import checkpoint
-from hdit.training.checkpoint import CheckpointError
+from hdit.runs import checkpoint
+from hdit.runs.checkpoint import CheckpointError
 from hdit.training.trainer import AGREE_EVERY, Trainer, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]

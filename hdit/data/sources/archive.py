@@ -1,0 +1,163 @@
+"""A zip archive of image files, read in place."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from hdit.data.pictures import Pictures, PicturesSpec, open_picture, refuse_path
+from hdit.data.source import DataError
+from hdit.data.sources.listing import arrange, is_hidden
+
+
+class ZipSpec(PicturesSpec):
+    """Images in an archive: flat, in a sub-folder for each class, or with a sheet of labels.
+
+    `dataset.json` as StyleGAN and EDM write it, `metadata.jsonl` or `metadata.csv` has the labels,
+    if it is there. A folder that all of the archive lies in is no class.
+    """
+
+    kind: Literal["zip"] = "zip"
+    path: str = Field(description="the archive, relative to where the command runs")
+
+    def open(self) -> Pictures:
+        """Lists the archive. Raises DataError where it is empty, unsafe, or of mixed layout."""
+        return Pictures(self, Archive(self.path, self.max_pixels))
+
+
+class OwnHandle(io.RawIOBase):
+    """A file for reading that each process opens for itself: a fork shares no position."""
+
+    def __init__(self, path: Path):
+        self.path, self.position = path, 0
+        self.process, self.file = os.getpid(), self._open()
+
+    def _open(self) -> BinaryIO:
+        return open(self.path, "rb", buffering=0)
+
+    def readinto(self, buffer: Any) -> int:
+        if self.process != os.getpid():
+            self.file.close()  # this process's copy
+            self.process, self.file = os.getpid(), self._open()
+        self.file.seek(self.position)
+        count = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        self.position += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self._size()}[whence]
+        self.position = base + offset
+        return self.position
+
+    def _size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def tell(self) -> int:
+        return self.position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class Archive:
+    setting = "data.path"
+
+    def __init__(self, path: str, max_pixels: int):
+        self.place, self.max_pixels = path, max_pixels
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise refuse_path(path, "zip", "is not a file")
+        try:
+            self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
+        members = {}
+        for member in self.zip.infolist():
+            if trouble := escape(member):
+                raise DataError(
+                    f"data.path: {path!r} is refused: its member {member.orig_filename!r} {trouble}"
+                )
+            if member.filename in members:
+                raise DataError(f"data.path: {path!r} holds {member.filename!r} twice")
+            if not member.is_dir():
+                members[member.filename] = member
+        top = _common_folder([name for name in members if not is_hidden(name)])
+        listing = arrange(
+            [name.removeprefix(top) for name in members if name.startswith(top)],
+            lambda name: self._read(members[top + name]),
+            f"data.path: {path!r}",
+        )
+        _, self.labels, self.classes = listing
+        self.members = [members[top + name] for name in listing.names]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that is not a fork lists the archive again."""
+        return Archive, (self.place, self.max_pixels)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}/{self.members[index].filename}"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        member = self.members[index]
+        if member.file_size > BYTES_OF_A_PIXEL * self.max_pixels:
+            raise ValueError(
+                f"unpacks to {member.file_size} bytes, more than data.max_pixels = "
+                f"{self.max_pixels} can take"
+            )
+        return open_picture(self._read(member)), self.labels[index]
+
+    def stamp(self, index: int) -> str:
+        member = self.members[index]
+        return f"{member.filename} {self.labels[index]} {member.CRC} {member.file_size}"
+
+    def _read(self, member: zipfile.ZipInfo) -> bytes:
+        """All of a member, for the archive's own checksum is compared at its end."""
+        return self.zip.read(member)
+
+
+BYTES_OF_A_PIXEL = 8
+"""RGBA of 16 bits, uncompressed: bounds what a member unpacks to before its size is known."""
+
+
+def escape(member: zipfile.ZipInfo) -> str | None:
+    """How a member would leave the folder that it is unpacked in, if it would."""
+    if trouble := leads_out(member.orig_filename):
+        return trouble
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        return "is a link" if stat.S_ISLNK(kind) else "is a device"
+    return None
+
+
+def leads_out(name: str) -> str | None:
+    """How a name leads out of the folder that it is unpacked in, if it does."""
+    name = name.replace("\\", "/")
+    if "\0" in name:
+        return "has a zero byte in its name"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path"
+    return "leads out of its folder" if ".." in name.split("/") else None
+
+
+def _common_folder(names: list[str]) -> str:
+    """The folder that all lie in, with its slash; empty if there is none."""
+    tops = {name.partition("/")[0] if "/" in name else "" for name in names}
+    return f"{tops.pop()}/" if len(tops) == 1 and "" not in tops else ""

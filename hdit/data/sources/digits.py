@@ -1,0 +1,52 @@
+"""The embedded real data set: 1,797 handwritten digits of 8x8 pixels (licence in digits.md)."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from hdit.data.augmentation import Augmentation, AugmentationSetting
+from hdit.data.source import Sample
+from hdit.protocols import Spec
+
+
+class DigitsSpec(Spec):
+    """UCI handwritten digits, grey, 10 classes. Each sixth image is held out as "test"."""
+
+    kind: Literal["digits"] = "digits"
+    split: Literal["train", "test", "all"] = Field("train", description="which images")
+    augment: AugmentationSetting = Field(
+        Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
+    )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 1, 8, 8
+
+    @property
+    def flip(self) -> bool:
+        return False
+
+    def open(self) -> Digits:
+        return Digits(self.split)
+
+
+class Digits:
+    def __init__(self, split: str):
+        with np.load(str(files("hdit.data.sources") / "digits.npz"), allow_pickle=False) as data:
+            images, labels = data["images"], data["labels"]
+        test = np.arange(len(images)) % 6 == 5
+        keep = {"train": ~test, "test": test, "all": np.ones_like(test)}[split]
+        self.images = torch.from_numpy(images[keep])[:, None]  # (n 1 8 8) uint8
+        self.labels = torch.from_numpy(labels[keep].astype(np.int64))
+        self.classes = [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.images[index], int(self.labels[index]))

@@ -1,0 +1,356 @@
+"""Sets of images to compare: pictures at their own size, a config's data, samples of a model.
+
+Nothing is cropped, mirrored or resized here, and a picture that cannot be read ends it: another in
+its place would falsify the distance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hdit import models
+from hdit.config.schema import RunConfig
+from hdit.data import DataSpec
+from hdit.data.pictures import MAX_PIXELS, open_picture
+from hdit.data.source import DataError, Source, Stream
+from hdit.data.sources.archive import Archive
+from hdit.data.sources.arrays import Arrays
+from hdit.data.sources.listing import is_hidden, is_picture, order
+from hdit.data.transforms import to_mode, to_tensor
+from hdit.protocols import UserError
+from hdit.runs.checkpoint import MANIFEST, Checkpoint, is_export
+from hdit.sampling.sample import check_guidance, sample, settled
+
+Prepare = Callable[[Tensor], Tensor] | None
+"""Of one picture, (3 h w) uint8, what a batch is stacked of; None is the picture itself."""
+
+
+class Part(NamedTuple):
+    """The next images of a set; `stacked` is None where they are of different shapes."""
+
+    stacked: Tensor | None
+    sizes: list[tuple[int, int]]  # (height, width) as read
+    digests: list[bytes]  # of the pixels
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order. `record` says for the protocol where they come from."""
+
+    record: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        """All of it, once. Raises DataError for an image that cannot be read."""
+
+
+class Item(NamedTuple):
+    prepared: Tensor
+    size: tuple[int, int]
+    digest: bytes
+
+
+def item(image: Tensor, prepare: Prepare) -> Item:
+    """image (c h w) uint8, grey or RGB; grey is RGB with three channels alike."""
+    image = image.expand(3, -1, -1).contiguous()
+    size = (int(image.shape[1]), int(image.shape[2]))
+    digest = hashlib.sha256(repr(size).encode() + image.numpy().tobytes()).digest()
+    return Item(image if prepare is None else prepare(image), size, digest)
+
+
+def part(items: list[Item]) -> Part:
+    prepared = [item.prepared for item in items]
+    one = len({image.shape for image in prepared}) == 1
+    sizes, digests = [item.size for item in items], [item.digest for item in items]
+    return Part(torch.stack(prepared) if one else None, sizes, digests)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+class Files(Protocol):
+    """Pictures by index, as hdit.data lists those of archives and arrays."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class FolderFiles:
+    """All pictures in a folder and the folders in it, whatever these mean.
+
+    Of a folder that `hdit sample` wrote, those that its samples.json lists: not the grid. Links
+    are followed, and each folder is read once.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        names = [name for name in _walk(root) if is_picture(name) and not is_hidden(name)]
+        self.names = sorted(names, key=order)
+        record = root / "samples.json"
+        if record.is_file():
+            self.names = _sampled(record)
+            if missing := set(self.names) - set(names):
+                raise DataError(f"{root / min(missing)}: is not there, but {record} lists it")
+        if not self.names:
+            raise DataError(f"{root}: has no image files that Pillow can read")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return open_picture(self.name(index)), 0
+
+
+def _sampled(record: Path) -> list[str]:
+    try:
+        return [Path(entry["file"]).name for entry in json.loads(record.read_text())["samples"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record}: cannot tell which pictures are samples: {error}") from None
+
+
+def _walk(root: Path) -> Iterator[str]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        inside = Path(parent).relative_to(root)
+        yield from ((inside / name).as_posix() for name in files)
+
+
+class Listed:
+    """Pictures that lie somewhere: any mode, made RGB; what is transparent lies on white."""
+
+    def __init__(self, files: Files, place: str, kind: str):
+        self.files, self.record = files, {"place": place, "kind": kind}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files.name(index)
+
+    def image(self, index: int) -> Tensor:
+        with self.files.load(index)[0] as picture:
+            return to_tensor(to_mode(picture, 3))
+
+    def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        return read(self, prepare, batch_size, workers)
+
+
+class Configured:
+    """The data of a config, as training sees them: cropped, but neither mirrored nor augmented."""
+
+    def __init__(self, spec: DataSpec, place: str):
+        source = spec.open()
+        self.source: Source | Stream = source
+        self.references: Sequence[Any]
+        if isinstance(source, Stream):
+            self.references = source.references()
+        else:
+            self.references = range(len(source))
+        self.record = {
+            "place": place,
+            "kind": "data of a config",
+            "data": spec.model_dump(mode="json", exclude_none=True),
+        }
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def image(self, index: int) -> Tensor:
+        found = self.source[self.references[index]]
+        for file in found.skipped:
+            raise DataError(f"{file.path}: {file.reason}; mend or remove it")
+        return found.image
+
+    def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        return read(self, prepare, batch_size, workers)
+
+
+class _Readable(Protocol):
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def image(self, index: int) -> Tensor: ...
+
+
+class _Reader:
+    """Whose errors are values: raised in a worker, torch writes a traceback into them."""
+
+    def __init__(self, images: _Readable, prepare: Prepare):
+        self.images, self.prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item | DataError:
+        try:
+            image = self.images.image(index)
+        except MemoryError:
+            raise
+        except DataError as error:
+            return error.with_traceback(None)
+        except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
+            reason = f"{type(error).__name__}: {error}"
+            return DataError(f"{self.images.name(index)}: {reason}; mend or remove it")
+        return item(image, self.prepare)
+
+
+def _collate(items: list[Item | DataError]) -> Part | DataError:
+    good: list[Item] = []
+    for found in items:
+        if isinstance(found, DataError):
+            return found
+        good.append(found)
+    return part(good)
+
+
+def _leave_signals(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read(images: _Readable, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+    loader: DataLoader[Any] = DataLoader(
+        _Reader(images, prepare),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals if workers else None,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+    for found in loader:
+        if isinstance(found, DataError):
+            break
+        yield found
+    else:
+        return
+    raise found  # out of the loop, where the loader's processes are gone
+
+
+# ---- samples of a model --------------------------------------------------------------------------
+
+
+class Sampled:
+    """n samples of a model by its own sampling settings, of all its classes in turn."""
+
+    def __init__(
+        self,
+        found: Checkpoint,
+        config: RunConfig,
+        n: int,
+        seed: int,
+        raw: bool,
+        device: torch.device,
+        warn: Callable[[str], None],
+    ):
+        """`config` is the model's, with the sampling that is wanted. Raises UserError."""
+        signal, classes = found.state.signal, found.state.classes
+        check_guidance(config, signal)
+        config = settled(config, device, n, warn)
+        self.config, self.signal, self.device, weights = config, signal, device, found.weights(raw)
+        self.seeds = list(range(seed, seed + n))
+        self.labels = [i % len(classes) for i in range(n)] if classes else None
+        self.space = config.space.open(device)
+        if found.state.space and self.space.identity != found.state.space:
+            raise UserError(
+                f"space.vae: the model was trained on latents of another VAE: its hash is "
+                f"{found.state.space:.12}, this one's {self.space.identity:.12}"
+            )
+        self.backbone = models.build(config.model, signal, config.output_channels(signal))
+        self.backbone.load_state_dict(found.tensors(weights))
+        self.backbone.to(device)
+        if config.sampling.compile:
+            self.backbone.compile_blocks()
+        self.record: dict[str, Any] = {
+            "place": str(found.folder),
+            "kind": "samples",
+            "trained_images": found.state.images,
+            "weights": weights,
+            "sampling": config.sampling.model_dump(mode="json", exclude_none=True),
+            "sigma_range": config.sigma_range(),
+            "seeds": [self.seeds[0], self.seeds[-1]],
+            "labels": f"all {len(classes)} in turn" if classes else "none",
+        }
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def name(self, index: int) -> str:
+        return f"seed {self.seeds[index]}"
+
+    def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        """In the batches of sampling; the network evaluations of an image go into the record."""
+        evaluations = 0
+        for batch in sample(
+            self.backbone,
+            self.config,
+            self.signal,
+            self.seeds,
+            self.labels,
+            self.device,
+            space=self.space,
+        ):
+            evaluations += batch.evaluations * len(batch.images)
+            yield part([item(image, prepare) for image in batch.images])
+        self.record["evaluations"] = round(evaluations / len(self))
+
+
+# ---- which of them -------------------------------------------------------------------------------
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder is a run, a checkpoint or a converted model."""
+    return (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() or is_export(path)
+
+
+def open_set(place: str) -> Listed | Configured:
+    """Pictures by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
+    if path.is_dir():
+        return Listed(FolderFiles(path), place, "folder")
+    try:
+        if path.suffix == ".npz":
+            return Listed(Arrays(place), place, "npz")
+        if path.suffix == ".zip":
+            return Listed(Archive(place, MAX_PIXELS), place, "zip")
+    except DataError as error:
+        raise UserError(str(error).removeprefix("data.path: ")) from None
+    if path.suffix == ".toml":
+        from hdit.config.schema import load
+
+        return Configured(load(path).data, place)
+    raise UserError(
+        f"{place}: must be a folder of pictures, a .zip of one, a .npz, a config's .toml (its "
+        "data), or as the first of both a run, checkpoint or converted model"
+    )

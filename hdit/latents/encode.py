@@ -1,0 +1,213 @@
+"""`hdit encode`: the pictures of a config through its VAE, once, into a folder of posteriors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hdit.config.schema import RunConfig
+from hdit.data import DataSpec
+from hdit.data.batches import in_order
+from hdit.data.pictures import MAX_BAD_SHARE, PicturesSpec, too_many
+from hdit.data.source import DataError, Skipped, Source, Stream
+from hdit.latents.store import (
+    Latents,
+    Manifest,
+    begin,
+    missing,
+    remove_parts,
+    shard_path,
+    write_shard,
+)
+from hdit.protocols import UserError
+from hdit.spaces import LatentSpace
+from hdit.spaces.vae import VAE
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Encoded(NamedTuple):
+    """What one process made."""
+
+    images: int  # of all processes, in the end
+    shards: int  # by this one
+    absent: int  # shards that other processes are still at
+    bytes: int
+    sigma_data: float | None  # measured over a part, once all is there
+
+
+def manifest_of(
+    config: RunConfig, space: VAE, images: int, classes: list[str], dtype: str, shard_size: int
+) -> Manifest:
+    """What latents by these settings are; `dtype` and `shard_size` as `hdit encode` takes them."""
+    data, spec = config.data, space.spec
+    shape = data.shape
+    return Manifest(
+        vae=space.identity,
+        scale=space.scale.flatten().tolist(),
+        shift=space.shift.flatten().tolist(),
+        tile=spec.tile if spec.tile and max(shape[1:]) > spec.tile else 0,
+        image=list(shape),
+        latent=list(spec.shape(*shape)),
+        crop=data.crop if isinstance(data, PicturesSpec) else "",
+        background=data.background if isinstance(data, PicturesSpec) else "",
+        flips=2 if data.flip else 1,
+        dtype=dtype,
+        images=images,
+        shard_size=shard_size,
+        classes=classes,
+        origin=origin_of(data),
+    )
+
+
+SETTINGS = ["vae", "scale", "shift", "tile", "image", "latent", "crop", "background"]
+"""What training must agree on with what it reads."""
+
+ORIGIN = (
+    "kind",
+    "path",
+    "name",
+    "config",
+    "split",
+    "image_column",
+    "label_column",
+    "label_key",
+    "hook",
+)
+
+
+def origin_of(data: DataSpec) -> str:
+    """The data in words."""
+    pairs = ((key, getattr(data, key, None)) for key in ORIGIN)
+    return " ".join(f"{key}={value}" for key, value in pairs if value is not None)
+
+
+def open_source(config: RunConfig, space: object) -> Source | Stream:
+    """What training draws from: the pictures, or what is stored of them. Raises DataError."""
+    if isinstance(space, VAE):
+        space.check_channels(config.data.shape[0])
+    stored = config.space.stored if isinstance(config.space, LatentSpace) else None
+    if stored is None:
+        return config.data.open()
+    assert isinstance(space, VAE)
+    latents = Latents(stored)
+    flips = ["flips"] if config.data.flip else []
+    latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS + flips)
+    return latents
+
+
+def encode(
+    config: RunConfig,
+    folder: Path,
+    *,
+    batch_size: int = 16,
+    workers: int = 0,
+    dtype: str = "float32",
+    shard_size: int = 1024,
+    rank: int = 0,
+    processes: int = 1,
+    on_start: Callable[[int], None] = lambda images: None,
+    on_images: Callable[[int], None] = lambda n: None,
+    on_skipped: Callable[[Skipped], None] = lambda file: None,
+) -> Encoded:
+    """Writes the shards that are not there yet, of which this process takes its part.
+
+    `on_start` is called with the number of its images, `on_images` after each batch of them.
+
+    Raises UserError where the config has no VAE, its pictures cannot be stored, or the folder
+    holds others.
+    """
+    data = config.data
+    if not isinstance(config.space, LatentSpace):
+        raise UserError(f"space.kind: must be 'latent' to encode, got {config.space.kind!r}")
+    if data.augment.probability:
+        raise UserError("data.augment: must be 0 to encode: its changes are new at each draw")
+    if isinstance(data, PicturesSpec) and data.crop == "random":
+        raise UserError("data.crop: must not be 'random' to encode: its windows are new each time")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    space = config.space.open(device)
+    source = data.open()
+    references = source.references() if isinstance(source, Stream) else list(range(len(source)))
+    manifest = manifest_of(config, space, len(references), source.classes, dtype, shard_size)
+    begin(folder, manifest)
+    ours = [i for i in missing(folder, manifest) if i % processes == rank]
+    on_start(sum(len(manifest.range_of(i)) for i in ours))
+    parts = [
+        [references[i] for i in manifest.range_of(shard)[first : first + batch_size]]
+        for shard in ours
+        for first in range(0, len(manifest.range_of(shard)), batch_size)
+    ]
+    batches = in_order(source, parts, workers)
+    bad: set[str] = set()
+    seen = 0
+    for shard in ours:
+        posterior: list[Tensor] = []
+        labels: list[Tensor] = []
+        while sum(map(len, labels)) < len(manifest.range_of(shard)):
+            batch = next(batches)
+            for file in batch.skipped:
+                bad.add(file.path)
+                on_skipped(file)
+            stored = encode_batch(space, batch.images.to(device), manifest.flips)
+            stored = stored.to("cpu", DTYPES[dtype])
+            if not stored.isfinite().all():
+                raise UserError(
+                    f"space.vae: {config.space.vae!r} gives latents that are not finite in {dtype}"
+                )
+            posterior.append(stored)
+            labels.append(batch.labels)
+            on_images(len(stored))
+        seen += len(manifest.range_of(shard))
+        _judge(config, len(bad), seen, manifest.images)
+        write_shard(folder, shard, torch.cat(posterior), torch.cat(labels), space.identity)
+    left = missing(folder, manifest)
+    there = (shard_path(folder, i) for i in set(range(manifest.shards)) - set(left))
+    size = sum(path.stat().st_size for path in there)
+    sigma = None
+    if not left:
+        remove_parts(folder)
+        sigma = measure(Latents(str(folder)), space)
+    return Encoded(manifest.images, len(ours), len(left), size, sigma)
+
+
+def encode_batch(space: VAE, images: Tensor, flips: int) -> Tensor:
+    """(b c h w) -> (b f 2c h w): of the images, and with two flips of their mirror images."""
+    views = [images, images.flip(-1)][:flips]
+    return torch.stack([space.encode(view) for view in views], 1)
+
+
+def _judge(config: RunConfig, bad: int, seen: int, images: int) -> None:
+    """Raises DataError where too many pictures are bad, for each worker has seen but its own."""
+    data = config.data
+    if not isinstance(data, PicturesSpec):
+        return
+    share = MAX_BAD_SHARE if data.max_bad_share is None else data.max_bad_share
+    if too_many(bad, seen, images, share):
+        raise DataError(
+            f"data: {bad} of {seen} pictures so far are bad, beyond data.max_bad_share = {share:g}"
+        )
+
+
+def measure(latents: Latents, space: VAE, limit: int = 4096) -> float:
+    """Standard deviation of x0 over all elements, from evenly chosen images, in float64.
+
+    By the law of total variance, of a posterior with mean m and deviation s: E[m^2 + s^2] - E[m]^2.
+    """
+    chosen = torch.linspace(0, len(latents) - 1, min(limit, len(latents))).long().unique().tolist()
+    first = second = 0.0
+    count = 0
+    for index in chosen:
+        mean, std = latents[index].image.double().chunk(2, 1)  # (f c h w)
+        scale, shift = space.scale.double().cpu(), space.shift.double().cpu()
+        mean, std = (mean - shift) * scale, std * scale
+        first += mean.sum().item()
+        second += (mean**2 + std**2).sum().item()
+        count += mean.numel()
+    return (second / count - (first / count) ** 2) ** 0.5

@@ -1,0 +1,1 @@
+"""Images from a trained denoiser, and the files that they become."""

@@ -1,0 +1,171 @@
+"""Images from a trained denoiser: seeds and labels in, uint8 images out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hdit import randomness
+from hdit.config.schema import RunConfig
+from hdit.device import (
+    Precision,
+    autocast_dtype,
+    float32_products,
+    multiplies_bf16,
+    multiplies_tf32,
+    precision_on,
+    to_device,
+)
+from hdit.diffusion.brownian import BrownianPath
+from hdit.diffusion.denoiser import Denoiser
+from hdit.diffusion.guidance import Batching, cfg
+from hdit.nn.compiling import compiles
+from hdit.protocols import Backbone, Cond, Signal, Space, UserError
+
+
+def make_denoiser(
+    backbone: Backbone, config: RunConfig, signal: Signal, precision: Precision = "fp32"
+) -> Denoiser:
+    """The denoiser that a config makes of a backbone."""
+    d = config.diffusion
+    assert d.noise_label is not None, "the config must be resolved"
+    return Denoiser(
+        backbone,
+        d.parametrization,
+        d.noise_label,
+        signal.sigma_data,
+        table=d.schedule,
+        learned_variance=d.learned_variance,
+        autocast=autocast_dtype(precision),
+    )
+
+
+def settled(
+    config: RunConfig, device: torch.device, images: int, warn: Callable[[str], None]
+) -> RunConfig:
+    """With what "auto" comes to in [sampling], for so many images on this device.
+
+    The precision is that of training where the hardware multiplies it, and else fp32. Raises
+    UserError for one that is asked for by name where the device lacks it.
+    """
+    spec = config.sampling
+    asked: str = spec.precision
+    if asked == "auto":
+        asked = config.training.precision
+        if (asked == "bf16" and not multiplies_bf16(device)) or (
+            asked == "tf32" and not multiplies_tf32(device)
+        ):
+            asked = "fp32"
+    update = {
+        "precision": precision_on(device, asked, "sampling.precision", warn),
+        "compile": compiles(spec.compile, device, calls=-(-images // spec.batch_size) * spec.steps),
+    }
+    return config.model_copy(update={"sampling": spec.model_copy(update=update)})
+
+
+def check_guidance(config: RunConfig, signal: Signal) -> None:
+    """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
+    guidance = config.sampling.guidance
+    if guidance.scale == 1:
+        return
+    got = f"sampling.guidance.scale: {guidance.scale:g} has no meaning here: "
+    if signal.num_classes == 0:
+        raise UserError(got + "the model has no classes; leave it at 1")
+    if config.training.label_dropout == 0:
+        raise UserError(
+            got + "training.label_dropout was 0, so the model never saw images without a class; "
+            "leave it at 1, or train with label_dropout = 0.1"
+        )
+
+
+@dataclass(frozen=True)
+class WeakModel:
+    """A worse model of the same images, to be guided away from (Karras et al., 2024)."""
+
+    backbone: nn.Module
+    config: RunConfig
+    scale: float
+
+
+class Samples(NamedTuple):
+    """A batch: images (b c h w) uint8 on the CPU, and how often networks saw each of them."""
+
+    images: Tensor
+    evaluations: int
+
+
+class _Counted:
+    """A backbone, and the number of images that it was evaluated on."""
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.images = backbone, 0
+
+    def __call__(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        self.images += len(x)
+        return self.backbone(x, c_noise, cond)
+
+
+def sample(
+    backbone: nn.Module,
+    config: RunConfig,
+    signal: Signal,
+    seeds: list[int],
+    labels: list[int] | None,
+    device: torch.device,
+    on_step: Callable[[], None] | None = None,
+    weak: WeakModel | None = None,
+    space: Space | None = None,
+) -> Iterator[Samples]:
+    """One image for each seed (and label), by config.sampling, in batches.
+
+    The image of a seed does not depend on the others, nor on the batch size, to float tolerance;
+    and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
+    is called after each step of each batch; `space` is config's, opened, if it is at hand.
+    """
+    spec = settled(config, device, len(seeds), warn=lambda text: None).sampling
+    guidance, precision = spec.guidance, precision_on(device, spec.precision)
+    space = space or config.space.open(device)
+    networks = [_Counted(backbone)]
+    denoiser = make_denoiser(networks[0], config, signal, precision)
+    if weak:
+        networks.append(_Counted(weak.backbone.eval()))
+        weak_denoiser = make_denoiser(networks[1], weak.config, signal, precision)
+    sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
+    options = guidance.model_dump(exclude={"scale", "batched"})
+    options["batching"] = Batching(guidance.batched)
+    start = config.diffusion.parametrization.start(sigmas[0].item())
+
+    @torch.inference_mode()
+    def batch(seeds: list[int], labels: list[int] | None) -> Samples:
+        counters = np.array(seeds)
+        x_keys = randomness.keys(0, "sampling", counters, device)
+        path_keys = randomness.keys(0, "sampling path", counters, device)
+        cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
+        denoise = denoiser.bind(cond)
+        if weak:
+            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale, **options)
+        denoise = cfg(denoise, denoiser.bind(cond.null()), guidance.scale, **options)
+        before = sum(network.images for network in networks)
+        x0 = spec.sampler(
+            denoise,
+            start * randomness.normal(x_keys, signal.shape),
+            sigmas,
+            noise=BrownianPath(
+                lambda i: randomness.normal(path_keys, signal.shape, i), sigmas[0].item()
+            ),
+            on_step=None if on_step is None else lambda *_: on_step(),
+        )
+        seen = sum(network.images for network in networks) - before
+        return Samples(space.decode(x0).cpu(), seen // len(seeds))
+
+    backbone.eval()
+    for first in range(0, len(seeds), spec.batch_size):
+        part = slice(first, first + spec.batch_size)
+        with float32_products(precision):
+            samples = batch(seeds[part], None if labels is None else labels[part])
+        yield samples

@@ -1,0 +1,139 @@
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hdit.data.source import DataError
+from hdit.evaluation.image_sets import open_set
+from hdit.protocols import UserError
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def names(images):
+    return [os.path.basename(images.name(i)) for i in range(len(images))]
+
+
+def read(images, batch_size=2, workers=0):
+    parts = list(images.parts(None, batch_size, workers))
+    return torch.cat([part.stacked for part in parts]), [d for p in parts for d in p.digests]
+
+
+def test_pictures_keep_their_size_and_lie_in_any_layout(tmp_path):
+    arrays = {name: pixels(5, 9, 3, seed=i) for i, name in enumerate(("a", "x/b", "x/y/c"))}
+    for name, array in arrays.items():
+        save(tmp_path / f"{name}.png", array)
+    save(tmp_path / ".hidden" / "d.png", pixels(4, 4, 3))
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = open_set(str(tmp_path))
+    assert names(images) == ["a.png", "b.png", "c.png"]
+    found, _ = read(images)
+    wanted = np.stack(list(arrays.values())).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_folder_is_read_once_however_many_links_lead_to_it(tmp_path):
+    save(tmp_path / "set" / "a.png", pixels(4, 4))
+    save(tmp_path / "elsewhere" / "b.png", pixels(4, 4))
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    assert names(open_set(str(tmp_path / "set"))) == ["a.png", "b.png"]
+
+
+def test_of_sampled_pictures_the_grid_is_none(tmp_path):
+    for name in ("000000.png", "000001.png", "grid.png"):
+        save(tmp_path / name, pixels(4, 4))
+    entries = [{"file": f"{seed:06d}.png", "seed": seed} for seed in (0, 1)]
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": entries}))
+    assert names(open_set(str(tmp_path))) == ["000000.png", "000001.png"]
+    (tmp_path / "000001.png").unlink()
+    with pytest.raises(DataError, match=r"000001.png: is not there, but .*samples.json lists it"):
+        open_set(str(tmp_path))
+
+
+def test_grey_is_rgb_and_what_is_transparent_lies_on_white(tmp_path):
+    grey = pixels(4, 4)
+    save(tmp_path / "a.png", grey)
+    save(tmp_path / "b.png", np.stack([grey] * 3, -1))
+    rgba = pixels(4, 4, 4)
+    rgba[..., 3] = 0
+    save(tmp_path / "c.png", rgba)
+    found, digests = read(open_set(str(tmp_path)))
+    assert (found[0] == torch.from_numpy(grey)).all()
+    assert digests[0] == digests[1] != digests[2]
+    assert (found[2] == 255).all()
+
+
+def test_folder_npz_and_zip_hold_the_same_pictures(tmp_path):
+    arrays = pixels(5, 6, 7, 3)
+    np.savez(tmp_path / "set.npz", arr_0=arrays)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i, array in enumerate(arrays):
+            archive.write(save(tmp_path / "set" / f"{i}.png", array), f"{i}.png")
+    sets = [open_set(str(tmp_path / name)) for name in ("set", "set.npz", "set.zip")]
+    assert [images.record["kind"] for images in sets] == ["folder", "npz", "zip"]
+    found = [read(images) for images in sets]
+    assert found[0][1] == found[1][1] == found[2][1]
+    np.testing.assert_array_equal(found[0][0].permute(0, 2, 3, 1), arrays)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_ends_it_by_name(tmp_path, workers):
+    for i in range(6):
+        save(tmp_path / f"{i}.png", pixels(4, 4))
+    (tmp_path / "3.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    with pytest.raises(DataError, match=r"3\.png: \w+: .*; mend or remove it"):
+        read(open_set(str(tmp_path)), workers=workers)
+
+
+def test_processes_read_in_order(tmp_path):
+    for i in range(7):
+        save(tmp_path / f"{i}.png", pixels(4, 4, seed=i))
+    images = open_set(str(tmp_path))
+    assert read(images, workers=2)[1] == read(images, batch_size=7)[1]
+
+
+def test_a_config_gives_its_data_as_training_sees_them(tmp_path, tiny):
+    array = pixels(6, 10, 3)
+    save(tmp_path / "set" / "a.png", array)
+    text = tiny.read_text().replace(
+        'kind = "digits"', f'kind = "folder"\npath = "{tmp_path}/set"\nsize = 6'
+    )
+    tiny.write_text(text)
+    images = open_set(str(tiny))
+    found, _ = read(images)
+    np.testing.assert_array_equal(found[0].permute(1, 2, 0), array[:, 2:8])  # its centre
+    assert images.record["data"]["size"] == [6, 6]
+    (tmp_path / "set" / "b.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"b\.png: .*; mend or remove it"):
+        read(open_set(str(tiny)))
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("absent", "absent: does not exist"),
+        ("empty", "empty: has no image files"),
+        ("text.txt", "must be a folder of pictures, a .zip"),
+        ("bad.npz", "^'.*bad.npz' has no arr_0"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused(tmp_path, place, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("")
+    np.savez(tmp_path / "bad.npz", images=pixels(2, 4, 4, 3))
+    with pytest.raises(UserError, match=words):
+        open_set(str(tmp_path / place))

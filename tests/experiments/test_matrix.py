@@ -1,0 +1,340 @@
+"""A matrix of small cells: read, trained, measured, resumed, reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hdit import randomness
+from hdit.config.schema import ConfigError
+from hdit.data import DigitsSpec
+from hdit.experiments import matrix as ablation
+from hdit.experiments.matrix import (
+    MatrixError,
+    check,
+    finished,
+    read_matrix,
+    run_cell,
+    trained_seconds,
+)
+from hdit.interop import load
+from hdit.models.cost import cost
+from hdit.protocols import Cond, UserError
+from hdit.report.pages import bins, markdown, page, plot, table
+from hdit.sampling.sample import make_denoiser
+from hdit.training.trainer import Trainer
+from scripts import ablate_backbones
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts" / "ablate_backbones.py"
+
+MATRIX = """
+budget = {{ images = {images} }}
+seeds = {seeds}
+
+[set]
+data = {{ kind = "digits" }}
+training = {{ batch_size = 16, checkpoint_every = 32, log_every = 16 }}
+sampling = {{ steps = 3 }}
+
+[[cells]]
+name = "DiT"
+set = {{ model = {{ kind = "dit", patch_size = 2, width = 16, depth = 1, num_heads = 1 }} }}
+
+[[cells]]
+name = "HDiT"
+[cells.set.model]
+kind = "hdit"
+patch_size = 1
+mapping = {{ depth = 1, width = 16 }}
+local_attention = {{ kind = "neighborhood", kernel_size = 3, d_head = 8 }}
+levels = [
+    {{ depth = 1, width = 16 }},
+    {{ depth = 1, width = 16, attention = {{ kind = "global", d_head = 16 }} }},
+]
+
+{more}
+
+[evaluation]
+held_out = {{ split = "test" }}
+images = 32
+bins = 3
+grid = 4
+"""
+
+
+def write(path, images=64, seeds="[0]", more=""):
+    path.write_text(MATRIX.format(images=images, seeds=seeds, more=more))
+    return path
+
+
+BROKEN = """
+[[cells]]
+name = "Broken"
+set.model = { kind = "dit", patch_size = 2, width = 16, depth = 1, num_heads = 1 }
+set.training.optimizer.lr = 1e30
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A matrix that ran, by the script, the last of its three cells to no end: (folder, file)."""
+    out = tmp_path_factory.mktemp("ablation")
+    matrix = write(out / "matrix.toml", more=BROKEN)
+    environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, SCRIPT, matrix, "--out", out / "out"],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr + result.stdout
+    assert "failed" in result.stdout
+    return out / "out", matrix
+
+
+def test_matrix_crosses_cells_with_each_axis_and_seed(tmp_path):
+    more = """
+[cross.weighting]
+eps = { diffusion = { weighting = { kind = "eps" } } }
+snr = { diffusion = { weighting = { kind = "soft_min_snr" } } }
+[cross.sampler]
+heun = { sampling = { sampler = { kind = "heun" } } }
+"""
+    _, cells = read_matrix(write(tmp_path / "m.toml", seeds="[3, 5]", more=more))
+    names = ["DiT / eps / heun", "DiT / snr / heun", "HDiT / eps / heun", "HDiT / snr / heun"]
+    assert [c.name for c in cells] == [name for name in names for _ in range(2)]
+    assert [c.seed for c in cells] == [3, 5] * 4
+    assert all(c.config.training.seed == c.seed for c in cells)
+    assert [c.config.diffusion.weighting.kind for c in cells[::2]] == ["eps", "soft_min_snr"] * 2
+    assert {c.config.sampling.sampler.kind for c in cells} == {"heun"}
+    assert len({c.hash for c in cells}) == 8
+
+
+@pytest.mark.parametrize(("name", "rows"), [("paper", 16), ("small", 3)])
+def test_matrices_of_the_project_are_read(name, rows):
+    _, cells = read_matrix(REPOSITORY / "configs" / "matrices" / f"{name}.toml")
+    assert len({c.hash for c in cells}) == rows
+
+
+def test_hash_of_a_cell_changes_with_its_settings_alone(tmp_path):
+    hashes = [
+        [c.hash for c in read_matrix(write(tmp_path / "m.toml", **changes))[1]]
+        for changes in ({}, {}, {"images": 128}, {"more": "[cross]"})
+    ]
+    assert hashes[0] == hashes[1] == hashes[3]
+    assert not set(hashes[0]) & set(hashes[2])
+
+
+def test_budget_of_macs_gives_each_cell_its_images(tmp_path):
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "gmacs = 1.0")
+    (tmp_path / "m.toml").write_text(text)
+    for cell in read_matrix(tmp_path / "m.toml")[1]:
+        signal = cell.config.signal(10)
+        macs = 3 * sum(row.macs for row in cost(cell.config.model, signal, 1))
+        assert 0 <= cell.config.training.images * macs - 1e9 < 16 * macs
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("images = 64 }", "images = 64, seconds = 2.0 }", "budget: .*one of images"),
+        ('name = "HDiT"', 'name = "DiT"', "two cells have the name 'DiT'"),
+        ("patch_size = 2", "patch_size = 3", r"DiT:\n.*patch_size"),
+        ("bins = 3", "binz = 3", r"evaluation\.binz"),
+        ('name = "DiT"', 'name = "DiT"\nextends = ["no.toml"]', "no such config file"),
+    ],
+)
+def test_matrix_that_is_wrong_is_named(tmp_path, old, new, message):
+    path = write(tmp_path / "m.toml")
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises((MatrixError, ConfigError), match=message):
+        read_matrix(path)
+
+
+def test_script_measures_each_cell_and_writes_the_report(done):
+    out, matrix = done
+    *cells, broken = read_matrix(matrix)[1]
+    for cell in cells:
+        record = finished(out, cell)
+        assert record["images"] == 64
+        assert record["peak_memory"] > 2**25
+        assert len(record["x0_loss"]) == 3
+        assert record["held_out"] == 32
+        assert np.isfinite(record["x0_loss"]).all()
+        model = load(str(out / "runs" / cell.run))
+        assert record["parameters"] == sum(p.numel() for p in model.network().parameters())
+    assert finished(out, broken) is None
+    assert "| HDiT |" in (out / "table.md").read_text()
+    assert "missing: Broken, seed 0: status 1" in (out / "table.md").read_text()
+    text = (out / "index.html").read_text()
+    assert text.count("data:image/png;base64,") == 2, "one for each cell that is done"
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+
+
+def test_script_runs_what_is_not_finished_alone(done, monkeypatch, capsys):
+    out, matrix = done
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    started = []
+
+    def start(command, **_):
+        started.append(command[-1])
+        return subprocess.CompletedProcess(command, 1)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ablate_backbones.subprocess, "Popen", start)
+    monkeypatch.setattr(ablate_backbones, "wait", lambda process: process.returncode)
+    monkeypatch.setattr(sys, "argv", ["ablate_backbones.py", str(matrix), "--out", str(out)])
+    try:
+        assert ablate_backbones.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    *_, broken = read_matrix(matrix)[1]
+    assert started == [broken.slug]
+    assert "Broken, seed 0: to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
+
+
+def test_loss_by_noise_level_is_that_of_the_definition(done):
+    """By hand: the same pictures, noise and levels, and the mean square of D - x0 in float64."""
+    out, matrix = done
+    cell = read_matrix(matrix)[1][0]
+    record = finished(out, cell)
+    model = load(str(out / "runs" / cell.run))
+    source = DigitsSpec(split="test").open()
+    places = np.linspace(0, len(source) - 1, 32).astype(int)
+    x0 = torch.stack([source[i].image for i in places]) / 127.5 - 1
+    labels = torch.tensor([source[i].label for i in places])
+    counters = np.arange(32)
+    keys = randomness.keys(0, "held-out noise", counters, torch.device("cpu"))
+    noise = randomness.normal(keys, (1, 8, 8))
+    u = randomness.uniform(0, "held-out sigma", counters)
+    denoiser = make_denoiser(model.network(), model.config, model.signal)
+    edges = torch.logspace(np.log10(0.02), np.log10(80), 4, dtype=torch.float64)
+    for i in range(3):
+        sigma = (edges[i].log() * (1 - u) + edges[i + 1].log() * u).exp()
+        x = x0 + sigma.float()[:, None, None, None] * noise
+        with torch.inference_mode():
+            error = (denoiser(x, sigma.float(), Cond(labels)) - x0).double() ** 2
+        assert record["x0_loss"][i] == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sittings(tmp_path):
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "seconds = 0.3")
+    (tmp_path / "m.toml").write_text(text)
+    cell = read_matrix(tmp_path / "m.toml")[1][0]
+    folder = tmp_path / "cell"
+    trainer = Trainer(cell.config, folder)
+    trainer.fit(0.1)
+    first = trained_seconds(folder, trainer.images)
+    record = run_cell(cell, folder)
+    assert 0.1 * (1 - 1e-9) <= first < record["seconds"] >= 0.3 * (1 - 1e-9)
+    assert run_cell(cell, folder)["images"] == record["images"], "nothing was left to spend"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_cell_that_was_killed_goes_on_from_its_checkpoint_alone(tmp_path, saved):
+    """Lines of metrics behind the checkpoint, the last cut, are no training that counts."""
+    text = write(tmp_path / "m.toml").read_text().replace("images = 64", "seconds = 0.3")
+    (tmp_path / "m.toml").write_text(text)
+    cell = read_matrix(tmp_path / "m.toml")[1][0]
+    folder = tmp_path / "cell"
+    images = 0
+    if saved:
+        trainer = Trainer(cell.config, folder)
+        trainer.fit(0.1)
+        images = trainer.images
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"images": images + 16, "images_per_second": 1e-3}) + '\n{"imag')
+    record = run_cell(cell, folder)
+    assert record["seconds"] >= 0.3 * (1 - 1e-9)
+    assert record["images"] == load(str(folder)).images > images
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('held_out = { split = "test" }', "held_out = {}", "names the pictures that are trained"),
+        ("bins = 3", 'bins = 3\nfeatures = "no.pt"', "'no.pt' is not there"),
+        ("bins = 3", "bins = 3\nsigma_max = 0.01", "sigma_min must be below sigma_max"),
+        ("bins = 3", "bins = 3\nsamples = 30", "samples has no effect without features"),
+        ("checkpoint_every = 32", "images = 5", r"training\.images: has no effect .*by budget"),
+        ("seeds = [0]", "seeds = [0, 0]", "seeds: must differ"),
+        ("[evaluation]", "[cross.weighting]\n[evaluation]", r"cross\.weighting: has no overlays"),
+        ("steps = 3 }", "steps = 3, guidance = { scale = 2.0 } }\nx", None),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(tmp_path, old, new, message):
+    path = write(tmp_path / "m.toml")
+    if message is None:  # guidance by a class that was never dropped
+        new, message = new.removesuffix("\nx"), "label_dropout was 0"
+        path.write_text(path.read_text().replace("log_every", "label_dropout = 0.0, log_every"))
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        check(read_matrix(path)[1])
+
+
+def test_measures_do_not_train_a_cell_again(tmp_path):
+    cells = [
+        read_matrix(write(tmp_path / "m.toml", more=more))[1][0]
+        for more in ("", "[cross.steps]\nfew = { sampling = { steps = 2 } }")
+    ]
+    assert cells[0].hash != cells[1].hash
+    assert cells[0].run.rpartition("-")[2] == cells[1].run.rpartition("-")[2]
+
+
+def test_record_is_of_the_content_of_its_features(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.toml")
+    path.write_text(path.read_text().replace("bins = 3", 'bins = 3\nfeatures = "f.pt"'))
+    monkeypatch.chdir(tmp_path)
+    hashes = set()
+    for content in (b"a", b"b"):
+        (tmp_path / "f.pt").write_bytes(content)
+        hashes.add(read_matrix(path)[1][0].hash)
+    assert len(hashes) == 2
+
+
+def test_table_gives_means_and_spread_over_seeds(done):
+    out, matrix = done
+    record = finished(out, read_matrix(matrix)[1][0])
+    other = record | {"seed": 1, "x0_loss": [2 * v for v in record["x0_loss"]]}
+    head, line = table([record, other])
+    low = np.mean(record["x0_loss"])
+    assert line[head.index("x0 loss")] == f"{1.5 * low:.5f} ({low:.5f} to {2 * low:.5f})"
+    assert line[head.index("images")] == "64"
+    assert len(bins([record, other])) == 2
+
+
+def test_report_escapes_names(done):
+    out, matrix = done
+    record = finished(out, read_matrix(matrix)[1][0]) | {"name": "a|b <script>"}
+    assert "<script>" not in page([record], {"<x>": "<y>"})
+    text = markdown([record], {"<x>": "<y>\n| z"})
+    assert "a\\|b &lt;script&gt;" in text
+    assert "missing: &lt;x&gt;: &lt;y&gt; \\| z" in text
+
+
+def test_plot_places_points_on_its_axes():
+    svg = plot({"a": [(1, 10.0), (100, 1000.0)]}, "x", "y", log_x=True, log_y=True)
+    assert 'points="70.0,294.0 700.0,16.0"' in svg
+    for tick in ("1", "10", "100", "1000"):
+        assert f">{tick}</text>" in svg
+
+
+def test_record_that_is_damaged_is_made_anew(done, tmp_path):
+    cell = read_matrix(done[1])[1][0]
+    path = ablation.record_path(tmp_path, cell)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert finished(tmp_path, cell) is None
+    path.write_text(json.dumps({"hash": "other"}))
+    assert finished(tmp_path, cell) is None
