@@ -29,7 +29,7 @@ test: $(VENV)/.installed
 test-kernels: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]' setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation natten
-	$(BIN)/python -m pytest tests/kernels/test_triton.py tests/kernels/test_natten.py
+	$(BIN)/python -m pytest tests/kernels/test_triton.py tests/kernels/test_philox.py tests/kernels/test_natten.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
