@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from hdit.config.schema import RunConfig
     from hdit.evaluation.image_sets import ImageSet, Sampled
-    from hdit.protocols import Signal
+    from hdit.protocols import DataShape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +62,7 @@ def train(
     import torch.distributed as dist
 
     from hdit.config.schema import load
-    from hdit.protocols import UserError
+    from hdit.errors import UserError
     from hdit.training.trainer import Trainer
     from hdit_kernels.host import keep_freed_memory
 
@@ -151,7 +151,7 @@ def sample(
     What is not given comes from the run's own [sampling] settings, which --set can change.
     """
 
-    from hdit.protocols import UserError
+    from hdit.errors import UserError
     from hdit.runs.checkpoint import find
     from hdit.sampling.writer import choose_labels, find_weak, sampling_config, write_samples
 
@@ -250,10 +250,10 @@ def evaluate(
     from rich.progress import MofNCompleteColumn, Progress
 
     from hdit.data.check import processes
+    from hdit.errors import UserError
     from hdit.evaluation import card as comparison
     from hdit.evaluation import image_sets as images
     from hdit.evaluation.features import open_features
-    from hdit.protocols import UserError
     from hdit.runs.checkpoint import write_atomically
     from hdit_kernels.host import keep_freed_memory
 
@@ -360,9 +360,9 @@ def encode(
 
     from hdit.config.schema import load
     from hdit.data.source import Skipped
+    from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
-    from hdit.protocols import UserError
     from hdit_kernels.host import keep_freed_memory
 
     settings = load(config, overrides or [])
@@ -476,10 +476,10 @@ def info(
 
     from hdit.config.schema import load
     from hdit.data.source import DataError
+    from hdit.errors import UserError
     from hdit.latents.store import read_manifest
     from hdit.models import DiTSpec
     from hdit.models.cost import cost
-    from hdit.protocols import UserError
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device: must be cpu or cuda, got {device!r}")
@@ -495,11 +495,11 @@ def info(
             note = (
                 f"counted without classes (or give --classes), as the data cannot be read: {error}"
             )
-    signal = settings.signal(classes)
-    rows = cost(settings.model, signal, settings.output_channels(signal))
+    shape = settings.data_shape(classes)
+    rows = cost(settings.model, shape, settings.output_channels(shape))
     table = Table(
-        title=f"{config.stem}: {settings.model.kind} at {signal.channels} x {signal.height} x "
-        f"{signal.width}, {classes} classes",
+        title=f"{config.stem}: {settings.model.kind} at {shape.channels} x {shape.height} x "
+        f"{shape.width}, {classes} classes",
         caption="MACs (multiply-accumulates, what the papers print as FLOPs) and FLOPs = 2 MACs:\n"
         "one forward pass of one image",
     )
@@ -516,16 +516,16 @@ def info(
     console = Console()
     console.print(table)
     if isinstance(settings.model, DiTSpec):
-        h, w = settings.model.grid(signal)
+        h, w = settings.model.grid(shape)
         with_table = params + h * w * settings.model.width
         console.print(f"with DiT's fixed position table: {with_table:,} parameters")
     images = batch or settings.training.batch_size // settings.training.accumulate
-    console.print(_memory_table(settings, signal, images, device))
+    console.print(_memory_table(settings, shape, images, device))
     if note:
         console.print(note, highlight=False, markup=False)
 
 
-def _memory_table(settings: RunConfig, signal: Signal, images: int, device: str | None) -> Table:
+def _memory_table(settings: RunConfig, shape: DataShape, images: int, device: str | None) -> Table:
     """Of an eager step on the device, or if None on the one that a run here takes."""
     import torch
     from rich.table import Table
@@ -543,9 +543,9 @@ def _memory_table(settings: RunConfig, signal: Signal, images: int, device: str 
     plain, checkpointed = (
         training_memory(
             settings.model,
-            signal,
+            shape,
             images,
-            out_channels=settings.output_channels(signal),
+            out_channels=settings.output_channels(shape),
             checkpointing=checkpointing,
             autocast=autocast_dtype(precision),
             device=device,
@@ -675,7 +675,7 @@ def check_data(
 
     from hdit.config.schema import load
     from hdit.data import check
-    from hdit.protocols import UserError
+    from hdit.errors import UserError
     from hdit.report.grids import save_grid
 
     path = check.sheet_path(place, sheet)
@@ -746,8 +746,8 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         # The class is known only if its module was loaded, which a verb that raises it has done.
-        protocols = sys.modules.get("hdit.protocols")
-        if protocols is None or not isinstance(error, protocols.UserError):
+        errors = sys.modules.get("hdit.errors")
+        if errors is None or not isinstance(error, errors.UserError):
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hdit.protocols import UserError
+from hdit.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """fp32 is float32 throughout; tf32 rounds what float32 products multiply to 10 bits, on CUDA; bf16

@@ -14,25 +14,6 @@ NULL_LABEL = -1
 """The label that says "no class"; every backbone maps it to the last row of its class table."""
 
 
-class UserError(ValueError):
-    """Something the user can mend: the message names the key or file, what arrived and the fix."""
-
-
-class SpecError(UserError):
-    """Settings that are well-typed but do not fit together.
-
-    `problems` holds (path of the key within the spec, message), one for each thing that is wrong.
-    """
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        self.problems = problems
-        super().__init__("\n".join(f"{path}: {message}" for path, message in problems))
-
-
-class SolverError(UserError):
-    """A sampler or solver that cannot go on."""
-
-
 class Spec(BaseModel):
     """Base of every typed setting: frozen, and a key that it does not know is an error."""
 
@@ -40,7 +21,7 @@ class Spec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Signal:
+class DataShape:
     """What a backbone sees and predicts: the facts that follow from data and space.
 
     `sigma_data` is the standard deviation of x0 over all elements; `num_classes` is 0 for
@@ -54,7 +35,7 @@ class Signal:
     sigma_data: float
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def chw(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
         return self.channels, self.height, self.width
 

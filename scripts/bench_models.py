@@ -29,7 +29,7 @@ from hdit.config.schema import load
 from hdit.interop import diffusers_dit
 from hdit.interop.model import Model
 from hdit.models.cost import cost
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 from hdit_kernels import native
 from hdit_kernels.host import keep_freed_memory
 
@@ -83,18 +83,18 @@ class Case:
         self.config = load(CONFIGS / f"{name}.toml")
         channels = 3 if self.config.model.kind == "hdit" else 4
         sigma_data = 0.5 if channels == 3 else 1.0
-        self.signal = Signal(channels, size, size, classes, sigma_data)
+        self.shape = DataShape(channels, size, size, classes, sigma_data)
         self.name = f"{name}, {size}x{size}, batch {batch}"
-        self.x = torch.randn(batch, *self.signal.shape, device=device)
+        self.x = torch.randn(batch, *self.shape.chw, device=device)
         self.c_noise = torch.linspace(-1, 1, batch, device=device)
         self.cond = Cond(torch.arange(batch, device=device) % classes if classes else None)
-        self.out_channels = self.config.output_channels(self.signal)
-        macs = sum(row.macs for row in cost(self.config.model, self.signal, self.out_channels))
+        self.out_channels = self.config.output_channels(self.shape)
+        macs = sum(row.macs for row in cost(self.config.model, self.shape, self.out_channels))
         self.work = 2.0 * macs * batch
         self.device = device
 
     def network(self) -> nn.Module:
-        network = models.build(self.config.model, self.signal, self.out_channels)
+        network = models.build(self.config.model, self.shape, self.out_channels)
         return randomize(network).to(self.device)
 
     def pass_through(self, network: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
@@ -195,9 +195,9 @@ def dit(case: Case, arguments: argparse.Namespace) -> list[list[str]]:
 
     ours = case.network()
     with TemporaryDirectory() as folder:
-        classes = tuple(map(str, range(case.signal.num_classes)))
+        classes = tuple(map(str, range(case.shape.num_classes)))
         state = {name: t.cpu() for name, t in ours.state_dict().items()}
-        model = Model(case.config, case.signal, classes, state, "bench_models.py")
+        model = Model(case.config, case.shape, classes, state, "bench_models.py")
         diffusers_dit.write(model, Path(folder, "theirs"))
         theirs = [
             diffusers.DiTTransformer2DModel.from_pretrained(Path(folder, "theirs")).to(case.device)

@@ -76,13 +76,13 @@ def main() -> None:
     net = classifier(real, train.labels)
 
     found = find(arguments.run, print)
-    config, signal = found.config, found.state.signal
-    backbone = models.build(config.model, signal, config.output_channels(signal))
+    config, shape = found.config, found.state.shape
+    backbone = models.build(config.model, shape, config.output_channels(shape))
     backbone.load_state_dict(found.tensors("ema"))
     labels = [i % 10 for i in range(arguments.n)]
     seeds = list(range(arguments.seed, arguments.seed + arguments.n))
     device = torch.device("cpu")
-    parts = sample(backbone, config, signal, seeds, labels, device)
+    parts = sample(backbone, config, shape, seeds, labels, device)
     samples = torch.cat([part.images for part in parts]) / 255
 
     table = Table(title=f"{found.folder}: {arguments.n} samples", title_justify="left")

@@ -23,8 +23,9 @@ from torch import nn
 
 from hdit import interop, models
 from hdit.config.schema import RunConfig, load, parse
+from hdit.errors import UserError
 from hdit.interop import Model
-from hdit.protocols import Signal, UserError
+from hdit.protocols import DataShape
 from hdit.report.grids import save_png
 from hdit.sampling.sample import check_guidance, sample
 from hdit_kernels.host import (
@@ -56,13 +57,13 @@ def arguments() -> argparse.Namespace:
 def random_model() -> Model:
     """As it is before training, but with no weight that is zero."""
     config = load(CONFIG)
-    signal = config.signal(0)
+    shape = config.data_shape(0)
     torch.manual_seed(0)
-    backbone = models.build(config.model, signal, config.output_channels(signal))
+    backbone = models.build(config.model, shape, config.output_channels(shape))
     for parameter in backbone.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return Model(config, signal, (), backbone.state_dict(), "random weights", "given")
+    return Model(config, shape, (), backbone.state_dict(), "random weights", "given")
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -73,7 +74,9 @@ def size_of(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def at_size(config: RunConfig, signal: Signal, size: tuple[int, int]) -> tuple[RunConfig, Signal]:
+def at_size(
+    config: RunConfig, shape: DataShape, size: tuple[int, int]
+) -> tuple[RunConfig, DataShape]:
     """The settings for pictures of this size. Raises UserError where the levels do not divide it.
 
     Noise densities, which go by the size of training, are left as they are.
@@ -81,16 +84,16 @@ def at_size(config: RunConfig, signal: Signal, size: tuple[int, int]) -> tuple[R
     raw = config.model_dump(mode="json", exclude_none=True)
     raw["data"]["size"] = list(size)
     config = parse(raw, "--size")
-    return config, config.signal(signal.num_classes)
+    return config, config.data_shape(shape.num_classes)
 
 
-def warn(signal: Signal, new: Signal) -> None:
+def warn(shape: DataShape, new: DataShape) -> None:
     """Says what is another thing at another size."""
-    if new.shape == signal.shape:
+    if new.chw == shape.chw:
         return
-    tokens = new.height * new.width / (signal.height * signal.width)
+    tokens = new.height * new.width / (shape.height * shape.width)
     print(
-        f"warning: trained at {signal.height}x{signal.width}. At {new.height}x{new.width} the "
+        f"warning: trained at {shape.height}x{shape.width}. At {new.height}x{new.width} the "
         f"global levels see {tokens:.3g} times the tokens that they know, an evaluation costs "
         "about as many times as much, and positions still span -1 to 1 along the longer side, so "
         "that neighbours are at distances that are new to the model: parts may be repeated or "
@@ -109,30 +112,30 @@ def main() -> None:
         raise UserError(f"--out: {a.out} is there already; name a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model() if a.random_weights else interop.load(a.model)
-    config, signal = model.config, model.signal
+    config, shape = model.config, model.shape
     if a.size:
-        config, signal = at_size(config, signal, size_of(a.size))
-        warn(model.signal, signal)
+        config, shape = at_size(config, shape, size_of(a.size))
+        warn(model.shape, shape)
     update = {"sampler": {"kind": "dpmpp_3m_sde"}, "steps": a.steps, "precision": a.precision}
     raw = config.model_dump(mode="json", exclude_none=True)
     raw["sampling"] |= update | {"batch_size": a.batch}
     config = parse(raw, "sampling")
-    backbone = replace(model, config=config, signal=signal).network().to(device)
-    check_guidance(config, signal)
+    backbone = replace(model, config=config, shape=shape).network().to(device)
+    check_guidance(config, shape)
     del model
     keep_freed_memory()
     parameters = sum(p.numel() for p in backbone.parameters())
     before = memory_in_use(device) if forget_peak_memory(device) else None
     print(
-        f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {signal.height}x"
-        f"{signal.width}, {a.precision}, {device.type}, {torch.get_num_threads()} threads"
+        f"{parameters:,} parameters ({4 * parameters / 2**30:.2f} GiB); {shape.height}x"
+        f"{shape.width}, {a.precision}, {device.type}, {torch.get_num_threads()} threads"
     )
     a.out.mkdir(parents=True, exist_ok=True)
     seeds = list(range(a.seed, a.seed + a.n))
-    labels = [s % signal.num_classes for s in seeds] if signal.num_classes else None
+    labels = [s % shape.num_classes for s in seeds] if shape.num_classes else None
     written = evaluations = 0
     started = time.perf_counter()
-    for part in sample(backbone, config, signal, seeds, labels, device):
+    for part in sample(backbone, config, shape, seeds, labels, device):
         for image in part.images:
             save_png(image, a.out / f"{seeds[written]:06d}.png")
             written += 1

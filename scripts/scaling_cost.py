@@ -57,8 +57,8 @@ def config(name: str, size: int) -> RunConfig:
 
 def gmacs(name: str, size: int) -> float:
     c = config(name, size)
-    signal = c.signal(CLASSES)
-    return sum(row.macs for row in cost(c.model, signal, c.output_channels(signal))) / 1e9
+    shape = c.data_shape(CLASSES)
+    return sum(row.macs for row in cost(c.model, shape, c.output_channels(shape))) / 1e9
 
 
 def measure(name: str, size: int, precision: str) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def measure(name: str, size: int, precision: str) -> dict[str, Any]:
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = config(name, size)
-    signal = c.signal(CLASSES)
+    shape = c.data_shape(CLASSES)
     torch.manual_seed(0)
-    network = models.build(c.model, signal, c.output_channels(signal)).to(device).eval()
-    x = torch.randn(1, *signal.shape, device=device)
+    network = models.build(c.model, shape, c.output_channels(shape)).to(device).eval()
+    x = torch.randn(1, *shape.chw, device=device)
     arguments = x, torch.zeros(1, device=device), Cond(torch.zeros(1, dtype=torch.long).to(device))
     before = memory_in_use(device) if forget_peak_memory(device) else None
     times = []

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from hdit.data import FolderSpec
 from hdit.data.batches import in_order
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from hdit_kernels.host import keep_freed_memory
 
 FEATURES = 128

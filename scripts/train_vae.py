@@ -30,8 +30,9 @@ from torch import Tensor
 from hdit.config.errors import explain
 from hdit.data import DataSpec
 from hdit.device import PRECISIONS, float32_products, precision_on
+from hdit.errors import UserError
 from hdit.interop.files import whole
-from hdit.protocols import Spec, UserError
+from hdit.protocols import Spec
 from hdit.report.grids import save_grid
 from hdit.spaces.pixel import from_pixels, to_pixels
 from hdit_kernels.host import keep_freed_memory

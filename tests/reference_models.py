@@ -6,7 +6,7 @@ import torch
 from known_answers import hfill, load
 
 from hdit.models import HDiT, HDiTSpec
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 
 
 def reference_name(name: str) -> str:
@@ -53,7 +53,7 @@ def reference_model(case: str) -> HDiT:
             "mapping": {"depth": config["mapping_depth"], "width": config["mapping_width"]},
         }
     )
-    model = HDiT(spec, Signal(3, 16, 16, data["config"]["dataset"]["num_classes"], 0.5))
+    model = HDiT(spec, DataShape(3, 16, 16, data["config"]["dataset"]["num_classes"], 0.5))
     ours = {reference_name(name): tensor for name, tensor in model.state_dict().items()}
     assert {name: list(t.shape) for name, t in ours.items()} == dict(data["state_dict"])
     with torch.no_grad():

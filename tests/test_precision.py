@@ -5,8 +5,8 @@ import torch
 
 from hdit import config, device
 from hdit.device import float32_products, precision_on, to_device
+from hdit.errors import UserError
 from hdit.nn.compiling import ENOUGH_CALLS, compiles
-from hdit.protocols import UserError
 from hdit.runs import checkpoint
 from hdit.sampling import sample as sampling
 from hdit.sampling.sample import settled

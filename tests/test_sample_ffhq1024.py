@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdit.errors import UserError
 from hdit.interop import convert
-from hdit.protocols import UserError
 from scripts import sample_ffhq1024
 
 

@@ -22,8 +22,9 @@ from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrizati
 from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
 from hdit.diffusion.sigmas import Karras, Ladder, LinearT
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
+from hdit.errors import SpecError, UserError
 from hdit.models import BackboneSpec, HDiTSpec
-from hdit.protocols import Signal, Spec, SpecError, UserError
+from hdit.protocols import DataShape, Spec
 from hdit.spaces import PixelSpace, SpaceSpec
 
 SMALLEST = 1e-12  # noise level whose square, and that of its inverse, float32 can hold
@@ -154,10 +155,10 @@ class RunConfig(Spec):
     training: TrainingSpec
     sampling: SamplingSpec = SamplingSpec()
 
-    def signal(self, num_classes: int) -> Signal:
+    def data_shape(self, num_classes: int) -> DataShape:
         """What the backbone sees; the number of classes is known once the data is open."""
         shape = self.space.shape(*self.data.shape)
-        return Signal(*shape, num_classes, self.space.sigma_data)
+        return DataShape(*shape, num_classes, self.space.sigma_data)
 
     @property
     def schedule(self) -> LinearSchedule | CosineSchedule:
@@ -186,13 +187,13 @@ class RunConfig(Spec):
             self.sampling.sigma_max or min(end, high),
         )
 
-    def output_channels(self, signal: Signal) -> int:
+    def output_channels(self, shape: DataShape) -> int:
         """Of the backbone: what it predicts, and a variance if it learns one."""
-        return signal.channels * (2 if self.diffusion.learned_variance else 1)
+        return shape.channels * (2 if self.diffusion.learned_variance else 1)
 
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out."""
-        signal, d = self.signal(num_classes=0), self.diffusion
+        shape, d = self.data_shape(num_classes=0), self.diffusion
         model, label = self.model, "timestep"
         if isinstance(model, HDiTSpec):
             model, label = model.resolved(), "log_quarter"
@@ -206,13 +207,13 @@ class RunConfig(Spec):
             noise_label=label,
             schedule=LinearSchedule() if timesteps else None,
         )
-        weighting, density, size = d.weighting, d.density, max(signal.height, signal.width)
+        weighting, density, size = d.weighting, d.density, max(shape.height, shape.width)
         if isinstance(weighting, SoftMinSNR):
-            weighting = _filled(weighting, gamma=signal.sigma_data**-2)
+            weighting = _filled(weighting, gamma=shape.sigma_data**-2)
         if isinstance(density, CosineInterpolated):
             density = _filled(density, noise_d_low=float(min(32, size)), noise_d_high=float(size))
         if isinstance(density, LogLogistic):
-            density = _filled(density, loc=math.log(signal.sigma_data))
+            density = _filled(density, loc=math.log(shape.sigma_data))
         if isinstance(density, WithBounds):
             low, high, _ = self.model_copy(update={"diffusion": diffusion}).valid_range()
             start, end = density.usual
@@ -238,7 +239,7 @@ class RunConfig(Spec):
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
         problems = [(f"space.{key}", text) for key, text in self.space.check(*self.data.shape[1:])]
         try:
-            self.model.check(self.signal(num_classes=0))
+            self.model.check(self.data_shape(num_classes=0))
         except SpecError as error:
             problems += [(f"model.{path}", text) for path, text in error.problems]
         problems += self._check_augmentation()
@@ -303,7 +304,7 @@ class RunConfig(Spec):
                 "must be 'lower' or 'upper', got 'learned': the model learns none "
                 "(diffusion.learned_variance)",
             )
-        channels = self.signal(0).channels
+        channels = self.data_shape(0).channels
         if s.guidance.channels is not None and s.guidance.channels > channels:
             yield (
                 "sampling.guidance.channels",
@@ -342,7 +343,10 @@ class RunConfig(Spec):
         low, high, by = self.valid_range()
         bounded = isinstance(d.density, WithBounds)
         ranges = {
-            "diffusion.density": (d.density.sigma_range(self.signal(0), self.schedule), bounded),
+            "diffusion.density": (
+                d.density.sigma_range(self.data_shape(0), self.schedule),
+                bounded,
+            ),
             "sampling": (self.sigma_range(), True),
         }
         for path, ((start, end), bounded) in ranges.items():

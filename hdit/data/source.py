@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from hdit.protocols import UserError
+from hdit.errors import UserError
 
 
 class DataError(UserError):

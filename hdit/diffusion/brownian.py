@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hdit.protocols import SolverError
+from hdit.errors import SolverError
 
 DEPTH = 16  # the clock has 2^DEPTH ticks: some to each of 4,000 steps
 

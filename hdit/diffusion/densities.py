@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hdit.diffusion.beta_schedules import VPTable
 from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
-from hdit.protocols import Signal, Spec
+from hdit.protocols import DataShape, Spec
 
 TAIL = 1e-7  # probability cut off where a density has an end without a bound
 
@@ -27,13 +27,13 @@ def stratify(rand: Tensor, position: Tensor, total: int) -> Tensor:
 class DensitySpec(Spec):
     """Base of the densities."""
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
         """u (b,) in [0, 1] -> sigma (b,) float64, increasing in u."""
         raise NotImplementedError
 
-    def sigma_range(self, signal: Signal, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, shape: DataShape, schedule: VPTable) -> tuple[float, float]:
         """The lowest and the highest noise level that it gives."""
-        low, high = self(torch.tensor([0.0, 1.0]), signal, schedule).tolist()
+        low, high = self(torch.tensor([0.0, 1.0]), shape, schedule).tolist()
         return low, high
 
 
@@ -67,17 +67,17 @@ class Bounded(WithBounds):
         """The inverse of `probabilities`."""
         raise NotImplementedError
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
         u = u.double()
         tail = u.new_tensor([TAIL, 1 - TAIL])
         low, high = tail, tail.flip(0)  # (below, above) at each end
         sigma_min, sigma_max = self.bounds()
         if sigma_min is not None:
-            low = torch.stack(self.probabilities(u.new_tensor(sigma_min), signal.sigma_data))
+            low = torch.stack(self.probabilities(u.new_tensor(sigma_min), shape.sigma_data))
         if sigma_max is not None:
-            high = torch.stack(self.probabilities(u.new_tensor(sigma_max), signal.sigma_data))
+            high = torch.stack(self.probabilities(u.new_tensor(sigma_max), shape.sigma_data))
         below, above = (torch.lerp(a, b, u) for a, b in zip(low, high, strict=True))
-        sigma = self.quantile(below, above, signal.sigma_data)
+        sigma = self.quantile(below, above, shape.sigma_data)
         return sigma.clamp(sigma_min or 0, sigma_max)  # a probability may be too small for a float
 
 
@@ -163,7 +163,7 @@ class LogUniform(WithBounds):
     kind: Literal["loguniform"] = "loguniform"
     usual = (1e-2, 160.0)
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
         sigma_min, sigma_max = self.sigma_min or 1e-2, self.sigma_max or 160.0
         low, high = math.log(sigma_min), math.log(sigma_max)
         return torch.exp(low + u.double() * (high - low))
@@ -224,12 +224,12 @@ class CosineInterpolated(WithBounds):
     noise_d_low: float | None = Field(None, gt=0, description="pixels; min(32, image) if absent")
     noise_d_high: float | None = Field(None, gt=0, description="pixels; the image's side if absent")
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
-        size = max(signal.height, signal.width)
+    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+        size = max(shape.height, shape.width)
         low, high = self.noise_d_low or min(32, size), self.noise_d_high or size
-        return signal.sigma_data * torch.exp(
-            u * self._log_ratio(u, low / size, signal.sigma_data)
-            + (1 - u) * self._log_ratio(u, high / size, signal.sigma_data)
+        return shape.sigma_data * torch.exp(
+            u * self._log_ratio(u, low / size, shape.sigma_data)
+            + (1 - u) * self._log_ratio(u, high / size, shape.sigma_data)
         )
 
     def _log_ratio(self, u: Tensor, r: float, sigma_data: float) -> Tensor:
@@ -244,7 +244,7 @@ class UniformVP(DensitySpec):
 
     kind: Literal["uniform_vp"] = "uniform_vp"
 
-    def __call__(self, u: Tensor, signal: Signal, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
         t = (u.double() * schedule.steps).long().clamp(max=schedule.steps - 1)
         return schedule.sigmas(u.device)[t]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hdit.diffusion.broadcast import per_image
-from hdit.protocols import Denoise, NoiseSource, OnStep, SolverError
+from hdit.errors import SolverError
+from hdit.protocols import Denoise, NoiseSource, OnStep
 
 
 def _solver_step(

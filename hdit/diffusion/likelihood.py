@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdit.protocols import Denoise, SolverError
+from hdit.errors import SolverError
+from hdit.protocols import Denoise
 
 
 class Likelihood(NamedTuple):

@@ -150,6 +150,6 @@ def bits_per_dim(
         terms.append(vlb(x0, sigma, denoised, v, table))
     zero = x0.new_zeros(())
     # In the VP's coordinates, where x at the last timestep should be N(0, 1).
-    signal, log_variance = 1 / math.hypot(1, level), math.log(level**2 / (1 + level**2))
-    prior = _mean(normal_kl(signal * x0, zero + log_variance, zero, zero)) / math.log(2)
+    shape, log_variance = 1 / math.hypot(1, level), math.log(level**2 / (1 + level**2))
+    prior = _mean(normal_kl(shape * x0, zero + log_variance, zero, zero)) / math.log(2)
     return Bits(prior + torch.stack(terms).sum(0), prior, torch.stack(terms))

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import hdit
+from hdit.errors import UserError
 from hdit.evaluation.distances import (
     Gaussian,
     KernelDistance,
@@ -28,7 +29,6 @@ from hdit.evaluation.distances import (
 )
 from hdit.evaluation.features import Extractor
 from hdit.evaluation.image_sets import ImageSet
-from hdit.protocols import UserError
 
 ENOUGH = 10_000  # images, below which the bias of FID is worth a word
 KID_SEED = 0

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from hdit_kernels.native import cache_folder
 
 AS_IT_IS = "uint8 RGB at its own size"

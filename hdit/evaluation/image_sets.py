@@ -28,7 +28,7 @@ from hdit.data.sources.archive import Archive
 from hdit.data.sources.arrays import Arrays
 from hdit.data.sources.listing import is_hidden, is_picture, order
 from hdit.data.transforms import to_mode, to_tensor
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from hdit.runs.checkpoint import MANIFEST, Checkpoint, is_export
 from hdit.sampling.sample import check_guidance, sample, settled
 
@@ -273,10 +273,10 @@ class Sampled:
         warn: Callable[[str], None],
     ):
         """`config` is the model's, with the sampling that is wanted. Raises UserError."""
-        signal, classes = found.state.signal, found.state.classes
-        check_guidance(config, signal)
+        shape, classes = found.state.shape, found.state.classes
+        check_guidance(config, shape)
         config = settled(config, device, n, warn)
-        self.config, self.signal, self.device, weights = config, signal, device, found.weights(raw)
+        self.config, self.shape, self.device, weights = config, shape, device, found.weights(raw)
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None
         self.space = config.space.open(device)
@@ -285,7 +285,7 @@ class Sampled:
                 f"space.vae: the model was trained on latents of another VAE: its hash is "
                 f"{found.state.space:.12}, this one's {self.space.identity:.12}"
             )
-        self.backbone = models.build(config.model, signal, config.output_channels(signal))
+        self.backbone = models.build(config.model, shape, config.output_channels(shape))
         self.backbone.load_state_dict(found.tensors(weights))
         self.backbone.to(device)
         if config.sampling.compile:
@@ -313,7 +313,7 @@ class Sampled:
         for batch in sample(
             self.backbone,
             self.config,
-            self.signal,
+            self.shape,
             self.seeds,
             self.labels,
             self.device,

@@ -48,11 +48,12 @@ from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream
 from hdit.device import precision_on
 from hdit.diffusion.denoiser import Denoiser
+from hdit.errors import UserError
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
 from hdit.interop import Model, load
 from hdit.models.cost import cost
-from hdit.protocols import Cond, NormalNoise, Signal, Space, Spec, UserError
+from hdit.protocols import Cond, DataShape, NormalNoise, Space, Spec
 from hdit.report.grids import to_png
 from hdit.runs.checkpoint import write_atomically
 from hdit.runs.folder import read_metrics
@@ -241,7 +242,7 @@ def check(cells: Sequence[Cell]) -> None:
                 f"evaluation.held_out: has the classes {', '.join(held_out.classes[:5]) or 'none'}"
                 f", ... and the data {', '.join(source.classes[:5]) or 'none'}, ..."
             )
-        check_guidance(cell.config, cell.config.signal(len(source.classes)))
+        check_guidance(cell.config, cell.config.data_shape(len(source.classes)))
         low, high, by = cell.config.valid_range()
         m = cell.measures
         if m.sigma_min < low * (1 - 1e-6) or m.sigma_max > high * (1 + 1e-6):
@@ -275,10 +276,8 @@ def _budgeted(raw: dict[str, Any], budget: Budget, name: str) -> RunConfig:
     raw["training"].setdefault("checkpoint_every", ENDLESS)
     config = parse(raw, name)
     if budget.gmacs is not None:
-        signal = config.signal(len(config.data.open().classes))
-        macs = 3 * sum(
-            row.macs for row in cost(config.model, signal, config.output_channels(signal))
-        )
+        shape = config.data_shape(len(config.data.open().classes))
+        macs = 3 * sum(row.macs for row in cost(config.model, shape, config.output_channels(shape)))
         images = math.ceil(1e9 * budget.gmacs / macs / config.training.batch_size)
         images *= config.training.batch_size
         config = parse(merge(raw, {"training": {"images": images}}), name)
@@ -306,12 +305,12 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         finished = trainer.fit(left)
         if not finished and trainer.signalled:
             raise KeyboardInterrupt
-    signal = trainer.signal
+    shape = trainer.shape
     del trainer
     model = load(str(folder))
     lines = read_metrics(folder / "metrics.jsonl", model.images)
     assert lines[-1]["images"] == model.images, "a line is written before each checkpoint"
-    rows = cost(cell.config.model, signal, cell.config.output_channels(signal))
+    rows = cost(cell.config.model, shape, cell.config.output_channels(shape))
     record = {
         "format": FORMAT,
         "name": cell.name,
@@ -347,24 +346,24 @@ def trained_seconds(run: Path, images: int) -> float:
 
 def measure(model: Model, measures: Measures) -> dict[str, Any]:
     """Losses by noise level on held-out pictures, a distance to them, and a grid of samples."""
-    config, signal = model.config, model.signal
+    config, shape = model.config, model.shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held_out = open_held_out(config, measures)
     space = config.space.open(device)
     network = model.network().to(device)
     precision = precision_on(device, config.training.precision)
-    denoiser = make_denoiser(network, config, signal, precision)
+    denoiser = make_denoiser(network, config, shape, precision)
     edges = np.geomspace(measures.sigma_min, measures.sigma_max, measures.bins + 1)
-    losses, count = x0_losses(denoiser, space, held_out, signal, measures, edges, device)
+    losses, count = x0_losses(denoiser, space, held_out, shape, measures, edges, device)
     result: dict[str, Any] = {
         "sigma_edges": edges.tolist(),
         "x0_loss": losses,
         "held_out": count,
     }
     number = max(measures.grid, measures.samples if measures.features else 0)
-    classes = signal.num_classes
+    classes = shape.num_classes
     asked = [i % classes for i in range(number)] if classes else None
-    parts = sample(network, config, signal, list(range(number)), asked, device, space=space)
+    parts = sample(network, config, shape, list(range(number)), asked, device, space=space)
     samples = torch.cat([part.images for part in parts])
     columns = classes if 1 < classes <= 16 else min(12, measures.grid)
     result["grid"] = to_png(samples[: measures.grid], columns=columns)
@@ -384,7 +383,7 @@ def x0_losses(
     denoiser: Denoiser,
     space: Space,
     held_out: Source | Stream,
-    signal: Signal,
+    shape: DataShape,
     measures: Measures,
     edges: np.ndarray,
     device: torch.device,
@@ -398,9 +397,9 @@ def x0_losses(
         x0 = space.normalize(
             space.encode(images.to(device)), _normal("held-out posterior", counters, device)
         )
-        noise = _normal("held-out noise", counters, device)(signal.shape)
+        noise = _normal("held-out noise", counters, device)(shape.chw)
         u = randomness.uniform(0, "held-out sigma", counters).numpy()
-        cond = Cond(labels.to(device) if signal.num_classes else None)
+        cond = Cond(labels.to(device) if shape.num_classes else None)
         for i, (low, high) in enumerate(pairwise(edges)):
             sigma = torch.from_numpy(low * (high / low) ** u).to(x0)
             denoised = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)

@@ -23,7 +23,7 @@ from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model
 from hdit.models import DiTSpec
 from hdit.nn.embed import sincos_positions
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 
 KIND = "diffusers"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -56,9 +56,9 @@ ENDS = {
 }
 
 
-def layout(config: RunConfig, signal: Signal) -> Layout:
+def layout(config: RunConfig, data_shape: DataShape) -> Layout:
     spec = dit_spec(config)
-    c, p, depth = signal.channels, spec.patch_size, spec.depth
+    c, p, depth = data_shape.channels, spec.patch_size, spec.depth
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
         if name == "pos_embed":
@@ -75,19 +75,19 @@ def layout(config: RunConfig, signal: Signal) -> Layout:
             shape = (shape[0], c, p, p)
         return Place((f"{ENDS[module]}.{part}",), shape)
 
-    return make_layout(config, signal, place)
+    return make_layout(config, data_shape, place)
 
 
-def positions(spec: DiTSpec, signal: Signal) -> Tensor:
+def positions(spec: DiTSpec, shape: DataShape) -> Tensor:
     """The table that diffusers computes: (h w d)."""
-    h, w = spec.grid(signal)
+    h, w = spec.grid(shape)
     return sincos_positions(h, w, spec.width)
 
 
 def from_config(
     raw: dict[str, Any], schedule: dict[str, Any] | None, origin: str
-) -> tuple[RunConfig, Signal, tuple[str, ...]]:
-    """-> (our config, the signal, notes); absent settings are diffusers' defaults."""
+) -> tuple[RunConfig, DataShape, tuple[str, ...]]:
+    """-> (our config, the data shape, notes); absent settings are diffusers' defaults."""
     s = Settings(raw, origin)
     s.fixed("_class_name", *CLASSES)
     s.fixed("norm_type", "ada_norm_zero")
@@ -112,8 +112,8 @@ def from_config(
     }
     learned = learns_variance(channels, out_channels, origin)
     size, classes = s.number("sample_size", 32), s.number("num_embeds_ada_norm", 1000)
-    config, signal = settings(model, channels, size, classes, learned, origin, schedule)
-    return config, signal, tuple(notes)
+    config, shape = settings(model, channels, size, classes, learned, origin, schedule)
+    return config, shape, tuple(notes)
 
 
 def _schedule(folder: Path) -> dict[str, Any] | None:
@@ -151,15 +151,15 @@ def read(path: Path) -> Model:
     assert folder is not None, "detected before"
     config_file = folder / "config.json"
     pipeline = path if folder != path else path.parent
-    config, signal, notes = from_config(
+    config, shape, notes = from_config(
         read_json(config_file), _schedule(pipeline), str(config_file)
     )
     weights, tensors = _weights(folder)
-    table = {"pos_embed": positions(dit_spec(config), signal)}
-    ours = gather(weights, layout(config, signal), tensors, config, signal, computed=table)
-    classes = _classes(pipeline, signal.num_classes)
+    table = {"pos_embed": positions(dit_spec(config), shape)}
+    ours = gather(weights, layout(config, shape), tensors, config, shape, computed=table)
+    classes = _classes(pipeline, shape.num_classes)
     origin = f"{KIND} folder {path.name}"
-    return Model(config, signal, classes, ours, origin, "given", notes=notes)
+    return Model(config, shape, classes, ours, origin, "given", notes=notes)
 
 
 def _weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -188,31 +188,31 @@ def _classes(pipeline: Path, number: int) -> tuple[str, ...]:
 def write(model: Model, folder: Path) -> tuple[str, ...]:
     """Writes config.json and the weights -> notes."""
     spec = check_dit(KIND, model, {"mlp_ratio": MLP_RATIO})
-    signal = model.signal
-    table = positions(spec, signal)
+    shape = model.shape
+    table = positions(spec, shape)
     if not torch.allclose(model.state_dict["pos_embed"].float(), table, atol=1e-3):
         raise InteropError(
             f"{KIND} cannot hold this model ({model.origin}): its pos_embed is not the table of "
             "sines that is computed there"
         )
-    tensors = scatter(layout(model.config, signal), model.state_dict)
+    tensors = scatter(layout(model.config, shape), model.state_dict)
     raw = {
         "_class_name": CLASSES[0],
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
         "attention_head_dim": spec.width // spec.num_heads,
         "dropout": 0.0,
-        "in_channels": signal.channels,
+        "in_channels": shape.channels,
         "norm_elementwise_affine": False,
         "norm_eps": EPS,
         "norm_num_groups": 32,
         "norm_type": "ada_norm_zero",
         "num_attention_heads": spec.num_heads,
-        "num_embeds_ada_norm": signal.num_classes,
+        "num_embeds_ada_norm": shape.num_classes,
         "num_layers": spec.depth,
-        "out_channels": model.config.output_channels(signal),
+        "out_channels": model.config.output_channels(shape),
         "patch_size": spec.patch_size,
-        "sample_size": signal.height,
+        "sample_size": shape.height,
         "upcast_attention": False,
     }
     folder.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 from hdit.config.schema import RunConfig, parse
 from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import DiTSpec
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-ema", 4
@@ -23,7 +23,7 @@ def settings(
     learned: bool,
     origin: str,
     schedule: dict[str, Any] | None = None,
-) -> tuple[RunConfig, Signal]:
+) -> tuple[RunConfig, DataShape]:
     """A DiT of the paper: noise prediction, its timesteps, recipe and sampler.
 
     `size` is the side of what the backbone sees. That is a picture with 1 or 3 channels, else a
@@ -66,7 +66,7 @@ def settings(
         },
     }
     config = parse(raw, origin)
-    return config, config.signal(num_classes)
+    return config, config.data_shape(num_classes)
 
 
 def learns_variance(channels: int, out_channels: int, origin: str) -> bool:
@@ -103,19 +103,19 @@ def check_dit(kind: str, model: Model, hidden: dict[str, Any] | None = None) -> 
 
     `hidden` are settings that the format prescribes.
     """
-    spec, signal = model.config.model, model.signal
+    spec, shape = model.config.model, model.shape
     if not isinstance(spec, DiTSpec):
         raise InteropError(f"{kind} holds DiT only, and {model.origin} is an {spec.kind}")
-    if not signal.num_classes:
+    if not shape.num_classes:
         raise InteropError(
             f"{kind} holds class-conditional DiT only: {model.origin} has no classes"
         )
     plain = {key: getattr(spec, key) for key in ("patch_size", "depth", "width", "num_heads")}
     back, signal_back = settings(
         plain | {"mlp_ratio": spec.mlp_ratio} | (hidden or {}),
-        signal.channels,
-        signal.height,
-        signal.num_classes,
+        shape.channels,
+        shape.height,
+        shape.num_classes,
         model.config.diffusion.learned_variance,
         f"{kind} settings of {model.origin}",
     )

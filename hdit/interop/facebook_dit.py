@@ -20,7 +20,7 @@ from hdit.interop.dit import check_dit, learns_variance, mlp_ratio, settings, si
 from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
 KIND = "facebook-dit"
@@ -42,8 +42,8 @@ def their_name(name: str) -> str:
     return name
 
 
-def layout(config: RunConfig, signal: Signal) -> Layout:
-    c, p = signal.channels, config.model.patch_size
+def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    c, p = data_shape.channels, config.model.patch_size
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
         if name == "pos_embed":
@@ -53,12 +53,12 @@ def layout(config: RunConfig, signal: Signal) -> Layout:
             shape = (shape[0], c, p, p)
         return Place((their_name(name),), shape)
 
-    return make_layout(config, signal, place)
+    return make_layout(config, data_shape, place)
 
 
 def from_shapes(
     tensors: dict[str, Tensor], facts: dict[str, Any], num_heads: int | None, origin: str
-) -> tuple[RunConfig, Signal]:
+) -> tuple[RunConfig, DataShape]:
     """The settings that the tensors' shapes tell. `facts` are those that came beside them."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -112,10 +112,10 @@ def read_state(
     path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], num_heads: int | None
 ) -> Model:
     """The model of their state dict."""
-    config, signal = from_shapes(tensors, facts, num_heads, str(path))
-    ours = gather(path, layout(config, signal), tensors, config, signal)
-    classes = tuple(str(i) for i in range(signal.num_classes))
-    return Model(config, signal, classes, ours, f"{KIND} checkpoint {path.name}", "given")
+    config, shape = from_shapes(tensors, facts, num_heads, str(path))
+    ours = gather(path, layout(config, shape), tensors, config, shape)
+    classes = tuple(str(i) for i in range(shape.num_classes))
+    return Model(config, shape, classes, ours, f"{KIND} checkpoint {path.name}", "given")
 
 
 def read_safetensors(
@@ -158,7 +158,7 @@ def _is_state(saved: Any) -> bool:
 def write(model: Model, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
-    torch.save(scatter(layout(model.config, model.signal), model.state_dict), path)
+    torch.save(scatter(layout(model.config, model.shape), model.state_dict), path)
     if HEADS.get((spec.width, spec.depth)) == spec.num_heads:
         return ()
     return (f"a state dict does not tell its heads: to read it, give --num-heads {spec.num_heads}",)

@@ -27,7 +27,7 @@ def of_checkpoint(found: Checkpoint, raw: bool) -> Model:
     held, state = found.weights(raw), found.state
     origin = found.origin if isinstance(found, Export) else f"{KIND} run {_run(found.folder)}"
     tensors = found.tensors(held)
-    return Model(found.config, state.signal, state.classes, tensors, origin, held, state.images)
+    return Model(found.config, state.shape, state.classes, tensors, origin, held, state.images)
 
 
 def _run(folder: Path) -> str:
@@ -46,7 +46,7 @@ def write(model: Model, folder: Path, name: str) -> tuple[str, ...]:
     tensors = {key: t.contiguous() for key, t in model.state_dict.items()}
     save_file(tensors, folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
     text = export_settings(
-        model.config, model.signal, model.classes, model.weights, model.images, model.origin
+        model.config, model.shape, model.classes, model.weights, model.images, model.origin
     )
     (folder / EXPORT_CONFIG).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card(model, name), encoding="utf-8")
@@ -55,22 +55,22 @@ def write(model: Model, folder: Path, name: str) -> tuple[str, ...]:
 
 def card(model: Model, name: str) -> str:
     """The model card; which licence the weights have is left to whoever publishes them."""
-    signal, kind = model.signal, {"hdit": "HDiT", "dit": "DiT"}[model.config.model.kind]
-    rows = cost(model.config.model, signal, model.config.output_channels(signal))
+    shape, kind = model.shape, {"hdit": "HDiT", "dit": "DiT"}[model.config.model.kind]
+    rows = cost(model.config.model, shape, model.config.output_channels(shape))
     params, macs = sum(row.params for row in rows), sum(row.macs for row in rows)
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in model.state_dict.values())
-    size = f"{signal.channels} x {signal.height} x {signal.width}"
-    latent = model.config.signal(0).shape != signal.shape
+    size = f"{shape.channels} x {shape.height} x {shape.width}"
+    latent = model.config.data_shape(0).chw != shape.chw
     if latent:
         usage = f"The model makes latents of {size}, which `hdit sample` cannot decode yet.\n"
     else:
-        guided = "" if not signal.num_classes else " --labels 0 --guidance 1.5"
+        guided = "" if not shape.num_classes else " --labels 0 --guidance 1.5"
         usage = f"```sh\nhdit sample {name} -n 16{guided}\n```\n"
     facts = {
         "Model": kind,
         "Sees and predicts": f"{size} (channels, height, width)"
         + (", latents" if latent else ", pixels"),
-        "Classes": str(signal.num_classes or "none"),
+        "Classes": str(shape.num_classes or "none"),
         "Parameters": f"{params:,}",
         "MACs of a forward pass": f"{macs:,}",
         "Stored as": ", ".join(dtypes),

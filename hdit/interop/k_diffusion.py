@@ -31,7 +31,7 @@ from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import HDiTSpec
-from hdit.protocols import Signal, Spec
+from hdit.protocols import DataShape, Spec
 
 KIND = "k-diffusion"
 MARK = "patch_in.proj.weight"
@@ -86,8 +86,8 @@ INERT = {
 # ---- their settings -> ours ----------------------------------------------------------------------
 
 
-def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tuple[str, ...]]:
-    """-> (our config, resolved; the signal; notes on what did not map).
+def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape, tuple[str, ...]]:
+    """-> (our config, resolved; the data shape; notes on what did not map).
 
     Takes a config as written by hand or as their loader fills it in. Raises InteropError or
     ConfigError where the model has no counterpart.
@@ -100,7 +100,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tu
     dataset = top.table("dataset")
     height, width = m.list("input_size", 2)
     channels, sigma_data = m.number("input_channels"), float(m.number("sigma_data", 1.0))
-    signal = Signal(channels, height, width, dataset.number("num_classes", 0), sigma_data)
+    shape = DataShape(channels, height, width, dataset.number("num_classes", 0), sigma_data)
     sigma_min, sigma_max = float(m.number("sigma_min")), float(m.number("sigma_max"))
     notes: list[str] = []
     diffusion: dict[str, Any] = {
@@ -137,7 +137,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, Signal, tu
     for path, value in top.unread().items():
         if path not in INERT or INERT[path] != value:
             notes.append(f"{path} = {json.dumps(value)} has no counterpart, and was left out")
-    return config, signal, tuple(notes)
+    return config, shape, tuple(notes)
 
 
 def _model(m: Settings) -> dict[str, Any]:
@@ -272,13 +272,13 @@ def _training(top: Settings, notes: list[str]) -> dict[str, Any]:
 
 def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """A config of ours, with what did not map in its first lines -> (text, the same as notes)."""
-    config, signal, notes = from_config(raw, str(path))
+    config, shape, notes = from_config(raw, str(path))
     notes += (
         "training.images, .checkpoint_every and .batch_size are not in their config: set them "
         "before you train",
     )
-    if config.signal(0).channels != signal.channels:
-        notes += (f"model.input_channels = {signal.channels} was left out: images have 1 or 3",)
+    if config.data_shape(0).channels != shape.channels:
+        notes += (f"model.input_channels = {shape.channels} was left out: images have 1 or 3",)
     head = [f"Made of k-diffusion's {path.name} by `hdit convert`.", *notes]
     comment = "".join(f"# {line}\n" for line in head)
     table = config.model_dump(mode="json", exclude_none=True)
@@ -296,7 +296,7 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
     spec, d, notes = model.config.model, model.config.diffusion, []
     if not isinstance(spec, HDiTSpec):
         raise InteropError(f"{KIND} holds HDiT only, and {model.origin} is a {spec.kind}")
-    mapping, signal = spec.mapping, model.signal
+    mapping, shape = spec.mapping, model.shape
     low, high = model.config.sigma_range()
     kinds = {ours: (theirs, keys) for theirs, (ours, keys) in ATTENTION.items()}
     attentions = []
@@ -307,11 +307,11 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
         attentions.append({"type": theirs, **{key: getattr(attention, key) for key in keys}})
     raw: dict[str, Any] = {
         "model": {
-            "sigma_data": signal.sigma_data,
+            "sigma_data": shape.sigma_data,
             "dropout_rate": [level.dropout for level in spec.levels],
             "augment_prob": model.config.data.augment.probability,
             "loss_config": "karras",
-            "loss_weighting": _their_weighting(d.weighting, signal.sigma_data),
+            "loss_weighting": _their_weighting(d.weighting, shape.sigma_data),
             "loss_scales": d.loss_scales,
             "mapping_width": mapping.width,
             "mapping_depth": mapping.depth,
@@ -324,8 +324,8 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
             "skip_stages": 0,
             "has_variance": False,
             "type": "image_transformer_v2",
-            "input_channels": signal.channels,
-            "input_size": [signal.height, signal.width],
+            "input_channels": shape.channels,
+            "input_size": [shape.height, shape.width],
             "patch_size": [spec.patch_size, spec.patch_size],
             "depths": [level.depth for level in spec.levels],
             "widths": [level.width for level in spec.levels],
@@ -336,7 +336,7 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
         "dataset": {
             "type": "imagefolder",
             "location": getattr(model.config.data, "path", "images"),
-            "num_classes": signal.num_classes,
+            "num_classes": shape.num_classes,
             "cond_dropout_rate": model.config.training.label_dropout,
         },
         **_their_training(model.config),
@@ -420,8 +420,8 @@ def their_name(name: str) -> str:
     return name
 
 
-def layout(config: RunConfig, signal: Signal) -> Layout:
-    return make_layout(config, signal, lambda name, shape: Place((their_name(name),), shape))
+def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    return make_layout(config, data_shape, lambda name, shape: Place((their_name(name),), shape))
 
 
 def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Model:
@@ -432,11 +432,11 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Mo
             "writes it"
         )
     raw = parse_json(metadata["config"], f"{path}: config in the metadata")
-    config, signal, notes = from_config(raw, f"{path}: config in the metadata")
-    ours = gather(path, layout(config, signal), tensors, config, signal)
-    classes = tuple(str(i) for i in range(signal.num_classes))
+    config, shape, notes = from_config(raw, f"{path}: config in the metadata")
+    ours = gather(path, layout(config, shape), tensors, config, shape)
+    classes = tuple(str(i) for i in range(shape.num_classes))
     origin = f"{KIND} checkpoint {path.name}"
-    return Model(config, signal, classes, ours, origin, "given", notes=notes)
+    return Model(config, shape, classes, ours, origin, "given", notes=notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -450,6 +450,6 @@ def read_config(path: Path) -> dict[str, Any]:
 def write(model: Model, path: Path) -> tuple[str, ...]:
     """Writes a .safetensors file with its config -> notes."""
     raw, notes = to_config(model)
-    tensors = scatter(layout(model.config, model.signal), model.state_dict)
+    tensors = scatter(layout(model.config, model.shape), model.state_dict)
     save_file(tensors, path, metadata={"config": json.dumps(raw, indent=4)})
     return notes

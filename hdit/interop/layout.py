@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hdit.config.schema import RunConfig
 from hdit.interop.model import InteropError
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 from hdit.runs.checkpoint import Shapes, check_shapes, expected_shapes
 
 
@@ -34,10 +34,10 @@ Layout = dict[str, Place]
 
 
 def make_layout(
-    config: RunConfig, signal: Signal, place: Callable[[str, tuple[int, ...]], Place]
+    config: RunConfig, data_shape: DataShape, place: Callable[[str, tuple[int, ...]], Place]
 ) -> Layout:
     """Of every tensor of a model, by `place(our name, our shape)`."""
-    shapes = expected_shapes(config, signal)
+    shapes = expected_shapes(config, data_shape)
     layout = {name: place(name, shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         there = layout[name]
@@ -56,7 +56,7 @@ def gather(
     layout: Layout,
     tensors: dict[str, Tensor],
     config: RunConfig,
-    signal: Signal,
+    shape: DataShape,
     computed: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Our tensors from theirs, in their dtypes; `computed` are those that the format leaves out.
@@ -65,7 +65,7 @@ def gather(
     """
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     check_shapes(path, found, foreign_shapes(layout))
-    shapes = expected_shapes(config, signal)
+    shapes = expected_shapes(config, shape)
     ours = {}
     for name, place in layout.items():
         parts = [tensors[key] for key in place.names]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hdit import models
 from hdit.config.schema import RunConfig, differences
+from hdit.errors import UserError
 from hdit.models import DiT, HDiT
-from hdit.protocols import Signal, Spec, UserError
+from hdit.protocols import DataShape, Spec
 
 
 class InteropError(UserError):
@@ -22,7 +23,7 @@ class Model:
     """A trained model: `state_dict` has our names, and values and dtypes as they came."""
 
     config: RunConfig  # resolved
-    signal: Signal
+    shape: DataShape
     classes: tuple[str, ...]
     state_dict: dict[str, Tensor]
     origin: str  # in words
@@ -32,8 +33,8 @@ class Model:
 
     def network(self) -> HDiT | DiT:
         """The backbone with its weights, in float32 and eval mode."""
-        out_channels = self.config.output_channels(self.signal)
-        network = models.build(self.config.model, self.signal, out_channels)
+        out_channels = self.config.output_channels(self.shape)
+        network = models.build(self.config.model, self.shape, out_channels)
         network.load_state_dict(self.state_dict)
         return network.eval()
 
@@ -42,10 +43,10 @@ def _dumped(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, Spec) else value
 
 
-def check_held(kind: str, model: Model, back: RunConfig, signal: Signal) -> None:
+def check_held(kind: str, model: Model, back: RunConfig, shape: DataShape) -> None:
     """Raises InteropError with every setting that reads back from a format as another one.
 
-    `back` and `signal` are what the reader makes of the settings written for `model`.
+    `back` and `shape` are what the reader makes of the settings written for `model`.
     """
     problems = []
     for name, ours, theirs in (
@@ -57,7 +58,7 @@ def check_held(kind: str, model: Model, back: RunConfig, signal: Signal) -> None
     ):
         problems += differences(_dumped(ours), _dumped(theirs), name)
     for key in ("channels", "height", "width", "num_classes"):
-        problems += differences(getattr(model.signal, key), getattr(signal, key), key)
+        problems += differences(getattr(model.shape, key), getattr(shape, key), key)
     if problems:
         lines = [f"{path} = {ours!r}: it has {theirs!r} only" for path, ours, theirs in problems]
         raise InteropError(

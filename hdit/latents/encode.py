@@ -15,6 +15,7 @@ from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.pictures import MAX_BAD_SHARE, PicturesSpec, too_many
 from hdit.data.source import DataError, Skipped, Source, Stream
+from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
     Manifest,
@@ -24,7 +25,6 @@ from hdit.latents.store import (
     shard_path,
     write_shard,
 )
-from hdit.protocols import UserError
 from hdit.spaces import LatentSpace
 from hdit.spaces.vae import VAE
 

@@ -15,7 +15,7 @@ from hdit.models import DiT, HDiT, build
 from hdit.models.dit import TIME_FEATURES, DiTSpec
 from hdit.models.hdit import AUG_WIDTH, HDiTSpec, Level
 from hdit.nn.attention import NoAttention
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Row:
     macs: int
 
 
-def cost(spec: HDiTSpec | DiTSpec, signal: Signal, out_channels: int | None = None) -> list[Row]:
+def cost(spec: HDiTSpec | DiTSpec, shape: DataShape, out_channels: int | None = None) -> list[Row]:
     """The parts of the model in the order of the forward pass; their sums are the model's."""
-    out = out_channels or signal.channels
+    out = out_channels or shape.channels
     with torch.device("meta"):
-        model = build(spec, signal, out)
+        model = build(spec, shape, out)
     if isinstance(spec, HDiTSpec):
-        return _hdit(spec, signal, out, model)
-    return _dit(spec, signal, out, model)
+        return _hdit(spec, shape, out, model)
+    return _dit(spec, shape, out, model)
 
 
 def _params(model: HDiT | DiT, *prefixes: str) -> int:
@@ -56,7 +56,7 @@ def _layer(spec: HDiTSpec, level: Level, h: int, w: int) -> int:
     return macs + h * w * (3 * d * d + d * d + attention) + m * modulation * d
 
 
-def _hdit(spec: HDiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[Row]:
+def _hdit(spec: HDiTSpec, shape: DataShape, out: int, model: HDiT | DiT) -> list[Row]:
     spec = spec.resolved()
     m, d_ff = spec.mapping.width, spec.mapping.d_ff
     assert d_ff is not None, "resolved"
@@ -64,10 +64,10 @@ def _hdit(spec: HDiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[R
     mapping = features + 2 * m * m + spec.vector_width * m + spec.mapping.depth * 3 * m * d_ff
     inputs = ("time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj.", "mapping.")
     rows = [Row("mapping network", None, _params(model, *inputs), mapping)]
-    grids = spec.grids(signal)
+    grids = spec.grids(shape)
     h, w = grids[0]
     patch = h * w * spec.patch_size**2 * spec.levels[0].width  # of one channel
-    patch_in = patch * signal.channels
+    patch_in = patch * shape.channels
     rows.append(Row("patch in", grids[0], _params(model, "patch_in."), patch_in))
     last = len(spec.levels) - 1
     for i, (level, (h, w)) in enumerate(zip(spec.levels, grids, strict=True)):
@@ -88,10 +88,10 @@ def _hdit(spec: HDiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[R
     return rows
 
 
-def _dit(spec: DiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[Row]:
-    d, d_ff, (h, w) = spec.width, int(spec.width * spec.mlp_ratio), spec.grid(signal)
+def _dit(spec: DiTSpec, shape: DataShape, out: int, model: HDiT | DiT) -> list[Row]:
+    d, d_ff, (h, w) = spec.width, int(spec.width * spec.mlp_ratio), spec.grid(shape)
     kind, tokens = spec.conditioning.kind, h * w
-    s = 2 if signal.num_classes else 1  # t, and y
+    s = 2 if shape.num_classes else 1  # t, and y
     extra = s if kind == "in_context" else 0
     block = _block(tokens + extra, d, d_ff)
     block += {"adaln_zero": 6, "adaln": 4}.get(kind, 0) * d * d
@@ -102,7 +102,7 @@ def _dit(spec: DiTSpec, signal: Signal, out: int, model: HDiT | DiT) -> list[Row
     embed = TIME_FEATURES * d + d * d
     return [
         Row("conditioning", None, _params(model, "t_embedder.", "y_embedder."), embed),
-        Row("patch in", (h, w), _params(model, "x_embedder."), patch * signal.channels),
+        Row("patch in", (h, w), _params(model, "x_embedder."), patch * shape.channels),
         Row("blocks, global", (h, w), _params(model, "blocks."), spec.depth * block),
         Row("patch out", (h, w), _params(model, "final_layer."), patch * out + final),
     ]

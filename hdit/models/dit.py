@@ -15,6 +15,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.errors import SpecError
 from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
 from hdit.nn.checkpointing import Run, call, recompute
 from hdit.nn.compiling import compile_in_place
@@ -22,7 +23,7 @@ from hdit.nn.embed import ClassEmbedding, check_labels, sincos_positions, timest
 from hdit.nn.mlp import MLP
 from hdit.nn.norm import modulated_norm
 from hdit.nn.residual import gated_residual
-from hdit.protocols import Cond, Group, Signal, Spec, SpecError
+from hdit.protocols import Cond, DataShape, Group, Spec
 
 TIME_FEATURES = 256
 
@@ -111,19 +112,19 @@ class DiTSpec(Spec):
         """What the sides of an image must be multiples of."""
         return self.patch_size
 
-    def grid(self, signal: Signal) -> tuple[int, int]:
+    def grid(self, shape: DataShape) -> tuple[int, int]:
         """Tokens (h, w)."""
-        return signal.height // self.patch_size, signal.width // self.patch_size
+        return shape.height // self.patch_size, shape.width // self.patch_size
 
-    def check(self, signal: Signal) -> None:
-        """Raises SpecError with all that does not fit the signal or itself."""
+    def check(self, shape: DataShape) -> None:
+        """Raises SpecError with all that does not fit the data shape or itself."""
         problems = []
-        if signal.height % self.patch_size or signal.width % self.patch_size:
+        if shape.height % self.patch_size or shape.width % self.patch_size:
             problems.append(
                 (
                     "patch_size",
                     f"{self.patch_size} does not divide the image of "
-                    f"{signal.height}x{signal.width}; change the image size or the patch",
+                    f"{shape.height}x{shape.width}; change the image size or the patch",
                 )
             )
         if self.width % self.num_heads:
@@ -321,26 +322,26 @@ class InContextBlocks(Blocks):
 class DiT(nn.Module):
     """x (b c H W), c_noise (b,) in 0..999, cond -> (b out H W); zero everywhere at initialisation.
 
-    H and W need not be those of `signal`: any size that the patch divides will do. `out_channels`
-    is the signal's channels, or more where a variance is predicted beside x.
+    H and W need not be those of `shape`: any size that the patch divides will do. `out_channels`
+    is the channels of the data, or more where a variance is predicted beside x.
     """
 
     pos_embed: Tensor
 
-    def __init__(self, spec: DiTSpec, signal: Signal, out_channels: int | None = None):
+    def __init__(self, spec: DiTSpec, shape: DataShape, out_channels: int | None = None):
         super().__init__()
-        spec.check(signal)
-        self.spec, self.num_classes = spec, signal.num_classes
-        self.register_buffer("pos_embed", sincos_positions(*spec.grid(signal), spec.width))
+        spec.check(shape)
+        self.spec, self.num_classes = spec, shape.num_classes
+        self.register_buffer("pos_embed", sincos_positions(*spec.grid(shape), spec.width))
         self._tables: dict[tuple[object, ...], Tensor] = {}  # positions of other grids
-        self.x_embedder = PatchEmbed(signal.channels, spec.width, spec.patch_size)
+        self.x_embedder = PatchEmbed(shape.channels, spec.width, spec.patch_size)
         self.t_embedder = TimestepEmbed(spec.width)
         self.y_embedder = (
-            ClassEmbedding(signal.num_classes, spec.width) if signal.num_classes else None
+            ClassEmbedding(shape.num_classes, spec.width) if shape.num_classes else None
         )
         self.blocks = spec.conditioning.blocks(spec)
         self.final_layer = spec.conditioning.final_layer(
-            spec.width, out_channels or signal.channels, spec.patch_size
+            spec.width, out_channels or shape.channels, spec.patch_size
         )
         self.initialize()
 

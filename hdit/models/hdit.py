@@ -13,6 +13,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.errors import SpecError
 from hdit.nn.attention import (
     Attention,
     CosineQK,
@@ -30,7 +31,7 @@ from hdit.nn.mlp import GEGLU, GELU
 from hdit.nn.norm import AdaLN, AdaRMSNorm, RMSNorm
 from hdit.nn.residual import GatedResidual, Residual
 from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
-from hdit.protocols import Cond, Group, Signal, Spec, SpecError
+from hdit.protocols import Cond, DataShape, Group, Spec
 
 AUG_WIDTH = 9  # conditions of the non-leaking augmentation (Karras et al., 2022, appendix F.2)
 
@@ -91,10 +92,10 @@ class HDiTSpec(Spec):
         """What the sides of an image must be multiples of."""
         return self.patch_size << (len(self.levels) - 1)
 
-    def grids(self, signal: Signal) -> list[tuple[int, int]]:
+    def grids(self, shape: DataShape) -> list[tuple[int, int]]:
         """Tokens (h, w) of each level."""
         side = [self.patch_size << i for i in range(len(self.levels))]
-        return [(signal.height // s, signal.width // s) for s in side]
+        return [(shape.height // s, shape.width // s) for s in side]
 
     def resolved(self) -> HDiTSpec:
         """With the settings written out that follow from others."""
@@ -119,16 +120,16 @@ class HDiTSpec(Spec):
         """Whether each level above the last has an attention of its own."""
         return all(level.attention is not None for level in self.levels[:-1])
 
-    def check(self, signal: Signal) -> None:
-        """Raises SpecError with all that does not fit the signal or itself."""
+    def check(self, shape: DataShape) -> None:
+        """Raises SpecError with all that does not fit the data shape or itself."""
         problems = []
         multiple = self.multiple
-        if signal.height % multiple or signal.width % multiple:
+        if shape.height % multiple or shape.width % multiple:
             problems.append(
                 (
                     "patch_size",
                     f"patch {self.patch_size} and {len(self.levels)} levels need an image whose "
-                    f"sides are multiples of {multiple}, got {signal.height}x{signal.width}; "
+                    f"sides are multiples of {multiple}, got {shape.height}x{shape.width}; "
                     "change the image size, the patch or the number of levels",
                 )
             )
@@ -145,7 +146,7 @@ class HDiTSpec(Spec):
                 ("levels.0.width", f"must be a multiple of 4 for additive positions, got {width}")
             )
         levels = self.resolved().levels
-        for i, (level, grid) in enumerate(zip(levels, self.grids(signal), strict=True)):
+        for i, (level, grid) in enumerate(zip(levels, self.grids(shape), strict=True)):
             problems += [
                 (f"levels.{i}.{key}", text) for key, text in self._check_level(level, grid)
             ]
@@ -357,26 +358,26 @@ class AdditivePositions(nn.Module):
 class HDiT(nn.Module):
     """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b out H W); zero at initialisation.
 
-    H and W need not be those of `signal`: any size that the levels divide will do. `out_channels`
-    is the signal's channels, or more where a variance is predicted beside x.
+    H and W need not be those of `shape`: any size that the levels divide will do. `out_channels`
+    is the channels of the data, or more where a variance is predicted beside x.
     """
 
-    def __init__(self, spec: HDiTSpec, signal: Signal, out_channels: int | None = None):
+    def __init__(self, spec: HDiTSpec, shape: DataShape, out_channels: int | None = None):
         super().__init__()
-        spec.check(signal)
+        spec.check(shape)
         spec = spec.resolved()
-        self.spec, self.num_classes = spec, signal.num_classes
+        self.spec, self.num_classes = spec, shape.num_classes
         self._positions: list[Tensor] | None = None
         *outer, inner = spec.levels
         m, widths = spec.mapping.width, [level.width for level in spec.levels]
         steps = list(pairwise(widths))  # (finer, coarser)
-        self.patch_in = TokenMerge(signal.channels, widths[0], spec.patch_size)
+        self.patch_in = TokenMerge(shape.channels, widths[0], spec.patch_size)
         self.positions = AdditivePositions() if spec.positions == "additive" else nn.Identity()
         self.time_emb = FourierFeatures(1, m)
         self.time_in_proj = nn.Linear(m, m, bias=False)
         self.aug_emb = FourierFeatures(AUG_WIDTH, m)
         self.aug_in_proj = nn.Linear(m, m, bias=False)
-        self.class_emb = ClassEmbedding(signal.num_classes, m) if signal.num_classes else None
+        self.class_emb = ClassEmbedding(shape.num_classes, m) if shape.num_classes else None
         self.mapping_cond_in_proj = (
             nn.Linear(spec.vector_width, m, bias=False) if spec.vector_width else None
         )
@@ -388,7 +389,7 @@ class HDiT(nn.Module):
         split = SPLITS[spec.skip]
         self.splits = nn.ModuleList(split(coarse, fine) for fine, coarse in steps)
         self.out_norm = RMSNorm(widths[0])
-        self.patch_out = TokenSplit(widths[0], out_channels or signal.channels, spec.patch_size)
+        self.patch_out = TokenSplit(widths[0], out_channels or shape.channels, spec.patch_size)
         self.initialize()
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from hdit.models import DiT, HDiT, build
 from hdit.models.dit import DiTSpec
 from hdit.models.hdit import HDiTSpec
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 from hdit_kernels.fused import Formulas
 
 
@@ -133,7 +133,7 @@ def _parts(model: HDiT | DiT) -> Iterator[tuple[str, nn.Module]]:
 
 def training_memory(
     spec: HDiTSpec | DiTSpec,
-    signal: Signal,
+    shape: DataShape,
     batch: int,
     *,
     out_channels: int | None = None,
@@ -148,13 +148,13 @@ def training_memory(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     with Formulas() if device == "cuda" else FakeTensorMode(), torch.device("cpu"):
-        model = build(spec, signal, out_channels).train()
+        model = build(spec, shape, out_channels).train()
         if checkpointing:
             model.checkpoint_blocks()
         weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
         parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
-        x, c_noise = torch.zeros(batch, *signal.shape), torch.zeros(batch)
-        labels = torch.zeros(batch, dtype=torch.long) if signal.num_classes else None
+        x, c_noise = torch.zeros(batch, *shape.chw), torch.zeros(batch)
+        labels = torch.zeros(batch, dtype=torch.long) if shape.num_classes else None
         kept, live = _Kept(model), _Live([*model.parameters(), *model.buffers()])
         with live:
             # The operators that autocast gives fewer bits are the same on both devices.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from typing import TypeVar
 
+from hdit.errors import UserError
 from hdit.models.dit import DiTSpec
 from hdit.models.hdit import HDiTSpec, Level, Mapping
 from hdit.nn.attention import Attention, Global, Neighborhood, ShiftedWindow
-from hdit.protocols import UserError
 
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """(depth, width, heads)"""

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from hdit import models
 from hdit.config.schema import RunConfig, parse, read_toml
-from hdit.protocols import Signal, UserError
+from hdit.errors import UserError
+from hdit.protocols import DataShape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ class State:
     images: int
     step: int
     data_size: int | None  # images in the data set; None of a stream
-    signal: Signal
+    shape: DataShape
     classes: tuple[str, ...]
     noise_scale: tuple[float, float, int] = (0.0, 0.0, 0)  # of the gradient, as it is averaged
     space: str = ""  # identity of the VAE, where there is one
@@ -88,7 +89,7 @@ class Export(Checkpoint):
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-        check_shapes(path, shapes, expected_shapes(self.config, self.state.signal))
+        check_shapes(path, shapes, expected_shapes(self.config, self.state.shape))
         return tensors
 
     def weights(self, raw: bool) -> str:
@@ -103,10 +104,10 @@ class Export(Checkpoint):
 Shapes = dict[str, tuple[int, ...]]
 
 
-def expected_shapes(config: RunConfig, signal: Signal) -> Shapes:
+def expected_shapes(config: RunConfig, shape: DataShape) -> Shapes:
     """Names and shapes of the model's parameters and buffers, in its own order."""
     with torch.device("meta"):
-        model = models.build(config.model, signal, config.output_channels(signal))
+        model = models.build(config.model, shape, config.output_channels(shape))
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
@@ -206,9 +207,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: damaged: its checksum is not the manifest's")
     raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     try:
-        signal, classes = Signal(**raw.pop("signal")), tuple(raw.pop("classes"))
+        shape, classes = DataShape(**raw.pop("shape")), tuple(raw.pop("classes"))
         noise_scale = tuple(raw.pop("noise_scale", State.noise_scale))
-        state = State(**raw, signal=signal, classes=classes, noise_scale=noise_scale)
+        state = State(**raw, shape=shape, classes=classes, noise_scale=noise_scale)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'state.json'}: of another version: {error}") from None
     return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
@@ -237,8 +238,8 @@ def open_export(folder: Path) -> Export:
             f"{path}: has format {raw['hdit_format']!r}, this version reads {EXPORT_FORMAT}"
         )
     try:
-        signal, classes = Signal(**raw["signal"]), tuple(raw["classes"])
-        state = State(raw["images"], 0, 0, signal, classes)
+        shape, classes = DataShape(**raw["shape"]), tuple(raw["classes"])
+        state = State(raw["images"], 0, 0, shape, classes)
         settings, held, origin = raw["config"], raw["weights"], raw["origin"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged, or of another version: {error}") from None
@@ -246,7 +247,12 @@ def open_export(folder: Path) -> Export:
 
 
 def export_settings(
-    config: RunConfig, signal: Signal, classes: tuple[str, ...], held: str, images: int, origin: str
+    config: RunConfig,
+    shape: DataShape,
+    classes: tuple[str, ...],
+    held: str,
+    images: int,
+    origin: str,
 ) -> str:
     """The text of config.json that `open_export` reads."""
     raw = {
@@ -254,7 +260,7 @@ def export_settings(
         "origin": origin,
         "weights": held,
         "images": images,
-        "signal": asdict(signal),
+        "shape": asdict(shape),
         "classes": classes,
         "config": config.model_dump(mode="json", exclude_none=True),
     }

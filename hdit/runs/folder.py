@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hdit.config.schema import RunConfig
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from hdit.runs import checkpoint
 
 

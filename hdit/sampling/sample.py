@@ -24,12 +24,13 @@ from hdit.device import (
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
+from hdit.errors import UserError
 from hdit.nn.compiling import compiles
-from hdit.protocols import Backbone, Cond, Signal, Space, UserError
+from hdit.protocols import Backbone, Cond, DataShape, Space
 
 
 def make_denoiser(
-    backbone: Backbone, config: RunConfig, signal: Signal, precision: Precision = "fp32"
+    backbone: Backbone, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
 ) -> Denoiser:
     """The denoiser that a config makes of a backbone."""
     d = config.diffusion
@@ -38,7 +39,7 @@ def make_denoiser(
         backbone,
         d.parametrization,
         d.noise_label,
-        signal.sigma_data,
+        shape.sigma_data,
         table=d.schedule,
         learned_variance=d.learned_variance,
         autocast=autocast_dtype(precision),
@@ -68,13 +69,13 @@ def settled(
     return config.model_copy(update={"sampling": spec.model_copy(update=update)})
 
 
-def check_guidance(config: RunConfig, signal: Signal) -> None:
+def check_guidance(config: RunConfig, shape: DataShape) -> None:
     """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
     guidance = config.sampling.guidance
     if guidance.scale == 1:
         return
     got = f"sampling.guidance.scale: {guidance.scale:g} has no meaning here: "
-    if signal.num_classes == 0:
+    if shape.num_classes == 0:
         raise UserError(got + "the model has no classes; leave it at 1")
     if config.training.label_dropout == 0:
         raise UserError(
@@ -113,7 +114,7 @@ class _Counted:
 def sample(
     backbone: nn.Module,
     config: RunConfig,
-    signal: Signal,
+    shape: DataShape,
     seeds: list[int],
     labels: list[int] | None,
     device: torch.device,
@@ -131,10 +132,10 @@ def sample(
     guidance, precision = spec.guidance, precision_on(device, spec.precision)
     space = space or config.space.open(device)
     networks = [_Counted(backbone)]
-    denoiser = make_denoiser(networks[0], config, signal, precision)
+    denoiser = make_denoiser(networks[0], config, shape, precision)
     if weak:
         networks.append(_Counted(weak.backbone.eval()))
-        weak_denoiser = make_denoiser(networks[1], weak.config, signal, precision)
+        weak_denoiser = make_denoiser(networks[1], weak.config, shape, precision)
     sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
     options = guidance.model_dump(exclude={"scale", "batched"})
     options["batching"] = Batching(guidance.batched)
@@ -153,10 +154,10 @@ def sample(
         before = sum(network.images for network in networks)
         x0 = spec.sampler(
             denoise,
-            start * randomness.normal(x_keys, signal.shape),
+            start * randomness.normal(x_keys, shape.chw),
             sigmas,
             noise=BrownianPath(
-                lambda i: randomness.normal(path_keys, signal.shape, i), sigmas[0].item()
+                lambda i: randomness.normal(path_keys, shape.chw, i), sigmas[0].item()
             ),
             on_step=None if on_step is None else lambda *_: on_step(),
         )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hdit import models
 from hdit.config.schema import ConfigError, RunConfig, apply, parse
+from hdit.errors import UserError
 from hdit.models import DiT, HDiT
-from hdit.protocols import NULL_LABEL, UserError
+from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.checkpoint import Checkpoint, Export, find, write_atomically
 from hdit.sampling.sample import WeakModel, check_guidance, sample, settled
@@ -97,9 +98,9 @@ def find_weak(
     """Raises UserError where it does not know the images, classes or noise levels of `config`."""
     found = find(source, warn)
     for what, theirs, ours in (
-        ("images", found.state.signal.shape, strong.state.signal.shape),
+        ("images", found.state.shape.chw, strong.state.shape.chw),
         ("classes", found.state.classes, strong.state.classes),
-        ("sigma_data", found.state.signal.sigma_data, strong.state.signal.sigma_data),
+        ("sigma_data", found.state.shape.sigma_data, strong.state.shape.sigma_data),
         ("latents, by the hash of their VAE", found.state.space, strong.state.space),
     ):
         if theirs != ours:
@@ -132,7 +133,7 @@ def write_samples(
     Raises UserError where `out` is not free, or the space is not the one of training.
     """
     keep_freed_memory()
-    check_guidance(config, found.state.signal)
+    check_guidance(config, found.state.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = settled(config, device, len(seeds), lambda text: _warn(console, text))
     spec = config.sampling
@@ -152,7 +153,7 @@ def write_samples(
             f"space.vae: the model was trained on latents of another VAE: its hash is "
             f"{found.state.space:.12}, this one's {space.identity:.12}"
         )
-    signal, classes = found.state.signal, found.state.classes
+    shape, classes = found.state.shape, found.state.classes
     backbone = _network(found, weights).to(device)
     if spec.compile:
         backbone.compile_blocks()
@@ -184,7 +185,7 @@ def write_samples(
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("sampling", total=-(-len(seeds) // spec.batch_size) * spec.steps)
         parts = sample(
-            backbone, config, signal, seeds, labels, device, lambda: bar.advance(task), guide, space
+            backbone, config, shape, seeds, labels, device, lambda: bar.advance(task), guide, space
         )
         evaluations = 0
         for part in parts:
@@ -226,8 +227,8 @@ def _home(found: Checkpoint) -> Path:
 
 def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
     """The backbone of a checkpoint: its "ema" or its "model" weights."""
-    signal = found.state.signal
-    backbone = models.build(found.config.model, signal, found.config.output_channels(signal))
+    shape = found.state.shape
+    backbone = models.build(found.config.model, shape, found.config.output_channels(shape))
     backbone.load_state_dict(found.tensors(weights))
     return backbone
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from hdit.protocols import Spec, UserError
+from hdit.errors import UserError
+from hdit.protocols import Spec
 
 if TYPE_CHECKING:
     from hdit.spaces.vae import VAE

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hdit.protocols import NormalNoise, UserError
+from hdit.errors import UserError
+from hdit.protocols import NormalNoise
 from hdit.spaces.pixel import from_pixels, to_pixels
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from hdit.data.batches import Batch
 from hdit.device import precision_on, to_device
 from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
-from hdit.protocols import Backbone, Cond, NormalNoise, Signal, Space
+from hdit.protocols import Backbone, Cond, DataShape, NormalNoise, Space
 from hdit.sampling.sample import make_denoiser
 
 
@@ -42,7 +42,7 @@ class Objective:
         self,
         network: Backbone,
         config: RunConfig,
-        signal: Signal,
+        shape: DataShape,
         space: Space,
         device: torch.device,
         *,
@@ -50,15 +50,15 @@ class Objective:
         compiled: bool = False,
     ):
         """`stored` tells that batches hold a VAE's posteriors; `compiled`, to compile the warp."""
-        self.config, self.signal, self.space, self.device = config, signal, space, device
+        self.config, self.shape, self.space, self.device = config, shape, space, device
         self.stored, self.compiled = stored, compiled
         precision = precision_on(device, config.training.precision)
-        self.denoiser = make_denoiser(network, config, signal, precision)
+        self.denoiser = make_denoiser(network, config, shape, precision)
 
     def __call__(self, batch: Batch) -> Tensor:
         d, seed, counters = self.config.diffusion, self.config.training.seed, batch.counters
         x0, aug = self._x0(batch)
-        noise = self._normal("noise", counters)(self.signal.shape)
+        noise = self._normal("noise", counters)(self.shape.chw)
         # Dropout within the network draws from the global generator.
         torch.manual_seed(int(randomness.bits(seed, "dropout", counters[:1])[0] >> np.uint64(1)))
         return self.denoiser.loss(
@@ -88,12 +88,12 @@ class Objective:
         rand = randomness.uniform(self.config.training.seed, "sigma", batch.counters)
         total = self.config.training.batch_size
         u = stratify(rand, torch.from_numpy(batch.position), total)
-        sigma = self.config.diffusion.density(u, self.signal, self.config.schedule)
+        sigma = self.config.diffusion.density(u, self.shape, self.config.schedule)
         return to_device(sigma, self.device)
 
     def _cond(self, batch: Batch, aug: Tensor | None) -> Cond:
         cond = Cond(aug=aug)
-        if not self.signal.num_classes:
+        if not self.shape.num_classes:
             return cond
         t = self.config.training
         dropped = randomness.uniform(t.seed, "label dropout", batch.counters) < t.label_dropout

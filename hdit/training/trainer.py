@@ -23,10 +23,11 @@ from hdit.config.schema import RunConfig, differences
 from hdit.data.batches import Batch, Batches, Layout
 from hdit.data.source import Skipped, first, size_of
 from hdit.device import float32_products, precision_on
+from hdit.errors import UserError
 from hdit.latents.encode import open_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
-from hdit.protocols import Space, UserError
+from hdit.protocols import Space
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError, State
@@ -103,9 +104,9 @@ class Trainer:
         self.space: Space = config.space.open(self.device)
         self.source = open_source(config, self.space)
         first(self.source)  # raises DataError here, not in a worker, where nothing can be read
-        self.signal = config.signal(len(self.source.classes))
+        self.shape = config.data_shape(len(self.source.classes))
         if config.sampling.grid:
-            check_guidance(config, self.signal)
+            check_guidance(config, self.shape)
         found = checkpoint.newest(self.run.checkpoints, self._warn)
         if found and t.precision == "auto":  # a run keeps what it became at first
             t = t.model_copy(update={"precision": found.config.training.precision})
@@ -116,8 +117,8 @@ class Trainer:
             self._refuse_another_model(found)
 
         torch.manual_seed(t.seed)
-        out_channels = config.output_channels(self.signal)
-        self.backbone = models.build(config.model, self.signal, out_channels).to(self.device)
+        out_channels = config.output_channels(self.shape)
+        self.backbone = models.build(config.model, self.shape, out_channels).to(self.device)
         self.ema = deepcopy(self.backbone).eval().requires_grad_(False)
         if t.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
@@ -135,7 +136,7 @@ class Trainer:
         self.objective = Objective(
             self.network,
             config,
-            self.signal,
+            self.shape,
             self.space,
             self.device,
             stored=isinstance(self.source, Latents),
@@ -160,7 +161,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.backbone.parameters())
         classes = f" of {len(self.source.classes)} classes" if self.source.classes else ""
         processes = f" x {self.layout.processes}" if self.layout.processes > 1 else ""
-        shape = " x ".join(map(str, self.signal.shape))
+        shape = " x ".join(map(str, self.shape.chw))
         number = size_of(self.source)
         images = "a stream of images" if number is None else f"{number:,} images"
         if isinstance(self.source, Latents):
@@ -187,10 +188,10 @@ class Trainer:
         for key, before, after in differences(old, new):
             line = f"{key}: {before!r} in the run, {after!r} now"
             (fixed if key.startswith(FIXED) else changed).append(line)
-        if found.state.signal != self.signal:
+        if found.state.shape != self.shape:
             before, after = (
                 f"{s.channels} x {s.height} x {s.width}, {s.num_classes} classes"
-                for s in (found.state.signal, self.signal)
+                for s in (found.state.shape, self.shape)
             )
             fixed.append(f"data: {before} in the run, {after} now")
         elif found.state.classes != tuple(self.source.classes):
@@ -234,7 +235,7 @@ class Trainer:
             self.images,
             self.step,
             size_of(self.source),
-            self.signal,
+            self.shape,
             tuple(self.source.classes),
             scale.state(),
             self.space.identity,
@@ -258,14 +259,14 @@ class Trainer:
             if self.signalled:
                 raise _Stopped
 
-        classes = self.signal.num_classes
+        classes = self.shape.num_classes
         labels = [i % classes for i in range(n)] if classes else None
         seeds = list(range(n))
         try:
             parts = sample(
                 self.ema,
                 self.config,
-                self.signal,
+                self.shape,
                 seeds,
                 labels,
                 self.device,

@@ -10,7 +10,8 @@ from hdit.diffusion.densities import Density
 from hdit.diffusion.parametrization import Parametrization
 from hdit.diffusion.samplers import Sampler
 from hdit.diffusion.sigmas import Ladder
-from hdit.protocols import Signal, UserError
+from hdit.errors import UserError
+from hdit.protocols import DataShape
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -221,8 +222,8 @@ def test_config_resolves_the_variance_of_ddpm_by_what_the_model_learns(base, lea
     overrides = [f"diffusion.learned_variance={str(learned).lower()}", UNIFORM_VP]
     config = changed(*overrides, "sampling.sampler={kind='ddpm'}", base=base)
     assert config.sampling.sampler.variance == variance
-    channels = config.signal(0).channels
-    assert config.output_channels(config.signal(0)) == channels * (2 if learned else 1)
+    channels = config.data_shape(0).channels
+    assert config.output_channels(config.data_shape(0)) == channels * (2 if learned else 1)
     upper = changed(*overrides, "sampling.sampler={kind='ddpm', variance='upper'}", base=base)
     assert upper.sampling.sampler.variance == "upper"
 
@@ -492,7 +493,7 @@ def test_config_kernel_beyond_its_grid_says_which_is_the_largest(size, kernel, l
 def test_config_kernel_as_large_as_its_grid_is_valid():
     levels = "model.levels=[{depth=1, width=32, attention={kind='neighborhood', d_head=32}}]"
     config = changed("data.size=[14, 18]", levels, f"{KERNEL}=7")
-    assert config.model.grids(config.signal(0)) == [(7, 9)]
+    assert config.model.grids(config.data_shape(0)) == [(7, 9)]
 
 
 @pytest.mark.parametrize("kernel", [2, 4, 16])
@@ -1142,7 +1143,7 @@ def test_any_parametrization_goes_with_any_density_and_variance(parametrization,
         f"diffusion.learned_variance={learned}",
     )
     low, high, _ = config.valid_range()
-    start, end = config.diffusion.density.sigma_range(config.signal(0), config.schedule)
+    start, end = config.diffusion.density.sigma_range(config.data_shape(0), config.schedule)
     assert low * (1 - 1e-6) <= start < end <= high * (1 + 1e-6)
     sigmas = config.sampling.ladder(9, *config.sigma_range(), config.schedule)
     assert low * (1 - 1e-6) <= sigmas[-2] < sigmas[0] <= high * (1 + 1e-6)
@@ -1162,7 +1163,7 @@ def test_config_kind_without_its_table_is_shown_one():
 
 def test_config_of_latents_tells_the_shape_that_the_model_sees():
     config = changed("space.kind=latent", "data.size=[64, 128]", "model.patch_size=1", base=DIT2)
-    assert config.signal(7) == Signal(4, 8, 16, 7, 1.0)
+    assert config.data_shape(7) == DataShape(4, 8, 16, 7, 1.0)
     with pytest.raises(UserError, match=r"space\.vae: must be set to train"):
         config.space.open(torch.device("cpu"))
     [line] = complaints("space={kind='latent', factor=7, tile=0}", "model.patch_size=1", base=DIT2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from scripts import unpack_fashion
 
 SIZES = {"train": 30, "t10k": 10}

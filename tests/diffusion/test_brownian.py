@@ -11,7 +11,7 @@ from known_answers import load
 from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import DEPTH, BrownianPath
 from hdit.diffusion.sigmas import Exponential, Karras, LinearT
-from hdit.protocols import SolverError
+from hdit.errors import SolverError
 
 TICKS = 2**DEPTH
 SIGMA_MAX = 80.0

@@ -25,14 +25,14 @@ from hdit.diffusion.densities import (
     VDiffusion,
     stratify,
 )
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 
 SCHEDULE = LinearSchedule()
 KINDS = get_args(get_args(Density)[0])
 
 
-def signal(size: int, sigma_data: float = 0.5) -> Signal:
-    return Signal(3, size, size, 0, sigma_data)
+def shape(size: int, sigma_data: float = 0.5) -> DataShape:
+    return DataShape(3, size, size, 0, sigma_data)
 
 
 def float64(values: list[float]) -> torch.Tensor:
@@ -54,7 +54,7 @@ def float64(values: list[float]) -> torch.Tensor:
 def test_cosine_interpolated_matches_the_reference_at_1_minus_u(name, size, rtol):
     data = load("sigma_density.json")
     u = float64(data["u"])
-    sigma = CosineInterpolated()(1 - u, signal(size), SCHEDULE)
+    sigma = CosineInterpolated()(1 - u, shape(size), SCHEDULE)
     torch.testing.assert_close(sigma, float64(data[name]), rtol=rtol, atol=0)
 
 
@@ -62,7 +62,7 @@ def test_lognormal_matches_the_reference():
     data = load("sigma_density.json")
     u = float64(data["u"])
     expected = float64(data["lognormal(loc=-1.2,scale=1.2)"])
-    actual = Lognormal()(u, signal(64), SCHEDULE)
+    actual = Lognormal()(u, shape(64), SCHEDULE)
     # The reference works in float32: 1e-7 + u keeps one digit at u = 0, and five near 1.
     torch.testing.assert_close(actual[0], expected[0], rtol=3e-2, atol=0)
     torch.testing.assert_close(actual[1:], expected[1:], rtol=2e-5, atol=0)
@@ -86,7 +86,7 @@ def test_lognormal_matches_the_reference():
 )
 def test_density_matches_the_reference(name, density, sigma_data, rtol):
     data = load("sigma_density.json")
-    actual = density(float64(data["u"]), signal(64, sigma_data), SCHEDULE)
+    actual = density(float64(data["u"]), shape(64, sigma_data), SCHEDULE)
     # atol: sigma_min 1e-9 stands for 0
     torch.testing.assert_close(actual, float64(data[name]), rtol=rtol, atol=2e-9)
 
@@ -97,7 +97,7 @@ def test_loglogistic_matches_the_reference_but_for_its_tails():
     u, expected = (
         float64(data[k]) for k in ("u", "loglogistic(loc=log(.5),scale=.5,min 0,max inf)")
     )
-    actual = LogLogistic()(u, signal(64), SCHEDULE)
+    actual = LogLogistic()(u, shape(64), SCHEDULE)
     assert expected[0] == 0
     assert actual[0].item() == pytest.approx(0.5 * (TAIL / (1 - TAIL)) ** 0.5, rel=1e-9)
     # which moves u by at most 1e-7, and ln sigma by 0.5 * 1e-7 / (u (1 - u)): 5e-5 at u = 0.999
@@ -118,7 +118,7 @@ def test_split_lognormal_matches_the_reference_at_the_u_of_its_draws():
     density = SplitLognormal(mode=0.2, std_low=1.3, std_high=0.6)
     # theirs is float32
     torch.testing.assert_close(
-        density(u, signal(64), SCHEDULE), float64(expected), rtol=1e-6, atol=0
+        density(u, shape(64), SCHEDULE), float64(expected), rtol=1e-6, atol=0
     )
 
 
@@ -187,10 +187,10 @@ def test_density_is_its_distribution_cut_at_the_bounds(kind, m, s, start, width,
     settings_of, cdf_of = FAMILIES[kind]
     density = kind(**settings_of(m, s), sigma_min=low, sigma_max=high)
     u = torch.linspace(0, 1, 25, dtype=torch.float64)
-    sigma = density(u, signal(8, sigma_data), SCHEDULE)
+    sigma = density(u, shape(8, sigma_data), SCHEDULE)
     assert sigma.dtype == torch.float64
     assert (sigma.diff() > 0).all()
-    assert density.sigma_range(signal(8, sigma_data), SCHEDULE) == pytest.approx(
+    assert density.sigma_range(shape(8, sigma_data), SCHEDULE) == pytest.approx(
         (low, high), rel=1e-9
     )
     cdf = [cdf_of(x, m, s, sigma_data) for x in (low, *sigma.tolist(), high)]
@@ -215,7 +215,7 @@ def test_density_is_its_distribution_cut_at_the_bounds(kind, m, s, start, width,
 )
 def test_density_keeps_a_bound_far_out_in_a_tail(density):
     """1e-6 is what a config allows a density beyond the range of its parametrization."""
-    low, high = density.sigma_range(signal(8), SCHEDULE)
+    low, high = density.sigma_range(shape(8), SCHEDULE)
     if density.sigma_min is not None:
         assert low == pytest.approx(density.sigma_min, rel=1e-6)
     if density.sigma_max is not None:
@@ -235,7 +235,7 @@ def test_cosine_interpolated_increases_between_its_bounds(low, ratio, d_low, d_h
     density = CosineInterpolated(
         sigma_min=low, sigma_max=high, noise_d_low=d_low, noise_d_high=d_high
     )
-    where = signal(64, sigma_data)
+    where = shape(64, sigma_data)
     sigma = density(torch.linspace(0, 1, 101), where, SCHEDULE)
     assert sigma.dtype == torch.float64
     assert (sigma.diff() > 0).all()
@@ -247,7 +247,7 @@ def test_cosine_interpolated_between_equal_ends_is_the_shifted_cosine_schedule(d
     """atan(d/size sigma/sd) is uniform between its values at the bounds (Hoogeboom et al.)."""
     density = CosineInterpolated(noise_d_low=d, noise_d_high=d)
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
-    angle = (density(u, signal(64), SCHEDULE) / 0.5 * (d / 64)).atan()
+    angle = (density(u, shape(64), SCHEDULE) / 0.5 * (d / 64)).atan()
     expected = torch.lerp(angle[0], angle[-1], u)
     # the angles are of order 1 and exact; those of the reference have another test
     torch.testing.assert_close(angle, expected, rtol=0, atol=1e-12)
@@ -257,8 +257,8 @@ def test_cosine_interpolated_between_equal_ends_is_the_shifted_cosine_schedule(d
 @pytest.mark.parametrize("size", [8, 256])
 def test_density_by_default_increases_from_end_to_end(kind, size):
     density: DensitySpec = kind()
-    sigma = density(torch.linspace(0, 1, 1001, dtype=torch.float64), signal(size), SCHEDULE)
-    low, high = density.sigma_range(signal(size), SCHEDULE)
+    sigma = density(torch.linspace(0, 1, 1001, dtype=torch.float64), shape(size), SCHEDULE)
+    low, high = density.sigma_range(shape(size), SCHEDULE)
     assert (sigma.diff() >= 0).all()
     assert (sigma[0].item(), sigma[-1].item()) == (low, high)
     assert 0 < low < 1 < high < math.inf
@@ -269,7 +269,7 @@ def test_density_by_default_increases_from_end_to_end(kind, size):
 )
 def test_density_without_a_bound_leaves_out_a_ten_millionth_there(kind):
     settings_of, cdf_of = FAMILIES[kind]
-    chosen, where = settings_of(-0.7, 0.6), (signal(8), SCHEDULE)
+    chosen, where = settings_of(-0.7, 0.6), (shape(8), SCHEDULE)
     low, high = kind(**chosen).sigma_range(*where)
     # 1 - 1e-7 has 9 digits of the tail
     assert cdf_of(low, -0.7, 0.6, 0.5) == pytest.approx(1e-7, rel=1e-8)
@@ -285,11 +285,11 @@ def test_density_without_a_bound_leaves_out_a_ten_millionth_there(kind):
 @pytest.mark.parametrize("schedule", [SCHEDULE, CosineSchedule(), LinearSchedule(steps=300)])
 def test_uniform_vp_draws_each_timestep_alike(schedule):
     n = schedule.steps
-    sigma = UniformVP()((torch.arange(3 * n) + 0.5) / (3 * n), signal(8), schedule)
+    sigma = UniformVP()((torch.arange(3 * n) + 0.5) / (3 * n), shape(8), schedule)
     values, counts = sigma.unique(return_counts=True)
     assert torch.equal(values, schedule.sigmas())
     assert (counts == 3).all()
-    assert UniformVP().sigma_range(signal(8), schedule) == schedule.sigma_range()
+    assert UniformVP().sigma_range(shape(8), schedule) == schedule.sigma_range()
 
 
 # ---- strata --------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_stratify_covers_the_global_batch_however_it_is_shared(processes, accumu
     ids=repr,
 )
 def test_density_stays_within_bounds_whose_probability_no_float_can_hold(density):
-    sigma = density(torch.linspace(0, 1, 101), signal(8), SCHEDULE)
+    sigma = density(torch.linspace(0, 1, 101), shape(8), SCHEDULE)
     assert (sigma.diff() >= 0).all()
     assert sigma.min() >= density.sigma_min
     assert sigma.max() <= density.sigma_max

@@ -7,7 +7,7 @@ from known_answers import check_record, hfill, load
 from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.dpm_solver import dpm_adaptive, dpm_fast
 from hdit.diffusion.sigmas import Exponential, Karras
-from hdit.protocols import SolverError
+from hdit.errors import SolverError
 
 RANGES = {"smin0.01_smax160": (0.01, 160.0), "smin0.002_smax80": (0.002, 80.0)}
 TABLE = LinearSchedule()

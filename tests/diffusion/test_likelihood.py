@@ -5,7 +5,7 @@ import torch
 from known_answers import hfill, load
 
 from hdit.diffusion.likelihood import bits_per_dim, dequantize, dopri5, log_likelihood
-from hdit.protocols import SolverError
+from hdit.errors import SolverError
 
 RANGES = {"smin0.01_smax160": (0.01, 160.0), "smin0.002_smax80": (0.002, 80.0)}
 

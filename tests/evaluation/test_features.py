@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hdit.errors import UserError
 from hdit.evaluation import features
 from hdit.evaluation.features import INCEPTION, CleanResize, inception_file, open_features
-from hdit.protocols import UserError
 
 CPU = torch.device("cpu")
 needs_clean_fid = pytest.mark.skipif(

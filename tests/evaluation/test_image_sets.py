@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from hdit.data.source import DataError
+from hdit.errors import UserError
 from hdit.evaluation.image_sets import open_set
-from hdit.protocols import UserError
 
 
 def pixels(*shape, seed=0):

@@ -14,6 +14,7 @@ import torch
 from hdit import randomness
 from hdit.config.schema import ConfigError
 from hdit.data import DigitsSpec
+from hdit.errors import UserError
 from hdit.experiments import matrix as ablation
 from hdit.experiments.matrix import (
     MatrixError,
@@ -25,7 +26,7 @@ from hdit.experiments.matrix import (
 )
 from hdit.interop import load
 from hdit.models.cost import cost
-from hdit.protocols import Cond, UserError
+from hdit.protocols import Cond
 from hdit.report.pages import bins, markdown, page, plot, table
 from hdit.sampling.sample import make_denoiser
 from hdit.training.trainer import Trainer
@@ -137,8 +138,8 @@ def test_budget_of_macs_gives_each_cell_its_images(tmp_path):
     text = write(tmp_path / "m.toml").read_text().replace("images = 64", "gmacs = 1.0")
     (tmp_path / "m.toml").write_text(text)
     for cell in read_matrix(tmp_path / "m.toml")[1]:
-        signal = cell.config.signal(10)
-        macs = 3 * sum(row.macs for row in cost(cell.config.model, signal, 1))
+        shape = cell.config.data_shape(10)
+        macs = 3 * sum(row.macs for row in cost(cell.config.model, shape, 1))
         assert 0 <= cell.config.training.images * macs - 1e9 < 16 * macs
 
 
@@ -217,7 +218,7 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
     keys = randomness.keys(0, "held-out noise", counters, torch.device("cpu"))
     noise = randomness.normal(keys, (1, 8, 8))
     u = randomness.uniform(0, "held-out sigma", counters)
-    denoiser = make_denoiser(model.network(), model.config, model.signal)
+    denoiser = make_denoiser(model.network(), model.config, model.shape)
     edges = torch.logspace(np.log10(0.02), np.log10(80), 4, dtype=torch.float64)
     for i in range(3):
         sigma = (edges[i].log() * (1 - u) + edges[i + 1].log() * u).exp()

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hdit import config, interop, models
+from hdit.errors import UserError
 from hdit.interop import InteropError, k_diffusion
-from hdit.protocols import Cond, UserError
+from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import State
 from hdit.training.trainer import Trainer
@@ -55,13 +56,13 @@ def untrained(tmp_path):
     def make(text, *overrides, classes=tuple("0123456789")):
         (tmp_path / "made.toml").write_text(text)
         settings = config.load(tmp_path / "made.toml", overrides)
-        signal = settings.signal(len(classes))
+        shape = settings.data_shape(len(classes))
         torch.manual_seed(0)
-        model = models.build(settings.model, signal, settings.output_channels(signal))
+        model = models.build(settings.model, shape, settings.output_channels(shape))
         weights = model.state_dict()
         for name, _ in model.named_parameters():
             weights[name] += torch.randn_like(weights[name]) / 10
-        state = State(32, 2, 1498, signal, classes)
+        state = State(32, 2, 1498, shape, classes)
         tensors = {"model": weights, "ema": weights}
         return checkpoint.save(tmp_path / "made" / "checkpoints", settings, state, tensors)
 
@@ -164,7 +165,7 @@ def test_help_of_convert_does_not_import_torch():
 
 
 def same_outputs(first, second):
-    x = torch.randn(2, *first.signal.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, *first.shape.chw, generator=torch.Generator().manual_seed(1))
     c_noise, labels = torch.tensor([0.3, 0.7]), torch.tensor([1, -1])
     with torch.no_grad():
         a, b = (m.network()(x, c_noise, Cond(labels)) for m in (first, second))
@@ -188,7 +189,7 @@ def test_our_dit_of_pixels_comes_back_from_others(kind, name, learned, untrained
     back = interop.load(done.path, num_heads=2 if kind == "facebook-dit" else None)
     ours = interop.load(source)
     same_outputs(ours, back)
-    assert back.signal == ours.signal
+    assert back.shape == ours.shape
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def close(actual, expected, atol, rtol=0.0):
 
 def labels(y, model):
     """Theirs, whose null class is the last row."""
-    return torch.where(y == model.signal.num_classes, NULL_LABEL, y)
+    return torch.where(y == model.shape.num_classes, NULL_LABEL, y)
 
 
 # ---- HDiT ----------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def hdit_tiny(name, dtype=torch.float32):
         for module in network.modules():
             if isinstance(module, SelfAttention) and not isinstance(module.spec, Global):
                 module.rope.angles = in_float32(module.rope)
-    return model, network, make_denoiser(network, model.config, model.signal)
+    return model, network, make_denoiser(network, model.config, model.shape)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_k_diffusion_checkpoint_gives_the_reference_samples(key, scale):
 
 def test_k_diffusion_settings_map_to_ours():
     model = interop.load(FOLDER / "hdit_tiny_fp32.safetensors")
-    config, signal = model.config, model.signal
-    assert signal.shape == (3, 32, 32)
-    assert (signal.num_classes, signal.sigma_data) == (7, 0.5)
+    config, shape = model.config, model.shape
+    assert shape.chw == (3, 32, 32)
+    assert (shape.num_classes, shape.sigma_data) == (7, 0.5)
     assert config.sigma_range() == (0.01, 160.0)
     assert [level.attention.kind for level in config.model.levels] == [
         "neighborhood",
@@ -128,7 +128,7 @@ def dit():
     """-> (model, network, denoiser, the known answers)."""
     model = interop.load(FOLDER / "dit_tiny.safetensors")
     network = model.network()
-    denoiser = make_denoiser(network, model.config, model.signal)
+    denoiser = make_denoiser(network, model.config, model.shape)
     return model, network, denoiser, load("dit_tiny_io.safetensors")
 
 
@@ -203,8 +203,8 @@ def test_flowers_names_and_shapes_are_those_of_k_diffusion():
             "sigma_sample_density": {"type": "cosine-interpolated"},
         }
     }
-    config, signal, _ = k_diffusion.from_config(raw, "flowers.json")
-    shapes = foreign_shapes(k_diffusion.layout(config, signal))
+    config, shape, _ = k_diffusion.from_config(raw, "flowers.json")
+    shapes = foreign_shapes(k_diffusion.layout(config, shape))
     expected = {name: tuple(s) for name, s in load("hdit_oxford_flowers_state_dict_keys.json")}
     assert shapes == expected
 
@@ -212,10 +212,10 @@ def test_flowers_names_and_shapes_are_those_of_k_diffusion():
 def test_dit_s_2_names_shapes_and_order_are_those_of_facebook():
     expected = {name: tuple(s) for name, s in load("dit_s2_state_dict_keys.json")}
     theirs = {name: torch.empty(s, device="meta") for name, s in expected.items()}
-    config, signal = facebook_dit.from_shapes(theirs, {}, None, "dit.pt")
+    config, shape = facebook_dit.from_shapes(theirs, {}, None, "dit.pt")
     assert config.model.num_heads == 6
-    assert signal.shape == (4, 32, 32)
-    shapes = foreign_shapes(facebook_dit.layout(config, signal))
+    assert shape.chw == (4, 32, 32)
+    shapes = foreign_shapes(facebook_dit.layout(config, shape))
     assert list(shapes.items()) == list(expected.items())
 
 

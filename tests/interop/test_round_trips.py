@@ -172,7 +172,7 @@ def changed(**diffusion):
     if schedule:
         raw["training"]["optimizer"]["schedule"] = schedule
     settings = config.parse(raw, "changed")
-    return Model(settings, model.signal, model.classes, model.state_dict, "the tiny model")
+    return Model(settings, model.shape, model.classes, model.state_dict, "the tiny model")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from hdit.config.schema import RunConfig, load, merge, parse
 from hdit.data.source import DataError
+from hdit.errors import UserError
 from hdit.latents.encode import encode, measure
 from hdit.latents.store import Latents
-from hdit.protocols import UserError
 from hdit.training.trainer import Trainer
 
 SIZES = [(20, 16), (16, 24), (40, 33), (16, 16), (50, 17)] * 2  # of the pictures

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from hdit.config.schema import RunConfig, merge, parse
 from hdit.data.batches import Batches, Layout
 from hdit.data.source import DataError
+from hdit.errors import UserError
 from hdit.latents.encode import encode
 from hdit.latents.store import Latents, choose
-from hdit.protocols import UserError
 from hdit.runs.checkpoint import CheckpointError, find
 from hdit.training.trainer import Trainer
 

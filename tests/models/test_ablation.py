@@ -32,8 +32,8 @@ def row(name: str, size: int = 128) -> RunConfig:
 
 
 def gmac(config: RunConfig) -> float:
-    signal = config.signal(1000)
-    return sum(r.macs for r in cost(config.model, signal, config.output_channels(signal))) / 1e9
+    shape = config.data_shape(1000)
+    return sum(r.macs for r in cost(config.model, shape, config.output_channels(shape))) / 1e9
 
 
 @pytest.mark.parametrize("name", PRINTED)

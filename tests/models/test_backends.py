@@ -8,7 +8,7 @@ import torch
 from hdit.config.schema import load
 from hdit.models import build
 from hdit.nn.attention import Neighborhood
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 from hdit.sampling.sample import make_denoiser
 from hdit_kernels import BACKENDS, neighborhood, reference, select_backend
 from hdit_kernels.neighborhood import AUTO, Choice, Problem
@@ -21,23 +21,23 @@ ON_CPU = [
 ]
 
 
-def random_network(config, signal):
+def random_network(config, shape):
     """Weights of which none is zero."""
     torch.manual_seed(0)
-    network = build(config.model, signal)
+    network = build(config.model, shape)
     for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.03)
     return network.eval()
 
 
-def loss_and_gradients(network, config, signal):
+def loss_and_gradients(network, config, shape):
     rng = torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(2, 2, *signal.shape, generator=rng).unbind(0)
+    x0, noise = torch.randn(2, 2, *shape.chw, generator=rng).unbind(0)
     precision = config.training.precision
-    denoiser = make_denoiser(network, config, signal, precision)
+    denoiser = make_denoiser(network, config, shape, precision)
     sigma = torch.tensor([0.1, 3.0])
-    labels = Cond(torch.tensor([0, 1])) if signal.num_classes else Cond()
+    labels = Cond(torch.tensor([0, 1])) if shape.num_classes else Cond()
     loss = denoiser.loss(x0, noise, sigma, labels, config.diffusion.weighting, 1).mean()
     network.zero_grad()
     loss.backward()
@@ -49,12 +49,12 @@ def losses_and_gradients(precision, monkeypatch):
     """Of one small model with each backend, by name."""
     settings = [f"training.precision={precision}", "data.size=64", "data.path=none"]
     config = load(CONFIGS / "hdit-oxford-flowers.toml", settings)
-    signal = Signal(3, 64, 64, 0, 0.5)
-    network = random_network(config, signal)
+    shape = DataShape(3, 64, 64, 0, 0.5)
+    network = random_network(config, shape)
     results = {}
     for name in ON_CPU:
         monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", (name,)), *AUTO))
-        results[name] = loss_and_gradients(network, config, signal)
+        results[name] = loss_and_gradients(network, config, shape)
     return results
 
 
@@ -87,10 +87,10 @@ def test_a_sample_step_is_the_same_with_each_backend(name, monkeypatch):
         CONFIGS / "hdit-oxford-flowers.toml",
         ["training.precision=fp32", "data.size=96", "data.path=none"],
     )
-    signal = Signal(3, 96, 96, 0, 0.5)
-    network = random_network(config, signal)
-    denoise = make_denoiser(network, config, signal).bind(Cond())
-    x, sigma = torch.randn(1, *signal.shape), torch.ones(1)
+    shape = DataShape(3, 96, 96, 0, 0.5)
+    network = random_network(config, shape)
+    denoise = make_denoiser(network, config, shape).bind(Cond())
+    x, sigma = torch.randn(1, *shape.chw), torch.ones(1)
     with torch.inference_mode():
         monkeypatch.setattr(neighborhood, "AUTO", (Choice("cpu", ("reference",)), *AUTO))
         expected = denoise(x, sigma)
@@ -101,8 +101,8 @@ def test_a_sample_step_is_the_same_with_each_backend(name, monkeypatch):
 def test_a_megapixel_forward_has_the_references_attention_on_every_local_level(monkeypatch):
     """With `auto`, on FFHQ-1024: in the corner, and inside, where a crop has the same windows."""
     config = load(CONFIGS / "hdit-ffhq1024.toml", ["data.path=none"])
-    signal = Signal(3, 1024, 1024, 0, 0.5)
-    network = random_network(config, signal)
+    shape = DataShape(3, 1024, 1024, 0, 0.5)
+    network = random_network(config, shape)
     seen = {}
     attend = Neighborhood.attend
 
@@ -116,7 +116,7 @@ def test_a_megapixel_forward_has_the_references_attention_on_every_local_level(m
         if hasattr(module, "attend") and isinstance(getattr(module, "spec", None), Neighborhood):
             module.attend = module.spec.of_layer(0)
     with torch.inference_mode():
-        out = network(torch.randn(1, *signal.shape), torch.zeros(1), Cond())
+        out = network(torch.randn(1, *shape.chw), torch.zeros(1), Cond())
     assert out.isfinite().all()
     assert out.std() > 0
     assert list(seen) == [(256, 256), (128, 128), (64, 64)]

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hdit.models import DiTSpec, HDiTSpec, build
 from hdit.models.cost import cost
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 
 GLOBAL = {"kind": "global", "d_head": 8}
 HDIT = {
@@ -42,10 +42,10 @@ SMALL = {
 
 
 def total(
-    spec: HDiTSpec | DiTSpec, signal: Signal, out_channels: int | None = None
+    spec: HDiTSpec | DiTSpec, shape: DataShape, out_channels: int | None = None
 ) -> tuple[int, int]:
     """Parameters and MACs."""
-    rows = cost(spec, signal, out_channels)
+    rows = cost(spec, shape, out_channels)
     return sum(row.params for row in rows), sum(row.macs for row in rows)
 
 
@@ -64,14 +64,14 @@ def flops(model: torch.nn.Module, size: tuple[int, int], cond: Cond) -> int:
 @pytest.mark.parametrize("name", SMALL)
 def test_cost_is_what_a_forward_pass_does(name, size, out_channels):
     spec, num_classes = SMALL[name]
-    signal = Signal(3, *size, num_classes, 0.5)
-    model = build(spec, signal, out_channels)
+    shape = DataShape(3, *size, num_classes, 0.5)
+    model = build(spec, shape, out_channels)
     vector_width = getattr(spec, "vector_width", 0)
     cond = Cond(
         labels=torch.tensor([1]) if num_classes else None,
         vector=torch.zeros(1, vector_width) if vector_width else None,
     )
-    params, macs = total(spec, signal, out_channels)
+    params, macs = total(spec, shape, out_channels)
     assert flops(model, size, cond) == 2 * macs
     assert params == sum(p.numel() for p in model.parameters())
 
@@ -80,18 +80,18 @@ def test_cost_is_what_a_forward_pass_does(name, size, out_channels):
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("dit")])
 def test_cost_of_dit_at_another_size_is_what_a_forward_pass_does(name, size):
     spec, num_classes = SMALL[name]
-    model = build(spec, Signal(3, 24, 24, num_classes, 0.5))
+    model = build(spec, DataShape(3, 24, 24, num_classes, 0.5))
     cond = Cond(torch.tensor([1]) if num_classes else None)
-    _, macs = total(spec, Signal(3, *size, num_classes, 0.5))
+    _, macs = total(spec, DataShape(3, *size, num_classes, 0.5))
     assert flops(model, size, cond) == 2 * macs
 
 
 @pytest.mark.parametrize(("name", "width", "biases"), [("hdit", 16, 0), ("dit", 24, 1)])
 def test_cost_of_a_learned_variance_is_in_patch_out_alone(name, width, biases):
     """3 more channels of 2 x 2 patches, on 12 x 12 tokens."""
-    spec, signal = SMALL[name][0], Signal(3, 24, 24, 0, 0.5)
-    *plain, out = cost(spec, signal)
-    *others, more = cost(spec, signal, out_channels=6)
+    spec, shape = SMALL[name][0], DataShape(3, 24, 24, 0, 0.5)
+    *plain, out = cost(spec, shape)
+    *others, more = cost(spec, shape, out_channels=6)
     assert others == plain
     assert (more.name, more.grid) == (out.name, out.grid) == ("patch out", (12, 12))
     assert more.macs - out.macs == 12 * 12 * width * 3 * 4
@@ -99,7 +99,7 @@ def test_cost_of_a_learned_variance_is_in_patch_out_alone(name, width, biases):
 
 
 def test_cost_rows_follow_the_hourglass():
-    rows = cost(SMALL["hdit-classes"][0], Signal(3, 24, 40, 10, 0.5))
+    rows = cost(SMALL["hdit-classes"][0], DataShape(3, 24, 40, 10, 0.5))
     assert [(row.name, row.grid) for row in rows] == [
         ("mapping network", None),
         ("patch in", (12, 20)),
@@ -118,7 +118,9 @@ def test_cost_of_neighborhood_attention_is_linear_in_pixels():
     local_spec = HDiTSpec.model_validate(HDIT | {"levels": HDIT["levels"][:1]})
 
     def layers(spec: HDiTSpec, size: int) -> int:
-        return next(r.macs for r in cost(spec, Signal(3, size, size, 0, 0.5)) if "level" in r.name)
+        return next(
+            r.macs for r in cost(spec, DataShape(3, size, size, 0, 0.5)) if "level" in r.name
+        )
 
     modulation = 2 * 18 * 16  # one for the image, whatever its size
     small, large = (layers(local_spec, size) - modulation for size in (32, 64))
@@ -159,11 +161,11 @@ def row_e(n_outer: int) -> HDiTSpec:
     ],
 )
 def test_cost_of_hdit_is_the_published_one(spec, size, num_classes, gmacs):
-    _, macs = total(spec, Signal(3, size, size, num_classes, 0.5))
+    _, macs = total(spec, DataShape(3, size, size, num_classes, 0.5))
     assert macs / 1e9 == pytest.approx(float(gmacs), rel=0, abs=shown(gmacs))
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", "138.7"), ("M", "301.8")])
 def test_cost_counts_the_parameters_of_the_published_sweep(size, millions):
-    params, _ = total(SMALLER[size], Signal(3, 256, 256, 1000, 0.5))
+    params, _ = total(SMALLER[size], DataShape(3, 256, 256, 1000, 0.5))
     assert params / 1e6 == pytest.approx(float(millions), rel=0, abs=shown(millions))

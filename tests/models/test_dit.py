@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from known_answers import check_record, hfill, load
 
+from hdit.errors import SpecError
 from hdit.models import DiT, DiTSpec
 from hdit.nn.embed import sincos_positions, timestep_embedding
-from hdit.protocols import Cond, Signal, SpecError
+from hdit.protocols import Cond, DataShape
 
 
 def reference_name(name: str) -> str:
@@ -25,7 +26,7 @@ def reference_name(name: str) -> str:
 def reference_model() -> DiT:
     """The network of the vectors: input 8, patch 2, 4 channels, width 64, depth 2, 10 classes."""
     spec = DiTSpec(patch_size=2, depth=2, width=64, num_heads=4)
-    model = DiT(spec, Signal(4, 8, 8, 10, 1.0), out_channels=8)
+    model = DiT(spec, DataShape(4, 8, 8, 10, 1.0), out_channels=8)
     ours = {reference_name(name): tensor for name, tensor in model.state_dict().items()}
     data = load("dit_forward.json")
     assert set(ours) == {name for name, _ in data["state_dict"]}
@@ -98,8 +99,8 @@ def small_spec(conditioning: str = "adaln_zero", **changes) -> DiTSpec:
     return DiTSpec.model_validate(spec | {"conditioning": {"kind": conditioning}} | changes)
 
 
-def small_signal(height: int = 8, width: int = 8, num_classes: int = 0) -> Signal:
-    return Signal(3, height, width, num_classes, 0.5)
+def small_signal(height: int = 8, width: int = 8, num_classes: int = 0) -> DataShape:
+    return DataShape(3, height, width, num_classes, 0.5)
 
 
 def batch(h: int = 8, w: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,9 +246,9 @@ def test_dit_blocks_are_those_of_pytorch_s_transformer(conditioning, s):
 
 def test_dit_adaln_is_adaln_zero_with_open_gates():
     """Of the six modulations of the reference-tested block, numbers 2 and 5 are the gates."""
-    signal = small_signal(num_classes=4)
-    plain = with_random_weights(DiT(small_spec("adaln"), signal)).double()
-    gated = DiT(small_spec("adaln_zero"), signal).double()
+    shape = small_signal(num_classes=4)
+    plain = with_random_weights(DiT(small_spec("adaln"), shape)).double()
+    gated = DiT(small_spec("adaln_zero"), shape).double()
     weights = plain.state_dict()
     for name, tensor in weights.items():
         if name.startswith("blocks.") and "adaLN_modulation" in name:
@@ -417,10 +418,10 @@ BAD_SPECS = {
 
 @pytest.mark.parametrize("bad", BAD_SPECS)
 def test_dit_spec_refuses_with_all_that_is_wrong(bad):
-    changes, signal, expected = BAD_SPECS[bad]
+    changes, shape, expected = BAD_SPECS[bad]
     small_spec().check(small_signal())
     with pytest.raises(SpecError) as error:
-        DiT(small_spec(**changes), signal)
+        DiT(small_spec(**changes), shape)
     problems = error.value.problems
     assert [path for path, _ in problems] == [path for path, _ in expected]
     for (path, message), (_, pattern) in zip(problems, expected, strict=True):

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
 from reference_models import reference_model
 
+from hdit.errors import SpecError
 from hdit.models import HDiT, HDiTSpec
 from hdit.models.hdit import LerpSplit, TokenMerge, TokenSplit
 from hdit.nn.attention import CosineQK, Global, SelfAttention
 from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
-from hdit.protocols import Cond, Group, Signal, SpecError
+from hdit.protocols import Cond, DataShape, Group
 from hdit.training.optim import parameter_groups
 from hdit_kernels.fused import rotate
 
@@ -161,8 +162,8 @@ def small_spec(**changes) -> HDiTSpec:
     return HDiTSpec.model_validate(spec | changes)
 
 
-def signal(height: int = 16, width: int = 16, num_classes: int = 0) -> Signal:
-    return Signal(3, height, width, num_classes, 0.5)
+def shape(height: int = 16, width: int = 16, num_classes: int = 0) -> DataShape:
+    return DataShape(3, height, width, num_classes, 0.5)
 
 
 def batch(b: int = 2, h: int = 16, w: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,14 +183,14 @@ def with_random_weights(model: HDiT) -> HDiT:
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
 def test_hdit_is_exactly_zero_at_initialisation(size):
     torch.manual_seed(0)
-    model = HDiT(small_spec(), signal(*size))
+    model = HDiT(small_spec(), shape(*size))
     out = model(*batch(2, *size), Cond())
     assert torch.equal(out, torch.zeros(2, 3, *size))
 
 
 def test_hdit_initialises_as_the_reference():
     torch.manual_seed(0)
-    model = HDiT(small_spec(mapping={"width": 64}), signal(num_classes=99))
+    model = HDiT(small_spec(mapping={"width": 64}), shape(num_classes=99))
     zero = ("norm.linear.weight", "out_proj.weight", "down_proj.weight", "patch_out.proj.weight")
     for name, tensor in model.state_dict().items():
         if name.endswith(zero):
@@ -212,7 +213,7 @@ def test_hdit_initialises_as_the_reference():
 
 def test_hdit_trains_every_parameter():
     torch.manual_seed(0)
-    model = HDiT(small_spec(vector_width=5), signal(num_classes=4))
+    model = HDiT(small_spec(vector_width=5), shape(num_classes=4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     # Zeros guard zeros: patch_out moves first, then the ends of the branches, then all the rest.
@@ -242,10 +243,10 @@ IMAGENET_256 = paper_spec([2, 2, 16], [384, 768, 1536], 2, MAPPING)
 IMAGENET_128 = paper_spec([2, 11], [384, 768], 1, {"depth": 1, "width": 768})
 
 
-def on_meta(spec: HDiTSpec, signal: Signal) -> HDiT:
+def on_meta(spec: HDiTSpec, shape: DataShape) -> HDiT:
     """Shapes without values."""
     with torch.device("meta"):
-        return HDiT(spec, signal)
+        return HDiT(spec, shape)
 
 
 @pytest.mark.parametrize(
@@ -258,13 +259,13 @@ def on_meta(spec: HDiTSpec, signal: Signal) -> HDiT:
     ],
 )
 def test_hdit_has_the_parameters_of_the_published_model(spec, size, num_classes, params, tensors):
-    model = on_meta(spec, signal(size, size, num_classes))
+    model = on_meta(spec, shape(size, size, num_classes))
     assert sum(p.numel() for p in model.parameters()) == params
     assert tensors in (None, len(model.state_dict()))
 
 
 def test_hdit_asks_for_the_reference_s_parameter_groups():
-    model = on_meta(FLOWERS, signal(256, 256))
+    model = on_meta(FLOWERS, shape(256, 256))
     groups = parameter_groups(model)
     parameters = dict(model.named_parameters())
     assert sorted(name for names in groups.values() for name in names) == sorted(parameters)
@@ -281,7 +282,7 @@ def test_hdit_asks_for_the_reference_s_parameter_groups():
 
 
 def test_hdit_asks_for_the_reference_s_groups_of_the_optional_inputs():
-    model = HDiT(small_spec(vector_width=5), signal(num_classes=4))
+    model = HDiT(small_spec(vector_width=5), shape(num_classes=4))
     plain = Group(decay=False, lr_scale=1.0)
     for name in ("class_emb.weight", "mapping_cond_in_proj.weight", "aug_in_proj.weight"):
         assert name in dict(model.named_parameters())
@@ -290,8 +291,8 @@ def test_hdit_asks_for_the_reference_s_groups_of_the_optional_inputs():
 
 @pytest.mark.parametrize(("h", "w"), [(24, 40), (40, 8)])
 def test_hdit_gives_one_answer_whatever_size_it_was_built_for(h, w):
-    model = with_random_weights(HDiT(small_spec(), signal(16, 16)))
-    twin = HDiT(small_spec(), signal(h, w))
+    model = with_random_weights(HDiT(small_spec(), shape(16, 16)))
+    twin = HDiT(small_spec(), shape(h, w))
     twin.load_state_dict(model.state_dict())
     x, c_noise = batch(2, h, w)
     with torch.no_grad():
@@ -302,7 +303,7 @@ def test_hdit_gives_one_answer_whatever_size_it_was_built_for(h, w):
 
 
 def test_hdit_treats_the_images_of_a_batch_apart():
-    model = with_random_weights(HDiT(small_spec(), signal(num_classes=4)).double())
+    model = with_random_weights(HDiT(small_spec(), shape(num_classes=4)).double())
     x, c_noise = (t.double() for t in batch(3))
     labels = torch.tensor([0, 3, -1])
     with torch.no_grad():
@@ -322,7 +323,7 @@ def test_hdit_treats_the_images_of_a_batch_apart():
     ],
 )
 def test_hdit_refuses_labels_that_do_not_fit_it(num_classes, labels, message):
-    model = HDiT(small_spec(), signal(num_classes=num_classes))
+    model = HDiT(small_spec(), shape(num_classes=num_classes))
     with pytest.raises(ValueError, match=message):
         model(*batch(), Cond(labels))
 
@@ -335,7 +336,7 @@ def test_hdit_refuses_labels_that_do_not_fit_it(num_classes, labels, message):
     ],
 )
 def test_hdit_refuses_a_vector_that_does_not_fit_it(vector_width, vector, message):
-    model = HDiT(small_spec(vector_width=vector_width), signal())
+    model = HDiT(small_spec(vector_width=vector_width), shape())
     with pytest.raises(ValueError, match=message):
         model(*batch(), Cond(vector=vector))
 
@@ -347,42 +348,42 @@ def level(width: int = 16, **attention) -> dict:
 BAD_SPECS = {
     "image higher than a multiple": (
         {},
-        signal(18, 16),
+        shape(18, 16),
         {"patch_size": "multiples of 4, got 18x16"},
     ),
     "image wider than a multiple": (
         {},
-        signal(16, 30),
+        shape(16, 30),
         {"patch_size": "multiples of 4, got 16x30"},
     ),
     "odd mapping width": (
         {"mapping": {"width": 15}},
-        signal(),
+        shape(),
         {"mapping.width": "even, got 15"},
     ),
     "head of no multiple of 8": (
         {"levels": [level(24, d_head=12)]},
-        signal(),
+        shape(),
         {"levels.0.attention.d_head": "multiple of 8, got 12"},
     ),
     "heads that do not fill the width": (
         {"levels": [level(), level(20)]},
-        signal(),
+        shape(),
         {"levels.1.width": r"multiple of attention.d_head \(8\), got 20"},
     ),
     "even kernel": (
         {"levels": [level(kernel_size=4)]},
-        signal(),
+        shape(),
         {"levels.0.attention.kernel_size": "odd, got 4; use 3 or 5"},
     ),
     "kernel larger than the level's grid": (
         {"levels": [level(kernel_size=7), level(kernel_size=5)]},
-        signal(16, 32),
+        shape(16, 32),
         {"levels.1.attention.kernel_size": "5 is larger .* 4x8; use at most 3, or kind = 'global'"},
     ),
     "five at once": (
         {"levels": [level(20, kernel_size=9), level(d_head=4)], "mapping": {"width": 7}},
-        signal(15, 16),
+        shape(15, 16),
         {
             "patch_size": "15x16",
             "mapping.width": "got 7",
@@ -397,7 +398,7 @@ BAD_SPECS = {
 @pytest.mark.parametrize("bad", BAD_SPECS)
 def test_hdit_spec_refuses_with_all_that_is_wrong(bad):
     changes, image, expected = BAD_SPECS[bad]
-    small_spec().check(signal())
+    small_spec().check(shape())
     with pytest.raises(SpecError) as error:
         HDiT(small_spec(**changes), image)
     assert [path for path, _ in error.value.problems] == list(expected)
@@ -407,7 +408,7 @@ def test_hdit_spec_refuses_with_all_that_is_wrong(bad):
 
 
 def test_hdit_vector_changes_the_output():
-    model = with_random_weights(HDiT(small_spec(vector_width=5), signal()))
+    model = with_random_weights(HDiT(small_spec(vector_width=5), shape()))
     vector = hfill((2, 5), 7)
     with torch.no_grad():
         out = model(*batch(), Cond(vector=vector))
@@ -416,8 +417,8 @@ def test_hdit_vector_changes_the_output():
 
 
 def test_hdit_vector_of_zeros_is_no_vector():
-    model = with_random_weights(HDiT(small_spec(vector_width=5), signal()))
-    without = HDiT(small_spec(), signal())
+    model = with_random_weights(HDiT(small_spec(vector_width=5), shape()))
+    without = HDiT(small_spec(), shape())
     without.load_state_dict(
         {k: v for k, v in model.state_dict().items() if not k.startswith("mapping_cond")}
     )
@@ -427,7 +428,7 @@ def test_hdit_vector_of_zeros_is_no_vector():
 
 
 def test_hdit_without_augmentation_is_with_one_of_zeros():
-    model = with_random_weights(HDiT(small_spec(), signal()))
+    model = with_random_weights(HDiT(small_spec(), shape()))
     with torch.no_grad():
         out = model(*batch(), Cond())
         assert torch.equal(out, model(*batch(), Cond(aug=torch.zeros(2, 9))))
@@ -447,7 +448,7 @@ def test_hdit_drops_out_in_training_only(where, others):
     if where == "mapping":
         layers, mapping = {}, mapping | layers
     spec = small_spec(levels=[level() | layers], mapping=mapping)
-    model = with_random_weights(HDiT(spec, signal()))
+    model = with_random_weights(HDiT(spec, shape()))
     for name, parameter in model.named_parameters():
         if any(other in name for other in others):
             torch.nn.init.zeros_(parameter)  # closes the level's other branch
@@ -491,6 +492,6 @@ def test_hdit_under_autocast_stays_close_to_float32(case):
 
 @pytest.mark.parametrize("size", [(18, 16), (16, 6)])
 def test_hdit_refuses_an_image_that_its_levels_do_not_divide(size):
-    model = HDiT(HDiTSpec(patch_size=2, levels=[level(), level()], mapping={"width": 16}), signal())
+    model = HDiT(HDiTSpec(patch_size=2, levels=[level(), level()], mapping={"width": 16}), shape())
     with pytest.raises(ValueError, match=f"multiples of 4, got {size[0]}x{size[1]}"):
         model(torch.zeros(1, 3, *size), torch.zeros(1), Cond())

@@ -7,6 +7,7 @@ from known_answers import check_record, hfill, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hdit.errors import SpecError
 from hdit.models import HDiT, HDiTSpec
 from hdit.models.cost import cost
 from hdit.models.hdit import AddSplit, ConcatSplit, GatedResidual, TokenSplit
@@ -15,7 +16,7 @@ from hdit.nn.embed import sincos_positions
 from hdit.nn.mlp import GELU
 from hdit.nn.norm import AdaLN
 from hdit.nn.rope import AxialRoPE, axial_positions
-from hdit.protocols import Cond, Signal, SpecError
+from hdit.protocols import Cond, DataShape
 from hdit.training.optim import parameter_groups
 from hdit_kernels.fused import rotate, spread
 
@@ -53,7 +54,7 @@ def make_spec(**changes) -> HDiTSpec:
 
 def make(num_classes: int = 3, **changes) -> HDiT:
     torch.manual_seed(0)
-    return HDiT(make_spec(**changes), Signal(3, 16, 16, num_classes, 0.5))
+    return HDiT(make_spec(**changes), DataShape(3, 16, 16, num_classes, 0.5))
 
 
 def batch(b: int = 2, h: int = 16, w: int = 16):
@@ -92,7 +93,7 @@ def test_macs_of_a_variant_are_those_of_its_forward_pass(changes, size):
     model = make(**changes).eval()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*batch(1, *size))
-    rows = cost(make_spec(**changes), Signal(3, *size, 3, 0.5))
+    rows = cost(make_spec(**changes), DataShape(3, *size, 3, 0.5))
     assert sum(row.macs for row in rows) == counter.get_total_flops() / 2
     assert sum(row.params for row in rows) == sum(p.numel() for p in model.parameters())
 
@@ -178,7 +179,7 @@ def test_every_other_layer_shifts_on_through_both_sides_of_the_hourglass():
     spec = spec.model_copy(update={"levels": tuple(
         level if i < 2 else level.model_copy(update={"attention": ShiftedWindow(
             d_head=8, window_size=4)}) for i, level in enumerate(spec.levels))})  # fmt: skip
-    model = HDiT(spec, Signal(3, 16, 16, 0, 0.5))
+    model = HDiT(spec, DataShape(3, 16, 16, 0, 0.5))
 
     def shifts(layers):
         return [layer.self_attn.core.attend.keywords["shift"] for layer in layers]
@@ -295,7 +296,7 @@ def test_hidden_width_follows_the_feed_forward(feed_forward, factor):
 )  # fmt: skip
 def test_spec_names_what_does_not_fit(changes, path, text):
     with pytest.raises(SpecError) as error:
-        make_spec(**changes).check(Signal(3, 16, 16, 0, 0.5))
+        make_spec(**changes).check(DataShape(3, 16, 16, 0, 0.5))
     [(found, message)] = error.value.problems
     assert found == path
     assert text in message

@@ -5,7 +5,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hdit.models import DiTSpec, build
 from hdit.models.memory import training_memory
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 from hdit_kernels import native
 
 WIDE = [{"depth": 2, "width": 64, "d_ff": 512}, {"depth": 2, "width": 128}]
@@ -19,15 +19,15 @@ SPECS = {
     "dit-cross": DiTSpec(patch_size=2, depth=2, width=96, num_heads=3, conditioning={
         "kind": "cross_attention"}),
 }  # fmt: skip
-SIGNAL = Signal(3, 32, 32, 5, 0.5)
+SHAPE = DataShape(3, 32, 32, 5, 0.5)
 
 
 def profiled_peak(spec, batch, checkpointing, autocast) -> int:
     """Most live bytes of tensors in a forward and backward pass, by torch's profiler."""
-    model = build(spec, SIGNAL).train()
+    model = build(spec, SHAPE).train()
     if checkpointing:
         model.checkpoint_blocks()
-    x, c_noise = torch.zeros(batch, *SIGNAL.shape), torch.zeros(batch)
+    x, c_noise = torch.zeros(batch, *SHAPE.chw), torch.zeros(batch)
     cond = Cond(torch.zeros(batch, dtype=torch.long))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -55,7 +55,7 @@ def test_predicted_peak_is_what_the_profiler_sees(
     CUDA's operators are those that a CPU takes without the C++ library.
     """
     predicted = training_memory(
-        spec, SIGNAL, 4, checkpointing=checkpointing, autocast=autocast, device=device
+        spec, SHAPE, 4, checkpointing=checkpointing, autocast=autocast, device=device
     )
     fixed = predicted.weights + predicted.ema + predicted.optimizer
     if device == "cuda":
@@ -71,7 +71,7 @@ def of_a_layer(attention) -> float:
         level = {"depth": depth, "width": 32, "d_ff": 80, "attention": attention}
         memory = training_memory(
             make_spec(levels=[level], local_attention=None),
-            Signal(3, 16, 16, 0, 0.5),
+            DataShape(3, 16, 16, 0, 0.5),
             images,
             device="cuda",
         )
@@ -102,7 +102,7 @@ def test_activations_on_cuda_are_those_that_the_formulas_keep():
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_memory_of_the_state_is_four_bytes_a_number(spec):
-    memory, model = training_memory(spec, SIGNAL, 1), build(spec, SIGNAL)
+    memory, model = training_memory(spec, SHAPE, 1), build(spec, SHAPE)
     parameters = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() for b in model.buffers())
     assert memory.weights == memory.ema == 4 * (parameters + buffers)
@@ -112,9 +112,9 @@ def test_memory_of_the_state_is_four_bytes_a_number(spec):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(spec):
-    one, two = (sum(training_memory(spec, SIGNAL, b).activations.values()) for b in (4, 8))
+    one, two = (sum(training_memory(spec, SHAPE, b).activations.values()) for b in (4, 8))
     assert two == pytest.approx(2 * one, rel=0.02)
-    checkpointed = training_memory(spec, SIGNAL, 4, checkpointing=True).activations
+    checkpointed = training_memory(spec, SHAPE, 4, checkpointing=True).activations
     assert sum(checkpointed.values()) < one / 4
 
 
@@ -122,17 +122,17 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(spec):
 def test_update_makes_two_copies_of_the_largest_weight_on_a_cpu_and_none_on_cuda(spec):
     """AdamW's root of the second moment, and that by its bias correction, while the last weight's
     is still there; fused it is one pass."""
-    largest = 4 * max(p.numel() for p in build(spec, SIGNAL).parameters())
-    assert 2 * largest <= training_memory(spec, SIGNAL, 1).update <= 3 * largest
-    assert training_memory(spec, SIGNAL, 1, device="cuda").update == 0
+    largest = 4 * max(p.numel() for p in build(spec, SHAPE).parameters())
+    assert 2 * largest <= training_memory(spec, SHAPE, 1).update <= 3 * largest
+    assert training_memory(spec, SHAPE, 1, device="cuda").update == 0
 
 
 def test_memory_of_another_device_is_an_error():
     with pytest.raises(ValueError, match="'cpu' or 'cuda', got 'mps'"):
-        training_memory(SPECS["dit"], SIGNAL, 1, device="mps")
+        training_memory(SPECS["dit"], SHAPE, 1, device="mps")
 
 
 def test_activations_are_told_by_level():
-    levels = training_memory(SPECS["hdit"], SIGNAL, 2).activations
+    levels = training_memory(SPECS["hdit"], SHAPE, 2).activations
     assert list(levels) == ["conditioning and patch in", "level 0", "level 1", "patch out"]
     assert levels["level 0"] > levels["level 1"]

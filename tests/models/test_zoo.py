@@ -12,9 +12,10 @@ from known_answers import load
 from test_cost import shown, total
 
 from hdit.config.schema import load as load_config
+from hdit.errors import UserError
 from hdit.models import DiT, DiTSpec, build, zoo
 from hdit.models.cost import cost
-from hdit.protocols import Signal, UserError
+from hdit.protocols import DataShape
 
 
 def printed(figure: str) -> object:
@@ -24,17 +25,17 @@ def printed(figure: str) -> object:
 
 # ---- DiT -----------------------------------------------------------------------------------------
 
-LATENT = Signal(4, 32, 32, 1000, 1.0)
+LATENT = DataShape(4, 32, 32, 1000, 1.0)
 COUNTS = load("dit_params_flops.json")
 
 
 @pytest.mark.parametrize("row", COUNTS, ids=lambda row: f"{row['model']}-{row['latent']}")
 def test_zoo_dit_has_the_counts_of_the_reference(row):
-    signal = Signal(4, row["latent"], row["latent"], 1000, 1.0)
+    shape = DataShape(4, row["latent"], row["latent"], 1000, 1.0)
     spec = zoo.dit(row["model"])
-    params, macs = total(spec, signal, 8)  # 8: the variance too
+    params, macs = total(spec, shape, 8)  # 8: the variance too
     with torch.device("meta"):  # shapes without values
-        model = DiT(spec, signal, out_channels=8)
+        model = DiT(spec, shape, out_channels=8)
     assert params == row["params_excl_pos_embed"] == sum(p.numel() for p in model.parameters())
     assert params + model.pos_embed.numel() == row["params_total"]
     assert model.pos_embed.shape[0] * model.pos_embed.shape[1] == row["tokens"]
@@ -66,7 +67,7 @@ def test_zoo_dit_costs_what_the_paper_prints(name, gmacs, millions):
 
 
 def test_zoo_dit_xl_2_of_512_pixels_costs_what_the_paper_prints():
-    _, macs = total(zoo.dit("DiT-XL/2"), Signal(4, 64, 64, 1000, 1.0), 8)
+    _, macs = total(zoo.dit("DiT-XL/2"), DataShape(4, 64, 64, 1000, 1.0), 8)
     assert macs / 1e9 == printed("524.6")
 
 
@@ -89,15 +90,15 @@ def test_zoo_dit_of_each_conditioning_costs_what_the_paper_prints(kind, gmacs, m
 # ---- HDiT ----------------------------------------------------------------------------------------
 
 SIGNALS = {
-    "hdit-imagenet128": Signal(3, 128, 128, 1000, 0.5),
-    "hdit-ffhq1024": Signal(3, 1024, 1024, 0, 0.5),
-    "hdit-imagenet256": Signal(3, 256, 256, 1000, 0.5),
-    "hdit-imagenet256-m": Signal(3, 256, 256, 1000, 0.5),
-    "hdit-imagenet256-s": Signal(3, 256, 256, 1000, 0.5),
-    "hdit-oxford-flowers": Signal(3, 256, 256, 0, 0.5),
-    "hdit-oxford-flowers-shifted-window": Signal(3, 256, 256, 0, 0.5),
-    "hdit-cifar10": Signal(3, 32, 32, 10, 0.5),
-    "hdit-mnist": Signal(1, 28, 28, 10, 0.6162),
+    "hdit-imagenet128": DataShape(3, 128, 128, 1000, 0.5),
+    "hdit-ffhq1024": DataShape(3, 1024, 1024, 0, 0.5),
+    "hdit-imagenet256": DataShape(3, 256, 256, 1000, 0.5),
+    "hdit-imagenet256-m": DataShape(3, 256, 256, 1000, 0.5),
+    "hdit-imagenet256-s": DataShape(3, 256, 256, 1000, 0.5),
+    "hdit-oxford-flowers": DataShape(3, 256, 256, 0, 0.5),
+    "hdit-oxford-flowers-shifted-window": DataShape(3, 256, 256, 0, 0.5),
+    "hdit-cifar10": DataShape(3, 32, 32, 10, 0.5),
+    "hdit-mnist": DataShape(1, 28, 28, 10, 0.6162),
 }
 
 
@@ -119,10 +120,10 @@ def test_zoo_hdit_fits_the_images_that_it_is_for(name):
     ],
 )
 def test_zoo_hdit_has_the_counts_of_the_reference(name, params, buffers, tensors, gmacs):
-    spec, signal = zoo.hdit(name), SIGNALS[name]
+    spec, shape = zoo.hdit(name), SIGNALS[name]
     with torch.device("meta"):
-        model = build(spec, signal)
-    counted, macs = total(spec, signal, signal.channels)
+        model = build(spec, shape)
+    counted, macs = total(spec, shape, shape.channels)
     assert counted == params == sum(p.numel() for p in model.parameters())
     assert buffers in (None, sum(b.numel() for b in model.buffers()))
     assert tensors in (None, len(model.state_dict()))
@@ -150,12 +151,12 @@ def test_zoo_hdit_costs_what_the_paper_prints(name, gmacs, millions):
     ("name", "local"), [("hdit-imagenet128", 1), ("hdit-ffhq1024", 3), ("hdit-imagenet256", 2)]
 )
 def test_zoo_hdit_is_that_of_table_7(name, local):
-    spec, signal = zoo.hdit(name), SIGNALS[name]
+    spec, shape = zoo.hdit(name), SIGNALS[name]
     assert spec.patch_size == 4
     assert [level.attention.kind == "neighborhood" for level in spec.levels] == [
         i < local for i in range(len(spec.levels))
     ]
-    assert spec.grids(signal)[-1] == (16, 16)
+    assert spec.grids(shape)[-1] == (16, 16)
     assert all(level.d_ff == 3 * level.width for level in spec.levels)
     assert {level.attention.d_head for level in spec.levels} == {64}
     assert {level.attention.kernel_size for level in spec.levels[:local]} == {7}
@@ -196,17 +197,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_config_of_a_dit_is_the_model_of_its_name(size):
     config = load_config(CONFIGS / f"dit-{size.lower()}-2-256.toml")
     assert config.model == zoo.dit(f"DiT-{size}/2")
-    signal = config.signal(1000)
-    assert signal == LATENT
+    shape = config.data_shape(1000)
+    assert shape == LATENT
     [counts] = [row for row in COUNTS if (row["model"], row["latent"]) == (f"DiT-{size}/2", 32)]
-    rows = cost(config.model, signal, config.output_channels(signal))
+    rows = cost(config.model, shape, config.output_channels(shape))
     assert sum(row.params for row in rows) == counts["params_excl_pos_embed"]
     assert sum(row.macs for row in rows) == counts["flop_counter"] / 2
 
 
 def test_config_of_the_dit_of_512_sees_latents_of_64():
     config = load_config(CONFIGS / "dit-xl-2-512.toml")
-    assert config.signal(1000) == Signal(4, 64, 64, 1000, 1.0)
+    assert config.data_shape(1000) == DataShape(4, 64, 64, 1000, 1.0)
     assert config.model == zoo.dit("DiT-XL/2")
 
 
@@ -222,6 +223,6 @@ def test_config_of_the_dit_of_512_sees_latents_of_64():
 def test_config_is_the_model_of_its_name(name, classes, params, gmac):
     config = load_config(CONFIGS / f"{name}.toml")
     assert config.model == zoo.hdit(name).resolved()
-    rows = cost(config.model, config.signal(classes))
+    rows = cost(config.model, config.data_shape(classes))
     assert sum(row.params for row in rows) == params
     assert sum(row.macs for row in rows) / 1e9 == pytest.approx(gmac, abs=0.005)

@@ -11,10 +11,10 @@ from torch._dynamo.utils import counters
 from hdit import config
 from hdit.data import augmentation
 from hdit.models import DiTSpec, HDiTSpec, build
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 from hdit.training.trainer import Trainer
 
-SIGNAL = Signal(3, 32, 32, 5, 0.5)
+SHAPE = DataShape(3, 32, 32, 5, 0.5)
 SPECS = {
     "hdit": HDiTSpec.model_validate({
         "patch_size": 2,
@@ -55,7 +55,7 @@ def fresh():
 
 def make(spec):
     torch.manual_seed(0)
-    model = build(spec, SIGNAL)
+    model = build(spec, SHAPE)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.05)

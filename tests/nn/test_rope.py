@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hdit.models import HDiTSpec, build
 from hdit.nn.rope import AxialRoPE, axial_positions
-from hdit.protocols import Cond, Signal
+from hdit.protocols import Cond, DataShape
 
-SIGNAL = Signal(3, 16, 16, 0, 0.5)
+SHAPE = DataShape(3, 16, 16, 0, 0.5)
 SPEC = HDiTSpec.model_validate({
     "patch_size": 2,
     "levels": [{"depth": 1, "width": 16, "attention": {
@@ -21,7 +21,7 @@ SPEC = HDiTSpec.model_validate({
 
 def network():
     torch.manual_seed(0)
-    model = build(SPEC, SIGNAL).eval()
+    model = build(SPEC, SHAPE).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
     return model
@@ -29,7 +29,7 @@ def network():
 
 def fresh(model, x):
     """What a copy says that has kept nothing."""
-    other = build(SPEC, SIGNAL).to(x.dtype).eval()
+    other = build(SPEC, SHAPE).to(x.dtype).eval()
     other.load_state_dict(model.state_dict())
     return other(x, torch.zeros(len(x), dtype=x.dtype), Cond())
 

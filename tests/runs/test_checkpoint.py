@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hdit import config
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError, State
 
-SIGNAL = Signal(1, 8, 8, 10, 0.5)
+SHAPE = DataShape(1, 8, 8, 10, 0.5)
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def save(tiny, tmp_path):
     root = tmp_path / "checkpoints"
 
     def write(images: int):
-        state = State(images, images // 16, 1498, SIGNAL, tuple("0123456789"))
+        state = State(images, images // 16, 1498, SHAPE, tuple("0123456789"))
         tensors = {"model": {"w": torch.full((100,), float(images))}, "ema": {"w": torch.ones(3)}}
         return checkpoint.save(root, config.load(tiny), state, tensors)
 
@@ -30,7 +30,7 @@ def fail(text):
 def test_checkpoint_reads_back(save, tiny):
     found = checkpoint.open_checkpoint(save(32))
     assert found.config == config.load(tiny)
-    assert found.state == State(32, 2, 1498, SIGNAL, tuple("0123456789"))
+    assert found.state == State(32, 2, 1498, SHAPE, tuple("0123456789"))
     assert torch.equal(found.tensors("model")["w"], torch.full((100,), 32.0))
 
 

@@ -73,14 +73,16 @@ def images(
     """(n c h w) as int, of seeds 0, 1, 2 and their classes if not told."""
     seeds = [0, 1, 2] if seeds is None else seeds
     labels = [seed % CLASSES for seed in seeds] if labels is None else labels
-    parts = sample(network, run, run.signal(CLASSES), seeds, labels, CPU, **options)
+    parts = sample(network, run, run.data_shape(CLASSES), seeds, labels, CPU, **options)
     return torch.cat([part.images for part in parts]).int()
 
 
 def evaluations(network: Normal, run: RunConfig, **options) -> int:
     """Of each of 3 images, in batches of 2 and 1; the network counts them too."""
     others = [model.backbone for model in options.values()]
-    parts = list(sample(network, run, run.signal(CLASSES), [0, 1, 2], [3, 4, 5], CPU, **options))
+    parts = list(
+        sample(network, run, run.data_shape(CLASSES), [0, 1, 2], [3, 4, 5], CPU, **options)
+    )
     (count,) = {part.evaluations for part in parts}
     assert sum(model.seen for model in (network, *others)) == 3 * count
     return count
@@ -127,7 +129,7 @@ def test_sample_gives_uint8_images_in_batches_and_tells_its_steps(settings):
         sample(
             Normal().train(),
             run,
-            run.signal(CLASSES),
+            run.data_shape(CLASSES),
             list(range(10)),
             list(range(10)),
             CPU,

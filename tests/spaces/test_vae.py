@@ -13,7 +13,7 @@ import tiny_vae
 import torch
 from safetensors.torch import load_file, save_file
 
-from hdit.protocols import UserError
+from hdit.errors import UserError
 from hdit.spaces import LatentSpace, vae
 from hdit.spaces.vae import VAE
 

@@ -10,7 +10,7 @@ from hdit.config.schema import EMASpec, OptimizerSpec
 from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
 from hdit.models.hdit import Level, Mapping
 from hdit.nn.attention import Global
-from hdit.protocols import Signal
+from hdit.protocols import DataShape
 from hdit.training.noise_scale import GradientNoiseScale
 from hdit.training.optim import (
     adamw,
@@ -46,7 +46,7 @@ def test_ema_is_the_running_average_in_closed_form():
 
 def small_dit() -> DiT:
     torch.manual_seed(0)
-    return DiT(DiTSpec(patch_size=2, depth=1, width=16, num_heads=2), Signal(1, 4, 4, 3, 0.5))
+    return DiT(DiTSpec(patch_size=2, depth=1, width=16, num_heads=2), DataShape(1, 4, 4, 3, 0.5))
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -148,7 +148,7 @@ def test_learning_rate_reaches_every_group_in_its_proportion():
     model = HDiT(
         HDiTSpec(patch_size=1, mapping=Mapping(depth=1, width=16), levels=(
             Level(depth=1, width=16, attention=Global(d_head=8)),)),
-        Signal(1, 4, 4, 0, 0.5),
+        DataShape(1, 4, 4, 0, 0.5),
     )  # fmt: skip
     spec = OptimizerSpec(lr=0.3, schedule=ExponentialLR(steps=2, decay=0.25))
     optimizer = adamw(model, spec)

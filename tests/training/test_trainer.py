@@ -13,7 +13,8 @@ from safetensors.torch import load, load_file
 
 from hdit import config
 from hdit.data.batches import Batch, Batches, Layout
-from hdit.protocols import Cond, UserError
+from hdit.errors import UserError
+from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError
 from hdit.training.trainer import AGREE_EVERY, Trainer, TrainingError
@@ -248,7 +249,7 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
     # 1,024 draws at rate 0.3 have a standard error of 0.014
     assert (cond.labels == -1).double().mean().item() == pytest.approx(0.3, abs=0.06)
     u = torch.linspace(0, 1, 1025, dtype=torch.float64)
-    edges = trainer.config.diffusion.density(u, trainer.signal, trainer.config.schedule)
+    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.schedule)
     assert ((edges[:-1] <= sigma) & (sigma <= edges[1:])).all(), "one sigma in each stratum"
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert x0.min() >= -1
@@ -280,7 +281,7 @@ def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch,
         assert (cond.aug is None) == (augment == 0)
         assert augment == 0 or torch.equal(cond.aug, whole[3].aug[index])
     u = torch.linspace(0, 1, 17, dtype=torch.float64)
-    edges = trainer.config.diffusion.density(u, trainer.signal, trainer.config.schedule)
+    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.schedule)
     drawn = torch.cat([sigma for _, _, sigma, _ in seen[1:]]).sort().values
     assert ((edges[:-1] <= drawn) & (drawn <= edges[1:])).all(), "one sigma in each stratum"
 
@@ -320,7 +321,7 @@ TINY_DIT = ["model={kind='dit', patch_size=2, depth=1, width=32, num_heads=2}"]
 def test_model_with_a_learned_variance_trains_all_of_its_2c_channels(tiny, tmp_path, model):
     run = tmp_path / "run"
     trainer = Trainer(config.load(tiny, [*model, *LEARNED, "training.images=48"]), run)
-    x, t = torch.randn(2, *trainer.signal.shape), torch.tensor([1.0, 900.0])
+    x, t = torch.randn(2, *trainer.shape.chw), torch.tensor([1.0, 900.0])
     labels = torch.tensor([3, -1])
     assert not trainer.backbone.eval()(x, t, Cond(labels)).any(), "zero at initialisation"
     trainer.backbone.train()
@@ -490,7 +491,7 @@ def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
     run = tmp_path / "run"
     assert Trainer(config.load(tiny, overrides), run).fit()
     assert metrics(run)[-1]["skipped_files"] == 1
-    assert checkpoint.find(run, print).state.signal.num_classes == 0
+    assert checkpoint.find(run, print).state.shape.num_classes == 0
 
 
 def test_two_processes_train_as_one(tiny, tmp_path):
