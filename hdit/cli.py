@@ -105,7 +105,7 @@ def sample(
         str | None,
         typer.Option(metavar="NAME", help="euler, heun, dpmpp_2m, dpmpp_3m_sde, ddim, ddpm, ..."),
     ] = None,
-    ladder: Annotated[
+    sigmas: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="karras, exponential, vp, linear_t, flow, ..."),
     ] = None,
@@ -161,7 +161,7 @@ def sample(
         "--batch-size": ("batch_size", batch_size),
         "--guidance": ("guidance.scale", guidance),
         "--sampler": ("sampler.kind", sampler),
-        "--ladder": ("ladder.kind", ladder),
+        "--sigmas": ("sigmas.kind", sigmas),
     }
     config = sampling_config(found, source, options, overrides or [], weak is not None)
     chosen = choose_labels(labels, number, found)

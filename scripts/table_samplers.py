@@ -42,8 +42,8 @@ D(x; sigma) is known, and so is the solution.
   `dpmpp_3m_sde` is k-diffusion's, whose second difference has half the weight that order 3 takes.
 - **With noise**: the order that is observed of the standard deviation of samples, with eta 1.
 - **Error**: of the samples' standard deviation, relative to that of the data, with the default
-  settings of the sampler on the Karras ladder (rho 7) from 160 to 0.01 and then 0, with as many
-  steps as {budgets} evaluations allow. Without noise it is the error of each sample.
+  settings of the sampler on the Karras sigma schedule (rho 7) from 160 to 0.01 and then 0, with
+  as many steps as {budgets} evaluations allow. Without noise it is the error of each sample.
   `dpm_adaptive` has the smallest rtol, of {tolerances}, whose evaluations
   suffice, and a blank where none does.
 

@@ -179,7 +179,7 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--set", "sampling.guidance=2"], "sampling.guidance: must be a table, got 2"),
         (["--set", "sampling.guidance.interval=[3, 1]"], "the lower first, got [3, 1]"),
         (["--set", "sampling.sampler={kind='ddpm', variance='learned'}"], "the model learns none"),
-        (["--set", "sampling.ladder={kind='linear_t', sections=[3]}"], "add up to 3 timesteps"),
+        (["--set", "sampling.sigmas={kind='linear_t', sections=[3]}"], "add up to 3 timesteps"),
         (["--weak", "nowhere"], "nowhere: no such run or checkpoint"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
         (["--steps", "3", "--set", "sampling.steps=4"], "--steps: is set by --set"),

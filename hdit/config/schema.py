@@ -16,11 +16,11 @@ from pydantic import AfterValidator, Field, ValidationError
 from hdit.config.errors import explain
 from hdit.config.learning_rate import ConstantLR, LearningRate
 from hdit.data import DataSpec
-from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule, Schedule
+from hdit.diffusion.beta_schedules import AnyBetaSchedule, CosineSchedule, LinearSchedule
 from hdit.diffusion.densities import CosineInterpolated, Density, LogLogistic, UniformVP, WithBounds
-from hdit.diffusion.parametrization import EDM, EpsVP, NoiseLabel, Parametrization
+from hdit.diffusion.parametrization import EDM, CNoise, EpsVP, Parametrization
 from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
-from hdit.diffusion.sigmas import Karras, Ladder, LinearT
+from hdit.diffusion.sigmas import AnySigmas, Karras, LinearT
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.errors import SpecError, UserError
 from hdit.models import BackboneSpec, HDiTSpec
@@ -41,13 +41,13 @@ class DiffusionSpec(Spec):
     """What is predicted, and which noise levels are trained with which weight."""
 
     parametrization: Parametrization = EDM()
-    noise_label: NoiseLabel | None = Field(
+    c_noise: CNoise | None = Field(
         None, description="what the backbone is told of sigma; by the kind of model if absent"
     )
     weighting: Weighting = SoftMinSNR()
     loss_scales: int = Field(1, ge=0, description="octaves of the multi-scale loss; 1 is plain")
     density: Density = CosineInterpolated()
-    schedule: Schedule | None = Field(
+    beta_schedule: AnyBetaSchedule | None = Field(
         None, description="timesteps of eps_vp and uniform_vp; linear with 1000 steps if absent"
     )
     learned_variance: bool = Field(False, description="of the reverse process, as in iDDPM")
@@ -130,10 +130,14 @@ class SamplingSpec(Spec):
     """How images are sampled: in the grid of each checkpoint, and by `hdit sample` if not told."""
 
     sampler: Sampler = DPMpp3MSDE()
-    ladder: Ladder = Karras()
+    sigmas: AnySigmas = Karras()
     steps: int = Field(50, gt=0)
-    sigma_min: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 0.01")
-    sigma_max: float | None = Field(None, gt=0, description="by the ladder if absent, mostly 160")
+    sigma_min: float | None = Field(
+        None, gt=0, description="by the sigma schedule if absent, mostly 0.01"
+    )
+    sigma_max: float | None = Field(
+        None, gt=0, description="by the sigma schedule if absent, mostly 160"
+    )
     guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
     precision: Precision = Field(
         "auto", description="training's if the hardware multiplies that, else fp32"
@@ -161,26 +165,26 @@ class RunConfig(Spec):
         return DataShape(*shape, num_classes, self.space.sigma_data)
 
     @property
-    def schedule(self) -> LinearSchedule | CosineSchedule:
+    def beta_schedule(self) -> LinearSchedule | CosineSchedule:
         """Of the VP components, whether the denoiser goes by it or not."""
-        return self.diffusion.schedule or LinearSchedule()
+        return self.diffusion.beta_schedule or LinearSchedule()
 
     def valid_range(self) -> tuple[float, float, str]:
         """The noise levels that the denoiser is defined at, and what bounds them."""
         d = self.diffusion
-        low, high = d.parametrization.sigma_range(self.schedule)
+        low, high = d.parametrization.sigma_range(self.beta_schedule)
         by = f"parametrization {d.parametrization.kind!r}"
-        first, last = self.schedule.sigma_range()
+        first, last = self.beta_schedule.sigma_range()
         if (low, high) != (first, last):
             if d.learned_variance:
                 return max(low, first), min(high, last), "the timesteps of learned_variance"
-            if d.schedule and d.noise_label == "timestep":
-                return max(low, first), min(high, last), "the timesteps of noise_label 'timestep'"
+            if d.beta_schedule and d.c_noise == "timestep":
+                return max(low, first), min(high, last), "the timesteps of c_noise 'timestep'"
         return low, high, by
 
     def sigma_range(self) -> tuple[float, float]:
-        """Lowest and highest noise level of the sampling ladder."""
-        start, end = self.sampling.ladder.sigma_range(self.schedule)
+        """Lowest and highest noise level of the sampling sigma schedule."""
+        start, end = self.sampling.sigmas.sigma_range(self.beta_schedule)
         low, high, _ = self.valid_range()
         return (
             self.sampling.sigma_min or max(start, low),
@@ -204,8 +208,8 @@ class RunConfig(Spec):
         )
         diffusion = _filled(
             d,
-            noise_label=label,
-            schedule=LinearSchedule() if timesteps else None,
+            c_noise=label,
+            beta_schedule=LinearSchedule() if timesteps else None,
         )
         weighting, density, size = d.weighting, d.density, max(shape.height, shape.width)
         if isinstance(weighting, SoftMinSNR):
@@ -313,38 +317,38 @@ class RunConfig(Spec):
         low, high = self.sigma_range()
         if not low < high:
             return
-        first, last = self.schedule.sigma_range()
-        if isinstance(s.ladder, LinearT) and (low < first * (1 - 1e-6) or high > last * (1 + 1e-6)):
+        first, last = self.beta_schedule.sigma_range()
+        if isinstance(s.sigmas, LinearT) and (low < first * (1 - 1e-6) or high > last * (1 + 1e-6)):
             yield (
-                "sampling.ladder",
+                "sampling.sigmas",
                 f"noise levels {low:.5g} to {high:.5g} leave the timesteps' {first:.5g} to "
                 f"{last:.5g}; leave out sampling.sigma_min and sigma_max, or keep them within",
             )
             return
         try:
-            s.ladder(s.steps, low, high, self.schedule)
+            s.sigmas(s.steps, low, high, self.beta_schedule)
         except ValueError as error:
-            yield "sampling.ladder", f"cannot have sampling.steps = {s.steps}: {error}"
+            yield "sampling.sigmas", f"cannot have sampling.steps = {s.steps}: {error}"
 
     def _check_ranges(self) -> Iterator[tuple[str, str]]:
         d = self.diffusion
-        if d.schedule and not (
+        if d.beta_schedule and not (
             isinstance(d.parametrization, EpsVP)
             or isinstance(d.density, UniformVP)
-            or d.noise_label == "timestep"
+            or d.c_noise == "timestep"
             or d.learned_variance
-            or isinstance(self.sampling.ladder, LinearT)
+            or isinstance(self.sampling.sigmas, LinearT)
         ):
             yield (
-                "diffusion.schedule",
+                "diffusion.beta_schedule",
                 "has no effect: nothing here goes by timesteps (parametrization 'eps_vp', density "
-                "'uniform_vp', noise_label 'timestep', learned_variance, ladder 'linear_t')",
+                "'uniform_vp', c_noise 'timestep', learned_variance, sigmas 'linear_t')",
             )
         low, high, by = self.valid_range()
         bounded = isinstance(d.density, WithBounds)
         ranges = {
             "diffusion.density": (
-                d.density.sigma_range(self.data_shape(0), self.schedule),
+                d.density.sigma_range(self.data_shape(0), self.beta_schedule),
                 bounded,
             ),
             "sampling": (self.sigma_range(), True),

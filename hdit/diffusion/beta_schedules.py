@@ -14,7 +14,7 @@ from torch import Tensor
 from hdit.protocols import Spec
 
 
-class VPTable(Spec):
+class BetaSchedule(Spec):
     """T timesteps, each with a noise level; timestep 0 has the lowest."""
 
     steps: int = Field(1000, gt=1, description="number T of timesteps")
@@ -48,7 +48,7 @@ class VPTable(Spec):
         return torch.where(t == t.round(), table[t.round().long()], between)
 
 
-class LinearSchedule(VPTable):
+class LinearSchedule(BetaSchedule):
     """Betas linear from beta_start to beta_end (Ho et al., 2020), both scaled by 1000/steps."""
 
     kind: Literal["linear"] = "linear"
@@ -71,7 +71,7 @@ class LinearSchedule(VPTable):
         return torch.linspace(start, end, self.steps, dtype=torch.float64)
 
 
-class CosineSchedule(VPTable):
+class CosineSchedule(BetaSchedule):
     """abar(t) ~ cos^2 of (t/T + shift)/(1 + shift) pi/2, betas cut at beta_max.
 
     Source: Nichol & Dhariwal, 2021, equation 17.
@@ -91,7 +91,7 @@ def _linear_if_unnamed(value: Any) -> Any:
     return {"kind": "linear", **value} if isinstance(value, dict) else value
 
 
-Schedule = Annotated[
+AnyBetaSchedule = Annotated[
     LinearSchedule | CosineSchedule,
     Field(discriminator="kind"),
     BeforeValidator(_linear_if_unnamed),
@@ -99,7 +99,7 @@ Schedule = Annotated[
 
 
 @lru_cache(maxsize=16)
-def _sigmas(table: VPTable, device: torch.device) -> Tensor:
+def _sigmas(table: BetaSchedule, device: torch.device) -> Tensor:
     log_alpha_bar = torch.log1p(-table.betas()).cumsum(0)
     return torch.expm1(-log_alpha_bar).sqrt().to(device)
 

@@ -1,4 +1,4 @@
-"""One Brownian path for all ladders, so that a stochastic sampler converges as its steps grow."""
+"""One Brownian path for all sigma schedules: stochastic samplers converge as their steps grow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class BrownianPath:
 
     noise(a, b) = (W(b) - W(a)) / sqrt(|clock(b) - clock(a)|) is standard normal, independent of
     that of any stretch that does not overlap, and changes its sign with the direction. The clock is
-    proportional to sigma^(1/7), in which common ladders are about even, and ticks 2^16 times
-    between 0 and sigma_max. W is a function of `normal` alone, and not of what was asked before: a
-    midpoint displacement (Levy's construction), descended to the tick that is asked for.
+    proportional to sigma^(1/7), in which common sigma schedules are about even, and ticks 2^16
+    times between 0 and sigma_max. W is a function of `normal` alone, and not of what was asked
+    before: a midpoint displacement (Levy's construction), descended to the tick that is asked for.
 
-    A step of an even ladder draws about 17 - log2(steps) tensors, and 18 are kept.
+    A step of an even sigma schedule draws about 17 - log2(steps) tensors, and 18 are kept.
 
     `normal(i)` gives the i-th standard normal tensor, the same each time; i is in 0..2^16 - 1.
     """

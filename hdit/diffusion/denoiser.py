@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdit.diffusion.beta_schedules import VPTable
+from hdit.diffusion.beta_schedules import BetaSchedule
 from hdit.diffusion.broadcast import per_image
-from hdit.diffusion.parametrization import NOISE_LABELS, Parametrization, Scales
+from hdit.diffusion.parametrization import C_NOISES, Parametrization, Scales
 from hdit.diffusion.vlb import vlb
 from hdit.diffusion.weighting import Weighting, mean_square
 from hdit.protocols import Backbone, Cond, Denoise
@@ -30,15 +30,15 @@ class Denoiser:
         self,
         backbone: Backbone,
         parametrization: Parametrization,
-        noise_label: str,
+        c_noise: str,
         sigma_data: float,
-        table: VPTable | None = None,
+        table: BetaSchedule | None = None,
         learned_variance: bool = False,
         autocast: torch.dtype | None = None,
     ):
         assert table or not learned_variance, "a learned variance goes by a table"
         self.backbone, self.parametrization, self.sigma_data = backbone, parametrization, sigma_data
-        self.label = NOISE_LABELS[noise_label]
+        self.label = C_NOISES[c_noise]
         self.table, self.learned_variance, self.autocast = table, learned_variance, autocast
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hdit.diffusion.beta_schedules import VPTable
+from hdit.diffusion.beta_schedules import BetaSchedule
 from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
 from hdit.protocols import DataShape, Spec
 
@@ -27,11 +27,11 @@ def stratify(rand: Tensor, position: Tensor, total: int) -> Tensor:
 class DensitySpec(Spec):
     """Base of the densities."""
 
-    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         """u (b,) in [0, 1] -> sigma (b,) float64, increasing in u."""
         raise NotImplementedError
 
-    def sigma_range(self, shape: DataShape, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, shape: DataShape, schedule: BetaSchedule) -> tuple[float, float]:
         """The lowest and the highest noise level that it gives."""
         low, high = self(torch.tensor([0.0, 1.0]), shape, schedule).tolist()
         return low, high
@@ -67,7 +67,7 @@ class Bounded(WithBounds):
         """The inverse of `probabilities`."""
         raise NotImplementedError
 
-    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         u = u.double()
         tail = u.new_tensor([TAIL, 1 - TAIL])
         low, high = tail, tail.flip(0)  # (below, above) at each end
@@ -163,7 +163,7 @@ class LogUniform(WithBounds):
     kind: Literal["loguniform"] = "loguniform"
     usual = (1e-2, 160.0)
 
-    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         sigma_min, sigma_max = self.sigma_min or 1e-2, self.sigma_max or 160.0
         low, high = math.log(sigma_min), math.log(sigma_max)
         return torch.exp(low + u.double() * (high - low))
@@ -224,7 +224,7 @@ class CosineInterpolated(WithBounds):
     noise_d_low: float | None = Field(None, gt=0, description="pixels; min(32, image) if absent")
     noise_d_high: float | None = Field(None, gt=0, description="pixels; the image's side if absent")
 
-    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         size = max(shape.height, shape.width)
         low, high = self.noise_d_low or min(32, size), self.noise_d_high or size
         return shape.sigma_data * torch.exp(
@@ -244,7 +244,7 @@ class UniformVP(DensitySpec):
 
     kind: Literal["uniform_vp"] = "uniform_vp"
 
-    def __call__(self, u: Tensor, shape: DataShape, schedule: VPTable) -> Tensor:
+    def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         t = (u.double() * schedule.steps).long().clamp(max=schedule.steps - 1)
         return schedule.sigmas(u.device)[t]
 

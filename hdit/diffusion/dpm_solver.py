@@ -63,7 +63,7 @@ def _ends(sigmas: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     last = sigmas[sigmas > 0][-1]
     if len(sigmas) < 2 or last > sigmas[0]:
         raise ValueError(
-            "a ladder must have at least two noise levels that decrease, got "
+            "a sigma schedule must have at least two noise levels that decrease, got "
             f"{sigmas[0].item():.6g} to {sigmas[-1].item():.6g} in {len(sigmas)}"
         )
     start, end = (-s.double().log().to(x.device).expand(len(x)) for s in (sigmas[0], last))
@@ -78,11 +78,11 @@ def dpm_fast(
     noise: NoiseSource | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver-fast (Lu et al., 2022, section 3.4): as many evaluations as the ladder has steps.
+    """DPM-Solver-fast (Lu et al., 2022, section 3.4): an evaluation for each step of the schedule.
 
-    Of the ladder it takes the number of steps and both ends; in between go steps of order 3, and
-    one or two of lower order last, even in lam. A ladder that ends in 0 takes its last evaluation
-    there.
+    Of the sigma schedule it takes the number of steps and both ends; in between go steps of order
+    3, and one or two of lower order last, even in lam. A sigma schedule that ends in 0 takes its
+    last evaluation there.
     """
     to_zero = bool(sigmas[-1] == 0)
     thirds, rest = divmod(len(sigmas) - 1 - to_zero, 3)
@@ -113,10 +113,10 @@ def dpm_adaptive(
 ) -> Tensor:
     """DPM-Solver-12 or -23 with steps of adaptive length (Lu et al., 2022, appendix C).
 
-    Of the ladder it takes both ends; one that ends in 0 is left by one more evaluation. rtol and
-    atol bound the difference of the two orders in a step, its root mean square over an image; each
-    image has steps of its own, so that it does not depend on the others in its batch. k-diffusion
-    takes them over the whole batch. Raises SolverError where steps shrink to nothing.
+    Of the sigma schedule it takes both ends; one that ends in 0 is left by one more evaluation.
+    rtol and atol bound the difference of the two orders in a step, its root mean square over an
+    image; each image has steps of its own, so that it does not depend on the others in its batch.
+    k-diffusion takes them over the whole batch. Raises SolverError where steps shrink to nothing.
     """
     if order not in (2, 3):
         raise ValueError(f"order: must be 2 or 3, got {order}")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from hdit.diffusion.beta_schedules import VPTable
+from hdit.diffusion.beta_schedules import BetaSchedule
 from hdit.protocols import Spec
 
 FLOW_SIGMA_MAX = 999.0  # at time 0.999
@@ -30,7 +30,7 @@ class Scales(NamedTuple):
 class Predicts(Spec):
     """Base of the parametrizations."""
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         """The noise levels at which the parametrization is defined."""
         return 0.0, math.inf
 
@@ -67,7 +67,7 @@ class EpsVP(Predicts):
     def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
         return Scales(sigma.new_ones(sigma.shape), -sigma, 1 / (sigma.square() + 1).sqrt())
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         return schedule.sigma_range()
 
     def start(self, sigma_max: float) -> float:
@@ -96,37 +96,37 @@ class Flow(Predicts):
         c = 1 / (1 + sigma)
         return Scales(c, -sigma * c, c)
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         return 0.0, FLOW_SIGMA_MAX
 
 
 Parametrization = Annotated[EDM | V | EpsVP | X0 | Flow, Field(discriminator="kind")]
 
 
-def log_quarter(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
+def log_quarter(sigma: Tensor, sigma_data: float, table: BetaSchedule | None) -> Tensor:
     """ln(sigma)/4 (Karras et al., 2022)."""
     return sigma.log() / 4
 
 
-def timestep(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
+def timestep(sigma: Tensor, sigma_data: float, table: BetaSchedule | None) -> Tensor:
     """t(sigma) of the table, scaled to 0..999; without a table 999 (2/pi) atan(sigma/sd)."""
     if table is None:
         return 999 * atan(sigma, sigma_data, table)
     return table.t(sigma) * (999 / (table.steps - 1))
 
 
-def atan(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
+def atan(sigma: Tensor, sigma_data: float, table: BetaSchedule | None) -> Tensor:
     """(2/pi) atan(sigma/sd), in 0..1."""
     return (sigma / sigma_data).atan() * (2 / math.pi)
 
 
-def flow_t(sigma: Tensor, sigma_data: float, table: VPTable | None) -> Tensor:
+def flow_t(sigma: Tensor, sigma_data: float, table: BetaSchedule | None) -> Tensor:
     """sigma/(1 + sigma), the time of rectified flow, in 0..1."""
     return sigma / (1 + sigma)
 
 
-NoiseLabel = Literal["log_quarter", "timestep", "atan", "flow_t"]
-NOISE_LABELS: dict[str, Callable[[Tensor, float, VPTable | None], Tensor]] = {
+CNoise = Literal["log_quarter", "timestep", "atan", "flow_t"]
+C_NOISES: dict[str, Callable[[Tensor, float, BetaSchedule | None], Tensor]] = {
     "log_quarter": log_quarter,
     "timestep": timestep,
     "atan": atan,

@@ -1,4 +1,4 @@
-"""Samplers, which go down a ladder of noise levels: one plain function each.
+"""Samplers, which go down a sigma schedule: one plain function each.
 
 A sampler takes (denoise, x, sigmas): x (b c h w) = x0 + sigmas[0] * noise, and sigmas (n + 1,)
 decreasing, float64; the last may be 0. It returns x at sigmas[-1] after n steps. Those that draw
@@ -46,8 +46,8 @@ def _steps(sigmas: Tensor, upwards: bool = False) -> list[tuple[float, float]]:
     up = upwards and all(0 < s < s_next for s, s_next in steps)
     if not steps or not (down or up):
         raise ValueError(
-            "a ladder must have at least two noise levels that decrease, the last of them at "
-            f"least 0, got {[float(f'{level:.6g}') for level in sigmas.tolist()]}"
+            "a sigma schedule must have at least two noise levels that decrease, the last of them "
+            f"at least 0, got {[float(f'{level:.6g}') for level in sigmas.tolist()]}"
         )
     return steps
 
@@ -81,7 +81,7 @@ def _churn(
 def _gammas(
     steps: list[tuple[float, float]], s_churn: float, s_tmin: float, s_tmax: float
 ) -> list[float]:
-    """How far each step is raised; s_churn is the sum over a ladder within s_tmin..s_tmax."""
+    """How far each step is raised; s_churn is the sum over the steps within s_tmin..s_tmax."""
     gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
     return [gamma if s_tmin <= s <= s_tmax else 0.0 for s, _ in steps]
 
@@ -103,7 +103,7 @@ def euler(
 ) -> Tensor:
     """Euler's method on dx/dsigma = (x - D)/sigma (Karras et al., 2022, algorithm 2). Order 1.
 
-    Up an increasing ladder it inverts, as DDIM's inversion does.
+    Up an increasing sigma schedule it inverts, as DDIM's inversion does.
     """
     steps = _steps(sigmas, upwards=True)
     gammas = _gammas(steps, s_churn, s_tmin, s_tmax)
@@ -194,7 +194,7 @@ def lms(
     on_step: OnStep | None = None,
     order: int = 4,
 ) -> Tensor:
-    """Linear multistep (Adams-Bashforth on an uneven ladder), `order` up to 4.
+    """Linear multistep (Adams-Bashforth on an uneven sigmas), `order` up to 4.
 
     The slope is the polynomial through those of the last steps. The first steps are of lower order,
     which bounds the order of the whole at 2.
@@ -502,7 +502,7 @@ def unipc(
     """UniPC, a predictor and corrector of `order` up to 3 (Zhao et al., 2023; data form, B2).
 
     Each evaluation corrects the x that it was made at and then serves the next prediction. The
-    first steps, and the last ones of a ladder that ends in 0, are of lower order.
+    first steps, and the last ones of a sigma schedule that ends in 0, are of lower order.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"order: must be 1 to 3, got {order}")
@@ -688,7 +688,7 @@ class DPMFast(SamplerSpec):
 
 
 class DPMAdaptive(SamplerSpec):
-    """Its tolerances choose the steps: sampling.steps and the ladder's shape do not matter."""
+    """Its tolerances choose the steps: sampling.steps and sampling.sigmas' shape do not matter."""
 
     kind: Literal["dpm_adaptive"] = "dpm_adaptive"
     function, nominal_order = staticmethod(dpm_adaptive), 3

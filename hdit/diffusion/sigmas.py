@@ -1,4 +1,4 @@
-"""Ladders: the noise levels that a sampler goes down, the last of them 0."""
+"""Sigma schedules: the noise levels that a sampler goes down, the last of them 0."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hdit.diffusion.beta_schedules import VPTable, respaced, strided
+from hdit.diffusion.beta_schedules import BetaSchedule, respaced, strided
 from hdit.protocols import Spec
 
 SIGMA_MIN, SIGMA_MAX = 1e-2, 160.0
 
 
-class LadderSpec(Spec):
-    """Base of the ladders."""
+class SigmaSchedule(Spec):
+    """Base of the sigma schedules."""
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         """Lowest and highest noise level, where they are not set."""
         return SIGMA_MIN, SIGMA_MAX
 
-    def __call__(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def __call__(
+        self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule
+    ) -> Tensor:
         """n noise levels from sigma_max to sigma_min, then 0: (n + 1,) float64."""
         levels = self.levels(n, sigma_min, sigma_max, schedule)
         return torch.cat([levels, levels.new_zeros(1)])
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         """(n,) float64, decreasing."""
         raise NotImplementedError
 
@@ -36,37 +38,37 @@ def _down(high: float, low: float, n: int) -> Tensor:
     return torch.linspace(high, low, n, dtype=torch.float64)
 
 
-class Karras(LadderSpec):
+class Karras(SigmaSchedule):
     """sigma^(1/rho) is linear (Karras et al., 2022, equation 5)."""
 
     kind: Literal["karras"] = "karras"
     rho: float = Field(7.0, gt=0)
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         return _down(sigma_max ** (1 / self.rho), sigma_min ** (1 / self.rho), n) ** self.rho
 
 
-class Exponential(LadderSpec):
+class Exponential(SigmaSchedule):
     """ln sigma is linear."""
 
     kind: Literal["exponential"] = "exponential"
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         return _down(math.log(sigma_max), math.log(sigma_min), n).exp()
 
 
-class Polyexponential(LadderSpec):
+class Polyexponential(SigmaSchedule):
     """ln sigma falls as the rho-th power of a line: steps are denser at low noise for rho > 1."""
 
     kind: Literal["polyexponential"] = "polyexponential"
     rho: float = Field(1.0, gt=0)
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         low, high = math.log(sigma_min), math.log(sigma_max)
         return (low + _down(1, 0, n) ** self.rho * (high - low)).exp()
 
 
-class VP(LadderSpec):
+class VP(SigmaSchedule):
     """Time is linear in the continuous VP process (Song et al., 2021; Karras et al., table 1).
 
     sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), from t = 1 to 0.001 where no noise
@@ -84,15 +86,15 @@ class VP(LadderSpec):
         root = self.beta_min**2 + 2 * self.beta_d * math.log1p(sigma**2)
         return (math.sqrt(root) - self.beta_min) / self.beta_d
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         low, high = self._sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64)).tolist()
         return low, high
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         return self._sigma(_down(self._t(sigma_max), self._t(sigma_min), n))
 
 
-class LinearT(LadderSpec):
+class LinearT(SigmaSchedule):
     """Timesteps of the schedule, evenly spaced and rounded to whole ones, as DDPM and DiT sample.
 
     They reach from the timestep of sigma_min to that of sigma_max. `sections` gives the number of
@@ -104,7 +106,7 @@ class LinearT(LadderSpec):
     sections: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     stride: bool = False
 
-    def sigma_range(self, schedule: VPTable) -> tuple[float, float]:
+    def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         return schedule.sigma_range()
 
     @model_validator(mode="after")
@@ -126,13 +128,13 @@ class LinearT(LadderSpec):
             )
         return respaced(length, self.sections or [n])
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         ends = schedule.t(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
         first, last = ends.round().long().tolist()
         return schedule.sigmas()[first : last + 1][self.timesteps(n, last - first + 1)].flip(0)
 
 
-class FlowShift(LadderSpec):
+class FlowShift(SigmaSchedule):
     """Time t of rectified flow is linear before the shift t -> shift t / (1 + (shift - 1) t).
 
     As sigma = t/(1 - t), the shift multiplies sigma (Esser et al., 2024, equation 23); 1 is none,
@@ -142,12 +144,12 @@ class FlowShift(LadderSpec):
     kind: Literal["flow"] = "flow"
     shift: float = Field(1.0, gt=0)
 
-    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: VPTable) -> Tensor:
+    def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         low, high = sigma_min / self.shift, sigma_max / self.shift
         t = _down(high / (1 + high), low / (1 + low), n)
         return self.shift * t / (1 - t)
 
 
-Ladder = Annotated[
+AnySigmas = Annotated[
     Karras | Exponential | Polyexponential | VP | LinearT | FlowShift, Field(discriminator="kind")
 ]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdit.diffusion.beta_schedules import VPTable
+from hdit.diffusion.beta_schedules import BetaSchedule
 from hdit.diffusion.broadcast import per_image
 from hdit.protocols import Denoise, DenoiseWithVariance
 
@@ -58,7 +58,7 @@ def moments_with(
     return denoise.moments
 
 
-def bounds_in_table(sigma: Tensor, table: VPTable) -> tuple[Tensor, Tensor, Tensor]:
+def bounds_in_table(sigma: Tensor, table: BetaSchedule) -> tuple[Tensor, Tensor, Tensor]:
     """(previous, log lower, log upper) for noise levels of the table: each (b,) float64.
 
     `previous` is one timestep lower, and 0 below timestep 1. There the posterior's variance
@@ -103,7 +103,7 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def vlb(x0: Tensor, sigma: Tensor, denoised: Tensor, v: Tensor, table: VPTable) -> Tensor:
+def vlb(x0: Tensor, sigma: Tensor, denoised: Tensor, v: Tensor, table: BetaSchedule) -> Tensor:
     """The bound's term of each image, in bits per dimension -> (b,).
 
     x0 and denoised, which is D(x0 + sigma noise; sigma): (b c h w); sigma (b,) of the table; v as
@@ -132,7 +132,7 @@ class Bits(NamedTuple):
 def bits_per_dim(
     denoise: Denoise,
     x0: Tensor,
-    table: VPTable,
+    table: BetaSchedule,
     noise: Callable[[int], Tensor],
     variance: Variance = "learned",
 ) -> Bits:

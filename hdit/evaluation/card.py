@@ -253,7 +253,7 @@ def table(found: Comparison) -> Table:
             steps, scale = sampling["steps"], sampling["guidance"]["scale"]
             made.add_row(
                 "... sampled",
-                f"{sampling['sampler']['kind']}, {steps} steps on {sampling['ladder']['kind']}, "
+                f"{sampling['sampler']['kind']}, {steps} steps on {sampling['sigmas']['kind']}, "
                 f"{record['evaluations']} evaluations, guidance {scale:g}; labels: "
                 f"{record['labels']}; seeds {' to '.join(map(str, record['seeds']))}; "
                 f"weights: {record['weights']}",

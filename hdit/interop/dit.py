@@ -46,10 +46,10 @@ def settings(
         "model": {"kind": "dit", **model},
         "diffusion": {
             "parametrization": {"kind": "eps_vp"},
-            "noise_label": "timestep",
+            "c_noise": "timestep",
             "weighting": {"kind": "eps"},
             "density": {"kind": "uniform_vp"},
-            "schedule": table,
+            "beta_schedule": table,
             "learned_variance": learned,
         },
         "training": {
@@ -60,7 +60,7 @@ def settings(
         },
         "sampling": {
             "sampler": {"kind": "ddpm"},
-            "ladder": {"kind": "linear_t"},
+            "sigmas": {"kind": "linear_t"},
             "steps": min(250, table.get("steps", 1000)),
             "guidance": {"channels": 3} if latent else {},
         },

@@ -105,7 +105,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
     notes: list[str] = []
     diffusion: dict[str, Any] = {
         "parametrization": {"kind": "edm"},
-        "noise_label": "log_quarter",
+        "c_noise": "log_quarter",
         "weighting": _weighting(m, sigma_data),
         "loss_scales": m.get("loss_scales", 1),
     }
@@ -126,7 +126,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
             "training": _training(top, notes),
             "sampling": {
                 "sampler": {"kind": "dpmpp_2m_sde", "eta": 0.0, "solver": "heun"},
-                "ladder": {"kind": "karras"},
+                "sigmas": {"kind": "karras"},
                 "steps": 50,
                 "sigma_min": sigma_min,
                 "sigma_max": sigma_max,

@@ -53,7 +53,7 @@ def check_held(kind: str, model: Model, back: RunConfig, shape: DataShape) -> No
         ("model", model.config.model, back.model),
         *(
             (f"diffusion.{key}", getattr(model.config.diffusion, key), getattr(back.diffusion, key))
-            for key in ("parametrization", "noise_label", "schedule", "learned_variance")
+            for key in ("parametrization", "c_noise", "beta_schedule", "learned_variance")
         ),
     ):
         problems += differences(_dumped(ours), _dumped(theirs), name)

@@ -34,13 +34,13 @@ def make_denoiser(
 ) -> Denoiser:
     """The denoiser that a config makes of a backbone."""
     d = config.diffusion
-    assert d.noise_label is not None, "the config must be resolved"
+    assert d.c_noise is not None, "the config must be resolved"
     return Denoiser(
         backbone,
         d.parametrization,
-        d.noise_label,
+        d.c_noise,
         shape.sigma_data,
-        table=d.schedule,
+        table=d.beta_schedule,
         learned_variance=d.learned_variance,
         autocast=autocast_dtype(precision),
     )
@@ -136,7 +136,7 @@ def sample(
     if weak:
         networks.append(_Counted(weak.backbone.eval()))
         weak_denoiser = make_denoiser(networks[1], weak.config, shape, precision)
-    sigmas = spec.ladder(spec.steps, *config.sigma_range(), config.schedule)
+    sigmas = spec.sigmas(spec.steps, *config.sigma_range(), config.beta_schedule)
     options = guidance.model_dump(exclude={"scale", "batched"})
     options["batching"] = Batching(guidance.batched)
     start = config.diffusion.parametrization.start(sigmas[0].item())

@@ -88,7 +88,7 @@ class Objective:
         rand = randomness.uniform(self.config.training.seed, "sigma", batch.counters)
         total = self.config.training.batch_size
         u = stratify(rand, torch.from_numpy(batch.position), total)
-        sigma = self.config.diffusion.density(u, self.shape, self.config.schedule)
+        sigma = self.config.diffusion.density(u, self.shape, self.config.beta_schedule)
         return to_device(sigma, self.device)
 
     def _cond(self, batch: Batch, aug: Tensor | None) -> Cond:

@@ -53,8 +53,8 @@ FIXED = (
     "space.sigma_data",
     "model.",
     "diffusion.parametrization",
-    "diffusion.noise_label",
-    "diffusion.schedule",
+    "diffusion.c_noise",
+    "diffusion.beta_schedule",
     "diffusion.learned_variance",
 )
 """Settings that make the model what it is: a run never goes on with others."""

@@ -9,7 +9,7 @@ from hdit.config.schema import ConfigError, RunConfig, differences, load, merge,
 from hdit.diffusion.densities import Density
 from hdit.diffusion.parametrization import Parametrization
 from hdit.diffusion.samplers import Sampler
-from hdit.diffusion.sigmas import Ladder
+from hdit.diffusion.sigmas import AnySigmas
 from hdit.errors import UserError
 from hdit.protocols import DataShape
 
@@ -54,7 +54,7 @@ num_heads = 4
 parametrization = { kind = "eps_vp" }
 weighting = { kind = "eps" }
 density = { kind = "uniform_vp" }
-schedule = { steps = 500 }
+beta_schedule = { steps = 500 }
 
 [training]
 images = 1000
@@ -120,10 +120,10 @@ def test_config_of_the_project_loads_and_its_dump_reads_back(path):
     [
         "data={kind='folder', path='a \"b\" ü', size=[32, 64], channels=1}",
         "diffusion={density={kind='lognormal', sigma_min=0.01}}",
-        "diffusion={weighting={kind='sigmoid', bias=-3}, noise_label='atan'}",
+        "diffusion={weighting={kind='sigmoid', bias=-3}, c_noise='atan'}",
         "diffusion={parametrization={kind='eps_vp'}, density={kind='uniform_vp'}}",
         "training={optimizer={lr=1e-7, betas=[0, 0.5]}, log_every=1}",
-        "sampling={sampler={kind='dpmpp_2m_sde', solver='heun'}, ladder={kind='exponential'}}",
+        "sampling={sampler={kind='dpmpp_2m_sde', solver='heun'}, sigmas={kind='exponential'}}",
         "sampling={sigma_min=0.3, sigma_max=80, grid=0}",
     ],
 )
@@ -136,7 +136,7 @@ def test_config_with_unusual_settings_reads_back_from_its_dump(override):
 UNIONS = {
     "diffusion.parametrization": Parametrization,
     "diffusion.density": Density,
-    "sampling.ladder": Ladder,
+    "sampling.sigmas": AnySigmas,
     "sampling.sampler": Sampler,
 }
 KINDS = [
@@ -164,13 +164,13 @@ def test_config_takes_every_kind_and_reads_it_back(key, kind):
         "diffusion.density={kind='loglogistic', loc=0.5, scale=0.3, sigma_max=99}",
         "diffusion.density={kind='logit_normal_flow', mean=0.1, sigma_min=0.03}",
         "diffusion={learned_variance=true, density={kind='uniform_vp'}, loss_scales=3}",
-        "diffusion={schedule={kind='cosine', steps=300}, density={kind='uniform_vp'}}",
+        "diffusion={beta_schedule={kind='cosine', steps=300}, density={kind='uniform_vp'}}",
         "sampling={sampler={kind='heun', s_churn=40, s_tmin=0.05, s_tmax=50, s_noise=1.003}}",
-        "sampling={sampler={kind='lms', order=3}, ladder={kind='polyexponential', rho=0.5}}",
-        "sampling={sampler={kind='ddpm', variance='upper'}, ladder={kind='vp', beta_d=10}}",
-        "sampling={sampler={kind='dpmpp_sde', r=0.3}, ladder={kind='flow', shift=3}}",
-        "sampling={ladder={kind='linear_t', sections=[10, 15, 25]}}",
-        "sampling={ladder={kind='linear_t', stride=true}, sampler={kind='ddim', eta=0.5}}",
+        "sampling={sampler={kind='lms', order=3}, sigmas={kind='polyexponential', rho=0.5}}",
+        "sampling={sampler={kind='ddpm', variance='upper'}, sigmas={kind='vp', beta_d=10}}",
+        "sampling={sampler={kind='dpmpp_sde', r=0.3}, sigmas={kind='flow', shift=3}}",
+        "sampling={sigmas={kind='linear_t', sections=[10, 15, 25]}}",
+        "sampling={sigmas={kind='linear_t', stride=true}, sampler={kind='ddim', eta=0.5}}",
         "sampling={guidance={scale=2, interval=[0, 3], channels=2, rescale=0.7, batched=false}}",
     ],
 )
@@ -183,16 +183,16 @@ def test_config_with_settings_of_a_kind_reads_back_from_its_dump(override):
 # ---- what follows from other settings ------------------------------------------------------------
 
 
-def test_config_resolves_the_noise_label_by_the_kind_of_model():
-    assert changed().diffusion.noise_label == "log_quarter"
-    assert changed(base=DIT).diffusion.noise_label == "timestep"
-    assert changed("diffusion.noise_label=flow_t", base=DIT).diffusion.noise_label == "flow_t"
+def test_config_resolves_the_c_noise_by_the_kind_of_model():
+    assert changed().diffusion.c_noise == "log_quarter"
+    assert changed(base=DIT).diffusion.c_noise == "timestep"
+    assert changed("diffusion.c_noise=flow_t", base=DIT).diffusion.c_noise == "flow_t"
 
 
-def test_config_sampling_range_is_that_of_the_ladder_within_the_parametrization():
+def test_config_sampling_range_is_that_of_the_sigma_schedule_within_the_parametrization():
     assert changed().sigma_range() == (0.01, 160)
     assert changed("sampling.sigma_min=0.5", "sampling.sigma_max=2").sigma_range() == (0.5, 2)
-    low, high = changed("diffusion.schedule.steps=1000", base=DIT).sigma_range()
+    low, high = changed("diffusion.beta_schedule.steps=1000", base=DIT).sigma_range()
     # Ho et al., 2020: abar runs from 1 - 1e-4 to 4.0358e-5, of which 5 digits are known
     assert low == pytest.approx((1e-4 / (1 - 1e-4)) ** 0.5, rel=1e-9)
     assert high == pytest.approx((1 / 4.0358e-5 - 1) ** 0.5, rel=1e-5)
@@ -204,16 +204,16 @@ LOW = "diffusion.density={kind='cosine_interpolated', sigma_min=0.001}"
 LEARNED = "diffusion.learned_variance=true"
 
 
-def test_config_sampling_range_of_a_ladder_by_time_is_its_own():
+def test_config_sampling_range_of_a_sigma_schedule_by_time_is_its_own():
     def range_of(*overrides: str) -> tuple[float, float]:
         return changed(*overrides).sigma_range()
 
     # Karras et al., 2022, table 1: VP from t = 1 to 1e-3
-    assert range_of("sampling.ladder={kind='vp'}") == pytest.approx((0.010486, 152.17), rel=1e-4)
-    linear_t = "sampling.ladder={kind='linear_t'}"
+    assert range_of("sampling.sigmas={kind='vp'}") == pytest.approx((0.010486, 152.17), rel=1e-4)
+    linear_t = "sampling.sigmas={kind='linear_t'}"
     assert range_of(linear_t) == pytest.approx((0.0100, 157.41), rel=1e-4)
-    cosine = changed(linear_t, "diffusion.schedule={kind='cosine', steps=100}")
-    assert cosine.sigma_range() == cosine.schedule.sigma_range()
+    cosine = changed(linear_t, "diffusion.beta_schedule={kind='cosine', steps=100}")
+    assert cosine.sigma_range() == cosine.beta_schedule.sigma_range()
 
 
 @pytest.mark.parametrize("base", [HDIT, DIT], ids=["hdit", "dit"])
@@ -231,18 +231,21 @@ def test_config_resolves_the_variance_of_ddpm_by_what_the_model_learns(base, lea
 def test_config_learned_variance_brings_a_schedule_and_its_range():
     density = "diffusion.density={kind='lognormal', sigma_min=0.02, sigma_max=100}"
     config = changed(LEARNED, density)
-    assert (config.diffusion.schedule.kind, config.diffusion.schedule.steps) == ("linear", 1000)
-    assert config.sigma_range() == config.schedule.sigma_range()
-    own = changed(LEARNED, UNIFORM_VP, "diffusion.schedule={kind='cosine', steps=50}")
-    assert own.diffusion.schedule.kind == "cosine"
+    assert (config.diffusion.beta_schedule.kind, config.diffusion.beta_schedule.steps) == (
+        "linear",
+        1000,
+    )
+    assert config.sigma_range() == config.beta_schedule.sigma_range()
+    own = changed(LEARNED, UNIFORM_VP, "diffusion.beta_schedule={kind='cosine', steps=50}")
+    assert own.diffusion.beta_schedule.kind == "cosine"
 
 
 def test_config_timestep_label_with_a_schedule_keeps_to_its_range():
     density = "diffusion.density={kind='lognormal', sigma_min=0.02, sigma_max=100}"
-    free = changed("diffusion.noise_label=timestep", "diffusion.density={kind='lognormal'}")
-    assert (free.diffusion.schedule, free.sigma_range()) == (None, (0.01, 160))
-    bound = changed("diffusion.noise_label=timestep", "diffusion.schedule={}", density)
-    assert bound.sigma_range() == bound.schedule.sigma_range()
+    free = changed("diffusion.c_noise=timestep", "diffusion.density={kind='lognormal'}")
+    assert (free.diffusion.beta_schedule, free.sigma_range()) == (None, (0.01, 160))
+    bound = changed("diffusion.c_noise=timestep", "diffusion.beta_schedule={}", density)
+    assert bound.sigma_range() == bound.beta_schedule.sigma_range()
 
 
 def test_config_error_is_for_the_user():
@@ -337,7 +340,7 @@ def test_config_of_one_kind_refuses_the_keys_of_another():
         ("model.levels.1.width=wide", "model.levels.1.width", "'wide'"),
         ("model.levels.1.attention.d_head=0.5", "model.levels.1.attention.d_head", "0.5"),
         ("sampling.sampler.kind=3", "sampling.sampler.kind", "'3'"),
-        ("diffusion.noise_label=sigma", "diffusion.noise_label", "'sigma'"),
+        ("diffusion.c_noise=sigma", "diffusion.c_noise", "'sigma'"),
         ("diffusion.learned_variance=1", "diffusion.learned_variance", "1"),
         ("diffusion.loss_scales=-1", "diffusion.loss_scales", "-1"),
         ("diffusion.loss_scales=1.5", "diffusion.loss_scales", "1.5"),
@@ -351,7 +354,7 @@ def test_config_of_one_kind_refuses_the_keys_of_another():
         ("sampling.sampler={kind='ddim', eta=2}", "sampling.sampler.eta", "2"),
         ("sampling.sampler={kind='dpmpp_sde', r=1}", "sampling.sampler.r", "1"),
         ("sampling.sampler={kind='ddpm', variance='x'}", "sampling.sampler.variance", "'x'"),
-        ("sampling.ladder={kind='linear_t', stride=20}", "sampling.ladder.stride", "20"),
+        ("sampling.sigmas={kind='linear_t', stride=20}", "sampling.sigmas.stride", "20"),
         ("training.optimizer.kind=sgd", "training.optimizer.kind", "'sgd'"),
     ],
 )
@@ -388,8 +391,8 @@ def test_config_section_that_is_missing_is_named():
 
 
 def test_config_kind_that_is_missing_lists_the_kinds():
-    assert complaints("sampling.ladder={rho=5}") == [
-        "sampling.ladder.kind: required, but not set; one of "
+    assert complaints("sampling.sigmas={rho=5}") == [
+        "sampling.sigmas.kind: required, but not set; one of "
         "['karras', 'exponential', 'polyexponential', 'vp', 'linear_t', 'flow']"
     ]
 
@@ -403,8 +406,8 @@ def test_config_kind_that_is_missing_lists_the_kinds():
         ("diffusion.weighting", "soft-min-snr", "soft_min_snr"),
         ("diffusion.parametrization", "epsvp", "eps_vp"),
         ("diffusion.density", "log_uniform", "loguniform"),
-        ("diffusion.schedule", "cosin", "cosine"),
-        ("sampling.ladder", "linear", "linear_t"),
+        ("diffusion.beta_schedule", "cosin", "cosine"),
+        ("sampling.sigmas", "linear", "linear_t"),
         ("sampling.sampler", "huen", "heun"),
     ],
 )
@@ -455,7 +458,7 @@ def test_config_names_every_clash_at_once():
         "model.levels.0.attention.kernel_size=4",
         "model.levels.1.width=100",
         "model.mapping.width=33",
-        "diffusion.schedule.steps=100",
+        "diffusion.beta_schedule.steps=100",
         "sampling.sigma_min=500",
     )
     assert keys(lines) == {
@@ -463,7 +466,7 @@ def test_config_names_every_clash_at_once():
         "model.levels.0.attention.kernel_size",
         "model.levels.1.width",
         "model.mapping.width",
-        "diffusion.schedule",
+        "diffusion.beta_schedule",
         "sampling",
     }
 
@@ -564,7 +567,7 @@ def test_config_noise_levels_beyond_the_parametrization_are_named(override, key)
 
 def test_config_noise_levels_within_the_parametrization_are_valid():
     density = "diffusion.density={kind='lognormal', sigma_min=0.1, sigma_max=50}"
-    low, high = changed(density, "diffusion.schedule={}", base=DIT).sigma_range()
+    low, high = changed(density, "diffusion.beta_schedule={}", base=DIT).sigma_range()
     assert changed(density, f"sampling.sigma_min={low}", f"sampling.sigma_max={high}", base=DIT)
 
 
@@ -583,33 +586,33 @@ def test_config_noise_levels_out_of_order_are_named(overrides, key):
 
 
 def test_config_schedule_without_effect_is_an_error():
-    [line] = complaints("diffusion.schedule.steps=100")
-    assert line.startswith("diffusion.schedule: has no effect: ")
+    [line] = complaints("diffusion.beta_schedule.steps=100")
+    assert line.startswith("diffusion.beta_schedule: has no effect: ")
 
 
 @pytest.mark.parametrize(
     "override",
     [
         UNIFORM_VP,
-        "diffusion={noise_label='timestep', density={kind='loguniform', sigma_min=0.1}}",
+        "diffusion={c_noise='timestep', density={kind='loguniform', sigma_min=0.1}}",
         "diffusion={learned_variance=true, density={kind='loguniform', sigma_min=0.1}}",
-        "sampling.ladder={kind='linear_t'}",
+        "sampling.sigmas={kind='linear_t'}",
     ],
 )
 def test_config_schedule_has_an_effect_where_something_goes_by_timesteps(override):
-    schedule = "diffusion.schedule={kind='cosine', steps=100}"
-    assert changed(override, schedule).schedule.steps == 100
-    assert changed(override, schedule).schedule.kind == "cosine"
+    schedule = "diffusion.beta_schedule={kind='cosine', steps=100}"
+    assert changed(override, schedule).beta_schedule.steps == 100
+    assert changed(override, schedule).beta_schedule.kind == "cosine"
 
 
 @pytest.mark.parametrize("parametrization", ["edm", "eps_vp"])
 def test_config_schedule_of_a_vp_density_has_an_effect(parametrization):
     config = changed(
-        "diffusion.schedule.steps=100",
+        "diffusion.beta_schedule.steps=100",
         "diffusion.density={kind='uniform_vp'}",
         f"diffusion.parametrization.kind={parametrization}",
     )
-    assert config.schedule.steps == 100
+    assert config.beta_schedule.steps == 100
 
 
 FLOW = "diffusion.parametrization={kind='flow'}"
@@ -645,8 +648,8 @@ def test_config_flow_takes_the_logit_normal_densities_of_the_paper(mean, std):
         [LEARNED, LOW],
         [LEARNED, "diffusion.density={kind='lognormal', sigma_min=0.001, sigma_max=100}"],
         [
-            "diffusion.noise_label=timestep",
-            "diffusion.schedule={}",
+            "diffusion.c_noise=timestep",
+            "diffusion.beta_schedule={}",
             LOW,
         ],
     ],
@@ -662,13 +665,13 @@ def test_config_noise_levels_beyond_the_timesteps_are_blamed_on_what_goes_by_the
     [line] = complaints(LEARNED, LOW)
     assert "learned_variance" in line
     assert "another parametrization" not in line
-    [line] = complaints("diffusion.noise_label=timestep", "diffusion.schedule={}", LOW)
-    assert "noise_label" in line
+    [line] = complaints("diffusion.c_noise=timestep", "diffusion.beta_schedule={}", LOW)
+    assert "c_noise" in line
 
 
 def test_config_range_of_a_density_without_bounds_has_another_fix():
     """uniform_vp has no sigma_min and sigma_max to set."""
-    [line] = complaints(FLOW, UNIFORM_VP, "diffusion.schedule={kind='cosine'}")
+    [line] = complaints(FLOW, UNIFORM_VP, "diffusion.beta_schedule={kind='cosine'}")
     assert line.startswith("diffusion.density: noise levels 0.0064254 to 20291 leave the range of")
     assert "set sigma_min" not in line
 
@@ -699,7 +702,7 @@ def test_config_guidance_that_is_no_table_is_shown_one(value):
     [
         ("sampling.guidance={interval=3}", "sampling.guidance.interval"),
         ("sampling.guidance={interval=[1, 2, 3]}", "sampling.guidance.interval"),
-        ("sampling.ladder={kind='linear_t', sections=3}", "sampling.ladder.sections"),
+        ("sampling.sigmas={kind='linear_t', sections=3}", "sampling.sigmas.sections"),
     ],
 )
 def test_config_value_that_should_be_an_array_is_not_called_a_tuple(override, key):
@@ -723,46 +726,46 @@ def test_config_guidance_of_more_channels_than_the_image_has_is_named():
         (
             50,
             "sections=[10, 20]",
-            "sampling.ladder: cannot have sampling.steps = 50: "
+            "sampling.sigmas: cannot have sampling.steps = 50: "
             "sections: [10, 20] add up to 30 timesteps, but there are 50 steps",
         ),
         (
             400,
             "stride=true",
-            "sampling.ladder: cannot have sampling.steps = 400: "
+            "sampling.sigmas: cannot have sampling.steps = 400: "
             "no whole stride through 1000 timesteps gives 400 of them; the nearest are 334 and 500",
         ),
         (
             620,
             "sections=[600, 20]",
-            "sampling.ladder: cannot have sampling.steps = 620: cannot take 600 timesteps of 500, "
+            "sampling.sigmas: cannot have sampling.steps = 620: cannot take 600 timesteps of 500, "
             "a section of 1000",
         ),
         (
             1001,
             "stride=false",
-            "sampling.ladder: cannot have sampling.steps = 1001: "
+            "sampling.sigmas: cannot have sampling.steps = 1001: "
             "cannot take 1001 timesteps of 1000",
         ),
     ],
 )
 def test_config_timesteps_that_the_schedule_cannot_give_are_named(steps, settings, complaint):
-    ladder = f"sampling.ladder={{kind='linear_t', {settings}}}"
-    assert complaints(f"sampling.steps={steps}", ladder) == [complaint]
+    sigma_schedule = f"sampling.sigmas={{kind='linear_t', {settings}}}"
+    assert complaints(f"sampling.steps={steps}", sigma_schedule) == [complaint]
 
 
 def test_config_sections_with_stride_are_refused():
-    ladder = "sampling.ladder={kind='linear_t', sections=[25, 25], stride=true}"
-    [line] = complaints(ladder)
-    assert line.startswith("sampling.ladder")
+    sigma_schedule = "sampling.sigmas={kind='linear_t', sections=[25, 25], stride=true}"
+    [line] = complaints(sigma_schedule)
+    assert line.startswith("sampling.sigmas")
     assert "sections have no effect with stride = true; give one of the two" in line
 
 
 def test_config_of_one_timestep_samples_from_the_highest_noise():
-    """As every other ladder does; from the lowest there would be nothing to denoise."""
-    config = changed("sampling.ladder={kind='linear_t'}", "sampling.steps=1")
-    ladder = config.sampling.ladder(1, *config.sigma_range(), config.schedule)
-    assert ladder.tolist() == pytest.approx([157.41, 0], rel=1e-4)
+    """As every other sigma schedule does; from the lowest there would be nothing to denoise."""
+    config = changed("sampling.sigmas={kind='linear_t'}", "sampling.steps=1")
+    sigmas = config.sampling.sigmas(1, *config.sigma_range(), config.beta_schedule)
+    assert sigmas.tolist() == pytest.approx([157.41, 0], rel=1e-4)
 
 
 @pytest.mark.parametrize("density", ["loguniform", "v_diffusion", "uniform_flow", "lognormal"])
@@ -1054,7 +1057,7 @@ def test_differences_descend_into_tables_and_arrays_of_equal_length(old, new, ex
         ("data.size=true", "data.size: must be a side"),
         ("training.optimizer.betas=[0.9, 1.5]", "training.optimizer.betas.1: must be less than 1"),
         (f"training.seed={2**63}", "training.seed: must be less than"),
-        ("diffusion.schedule={steps=10}", "diffusion.schedule: with 10 steps the betas"),
+        ("diffusion.beta_schedule={steps=10}", "diffusion.beta_schedule: with 10 steps the betas"),
         ('diffusion.density={kind="lognormal", mean=1000}', "diffusion.density.mean: must be less"),
         (
             'sampling.sampler={kind="euler", eta=1}',
@@ -1085,31 +1088,33 @@ def test_set_merges_a_table_into_an_array_entry():
 def test_resolved_config_writes_out_what_follows_from_other_settings():
     config = changed()
     density = config.diffusion.density
-    assert config.diffusion.noise_label == "log_quarter"
-    assert config.diffusion.schedule is None
+    assert config.diffusion.c_noise == "log_quarter"
+    assert config.diffusion.beta_schedule is None
     assert config.diffusion.weighting.gamma == 4
     logistic = changed("diffusion.density={kind='loglogistic'}").diffusion.density
     assert logistic.loc == pytest.approx(-0.6931471805599453)  # ln of sigma_data 0.5
     assert (density.noise_d_low, density.noise_d_high) == (32, 32)
     assert all(level.d_ff == 3 * level.width for level in config.model.levels)
     assert config.training.log_every == 10 * config.training.batch_size
-    assert config.sampling.sigma_max is None  # goes with the ladder, which sampling may change
+    assert (
+        config.sampling.sigma_max is None
+    )  # goes with the sigma schedule, which sampling may change
 
 
 def test_resolved_config_of_a_vp_model_has_its_schedule_and_range():
     config = load(CONFIGS[0].with_name("digits-dit.toml"))
-    assert config.diffusion.noise_label == "timestep"
-    assert config.diffusion.schedule.steps == 1000
+    assert config.diffusion.c_noise == "timestep"
+    assert config.diffusion.beta_schedule.steps == 1000
     assert config.sigma_range() == pytest.approx((0.0100005, 157.41), rel=1e-4)
 
 
 def test_config_linear_t_is_within_its_timesteps():
     """Its levels are the table's, which has none beyond its ends."""
-    ladder = "sampling.ladder={kind='linear_t'}"
-    low, high = changed(ladder).sigma_range()
+    sigma_schedule = "sampling.sigmas={kind='linear_t'}"
+    low, high = changed(sigma_schedule).sigma_range()
     assert (low, high) == pytest.approx((0.0100005, 157.407), rel=1e-5)
-    [line] = complaints(ladder, "sampling.sigma_max=500")
-    assert line.startswith("sampling.ladder: noise levels 0.010001 to 500 leave the timesteps' ")
+    [line] = complaints(sigma_schedule, "sampling.sigma_max=500")
+    assert line.startswith("sampling.sigmas: noise levels 0.010001 to 500 leave the timesteps' ")
 
 
 @pytest.mark.parametrize("density", ["lognormal', mean=20, std=20", "loglogistic', scale=20"])
@@ -1143,9 +1148,9 @@ def test_any_parametrization_goes_with_any_density_and_variance(parametrization,
         f"diffusion.learned_variance={learned}",
     )
     low, high, _ = config.valid_range()
-    start, end = config.diffusion.density.sigma_range(config.data_shape(0), config.schedule)
+    start, end = config.diffusion.density.sigma_range(config.data_shape(0), config.beta_schedule)
     assert low * (1 - 1e-6) <= start < end <= high * (1 + 1e-6)
-    sigmas = config.sampling.ladder(9, *config.sigma_range(), config.schedule)
+    sigmas = config.sampling.sigmas(9, *config.sigma_range(), config.beta_schedule)
     assert low * (1 - 1e-6) <= sigmas[-2] < sigmas[0] <= high * (1 + 1e-6)
 
 

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule, VPTable, respaced, strided
+from hdit.diffusion.beta_schedules import (
+    BetaSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    respaced,
+    strided,
+)
 
 
 def sigmas_of(betas: list[float]) -> torch.Tensor:
@@ -54,7 +60,7 @@ def test_cosine_sigmas_without_shift_are_the_tangent_but_for_the_clipped_end():
     assert (alpha_bar[-1] / alpha_bar[-2]).item() == pytest.approx(1e-3, rel=1e-8)
 
 
-def schedules(steps: int) -> list[VPTable]:
+def schedules(steps: int) -> list[BetaSchedule]:
     # the last betas of so few steps would pass 1
     linear = LinearSchedule(steps=steps, beta_end=min(2e-2, 0.9 * steps / 1000))
     return [linear, CosineSchedule(steps=steps)]

@@ -108,7 +108,7 @@ def test_noise_has_the_covariance_of_a_brownian_path(first, second):
     assert (one @ other).item() == pytest.approx(expected, abs=1e-10)
 
 
-def test_noise_of_the_steps_of_a_ladder_is_standard_normal_and_independent():
+def test_noise_of_the_steps_of_a_sigma_schedule_is_standard_normal_and_independent():
     """20,000 elements: standard errors 0.0071 of a mean or correlation, 0.01 of a variance."""
     path = BrownianPath(normals(3, 20_000), SIGMA_MAX)
     sigmas = Karras()(8, 0.01, SIGMA_MAX, LinearSchedule()).tolist()
@@ -132,7 +132,7 @@ def test_noise_differs_between_seeds():
     assert not torch.isclose(one, other).any()
 
 
-def test_path_draws_each_normal_at_most_twice_on_the_way_down_a_ladder():
+def test_path_draws_each_normal_at_most_twice_on_the_way_down_a_sigma_schedule():
     """What the step before has drawn is kept: each draw is of the size of the images."""
     asked = []
     path = BrownianPath(lambda i: asked.append(i) or torch.zeros(1), SIGMA_MAX)
@@ -172,7 +172,7 @@ def test_path_refuses_noise_levels_within_one_tick(pair):
 
 
 @pytest.mark.parametrize(
-    ("ladder", "n", "schedule"),
+    ("sigma_schedule", "n", "schedule"),
     [
         (Karras(), 4000, LinearSchedule()),
         (Exponential(), 4000, LinearSchedule()),
@@ -181,7 +181,7 @@ def test_path_refuses_noise_levels_within_one_tick(pair):
     ],
     ids=["karras", "exponential", "linear betas", "cosine"],
 )
-def test_clock_ticks_in_each_step(ladder, n, schedule):
-    sigmas = ladder(n, *ladder.sigma_range(schedule), schedule).tolist()
+def test_clock_ticks_in_each_step(sigma_schedule, n, schedule):
+    sigmas = sigma_schedule(n, *sigma_schedule.sigma_range(schedule), schedule).tolist()
     clock = BrownianPath(units(), sigmas[0]).clock
     assert all(clock(a) > clock(b) for a, b in pairwise(sigmas))

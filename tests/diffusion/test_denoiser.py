@@ -244,7 +244,7 @@ def test_sampling_starts_from_sigma_max_and_eps_vp_from_unit_variance_of_its_inp
     ],
 )
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS, ids=lambda p: p.kind)
-def test_backbone_gets_the_noise_label_and_the_scaled_input(parametrization, label, table, formula):
+def test_backbone_gets_the_c_noise_and_the_scaled_input(parametrization, label, table, formula):
     seen = []
 
     def network(x, c_noise, cond):

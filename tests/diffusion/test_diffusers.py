@@ -77,8 +77,8 @@ def test_ddim_is_that_of_diffusers(n, eta):
     variance_noise = {"eta": eta, "variance_noise": noise} if eta else {}
     expected = theirs(scheduler, n, **variance_noise)
     timesteps = scheduler.timesteps
-    ladder = LinearT(stride=True)(n, *SCHEDULE.sigma_range(), SCHEDULE)
-    torch.testing.assert_close(ladder[:-1], SCHEDULE.sigmas()[timesteps], rtol=0, atol=0)
+    sigmas = LinearT(stride=True)(n, *SCHEDULE.sigma_range(), SCHEDULE)
+    torch.testing.assert_close(sigmas[:-1], SCHEDULE.sigmas()[timesteps], rtol=0, atol=0)
     actual = ours(ddim, timesteps, noise=noise_of(1), eta=eta)
     torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
 

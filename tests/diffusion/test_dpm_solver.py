@@ -46,12 +46,12 @@ def test_dpm_fast_matches_the_reference(case, n):
     assert denoise.calls == record["nfe"] == n
 
 
-@pytest.mark.parametrize("ladder", [Exponential(), Karras()])
+@pytest.mark.parametrize("sigma_schedule", [Exponential(), Karras()])
 @pytest.mark.parametrize("n", range(1, 9))
-def test_dpm_fast_takes_one_evaluation_a_step(ladder, n):
-    """Of the ladder it takes only the ends, so both give the same; one more denoises at the end."""
+def test_dpm_fast_takes_one_evaluation_a_step(sigma_schedule, n):
+    """It takes only the ends of the schedule, so both give the same; one more denoises last."""
     denoise = Counted(gaussian)
-    sigmas = ladder(n + 1, 0.1, 10, TABLE)
+    sigmas = sigma_schedule(n + 1, 0.1, 10, TABLE)
     to_low = dpm_fast(denoise, start(10), sigmas[:-1])
     assert denoise.calls == n
     to_zero = dpm_fast(denoise, start(10), sigmas)
@@ -99,7 +99,7 @@ def test_dpm_adaptive_gives_an_image_whatever_is_beside_it():
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
 
 
-def test_dpm_adaptive_denoises_at_the_end_of_a_ladder_to_zero():
+def test_dpm_adaptive_denoises_at_the_end_of_a_sigma_schedule_to_zero():
     sigmas = Exponential()(3, 0.1, 10, TABLE)
     to_low = dpm_adaptive(gaussian, start(10), sigmas[:-1])
     to_zero = dpm_adaptive(gaussian, start(10), sigmas)

@@ -171,8 +171,8 @@ def test_sampler_matches_the_reference(key, dtype, case):
     spec = REFERENCE[key]
     record = load("samplers.json")["cases"][f"{str(dtype).removeprefix('torch.')}_{case}"][key]
     low, high = (float(part[4:]) for part in case.split("_"))  # sigmas[0] is high to float32
-    ladder = {(0.01, 160.0): "karras(10,.01,160,rho7)", (0.002, 80.0): "karras(10,.002,80,rho7)"}
-    sigmas = torch.tensor(load("schedules_ema_lr.json")[ladder[low, high]]).double()
+    recorded = {(0.01, 160.0): "karras(10,.01,160,rho7)", (0.002, 80.0): "karras(10,.002,80,rho7)"}
+    sigmas = torch.tensor(load("schedules_ema_lr.json")[recorded[low, high]]).double()
     x = (hfill(SHAPE, 5000, 1.7) * high).to(dtype)
     noise, evaluations = ScriptedNoise(dtype), []
 
@@ -217,7 +217,7 @@ def test_sampler_reports_each_step_once_and_leaves_its_input_alone(spec):
 
 
 @pytest.mark.parametrize("spec", EVERY, ids=named)
-def test_sampler_on_a_ladder_of_one_level_denoises_once_without_noise(spec):
+def test_sampler_on_a_sigma_schedule_of_one_level_denoises_once_without_noise(spec):
     x = hfill(SHAPE, 1).double()
     out = spec(gaussian, x, karras(1, 2.0, 2.0), noise=no_noise)
     torch.testing.assert_close(out, x * 0.25 / 4.25)
@@ -481,16 +481,16 @@ def test_nominal_order_is_that_of_the_default_settings(kind):
     assert kind.nominal_order == nominal_order(kind())
 
 
-@pytest.mark.parametrize("ladder", [Karras(), Exponential()], ids=lambda ladder: ladder.kind)
+@pytest.mark.parametrize("sigma_schedule", [Karras(), Exponential()], ids=lambda s: s.kind)
 @pytest.mark.parametrize("spec", DETERMINISTIC, ids=named)
-def test_sampler_converges_to_the_exact_solution_at_its_order(spec, ladder):
+def test_sampler_converges_to_the_exact_solution_at_its_order(spec, sigma_schedule):
     """Its nominal order, but of lms no more than 2, as its first step is of order 1, and of
     dpmpp_3m_sde 2, as k-diffusion weights its second difference.
 
     From 1 to 0.1, where the solution bends already at the first step. Slopes between 80 and 160
     steps are within 0.15 of their limit.
     """
-    sigmas = (ladder(n + 1, 0.1, 1.0, SCHEDULE)[:-1] for n in (80, 160))
+    sigmas = (sigma_schedule(n + 1, 0.1, 1.0, SCHEDULE)[:-1] for n in (80, 160))
     expected = min(nominal_order(spec), 3 if isinstance(spec, UniPC) else 2)
     assert observed_order(spec, *sigmas) == pytest.approx(expected, abs=0.2)
 
@@ -586,8 +586,8 @@ def test_stochastic_sampler_converges_on_one_path_and_not_on_fresh_noise(spec, s
     assert (fresh40 > 0.4).all()
 
 
-@pytest.mark.parametrize("ladder", [[160.0], [1.0, 2.0], [2.0, 2.0, 1.0], [2.0, -1.0]])
+@pytest.mark.parametrize("sigma_schedule", [[160.0], [1.0, 2.0], [2.0, 2.0, 1.0], [2.0, -1.0]])
 @pytest.mark.parametrize("function", [samplers.heun, samplers.ddim, samplers.dpmpp_2m])
-def test_sampler_refuses_a_ladder_that_does_not_go_down(function, ladder):
+def test_sampler_refuses_a_sigma_schedule_that_does_not_go_down(function, sigma_schedule):
     with pytest.raises(ValueError, match="two noise levels that decrease"):
-        function(gaussian, torch.ones(1, 1, 2, 2), torch.tensor(ladder))
+        function(gaussian, torch.ones(1, 1, 2, 2), torch.tensor(sigma_schedule))

@@ -8,13 +8,13 @@ from pydantic import TypeAdapter, ValidationError
 from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.sigmas import (
     VP,
+    AnySigmas,
     Exponential,
     FlowShift,
     Karras,
-    Ladder,
-    LadderSpec,
     LinearT,
     Polyexponential,
+    SigmaSchedule,
 )
 
 SCHEDULE = LinearSchedule()
@@ -33,7 +33,7 @@ CONTINUOUS = [
 
 
 def named(value: object) -> str | None:
-    if not isinstance(value, LadderSpec):
+    if not isinstance(value, SigmaSchedule):
         return None
     options = value.model_dump(exclude={"kind"}, exclude_defaults=True)
     return "-".join([value.kind, *(f"{k}{v}" for k, v in options.items())])
@@ -48,7 +48,7 @@ DDPM = table(torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("name", "ladder", "ends"),
+    ("name", "sigma_schedule", "ends"),
     [
         ("karras(10,.01,160,rho7)", Karras(), (0.01, 160)),
         ("karras(10,.002,80,rho7)", Karras(), (0.002, 80)),
@@ -59,44 +59,44 @@ DDPM = table(torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64))
         ("vp(10)", VP(), VP().sigma_range(SCHEDULE)),
     ],
 )
-def test_ladder_matches_the_reference(name, ladder, ends):
+def test_sigma_schedule_matches_the_reference(name, sigma_schedule, ends):
     expected = torch.tensor(load("schedules_ema_lr.json")[name], dtype=torch.float64)
-    actual = ladder(len(expected) - 1, *ends, SCHEDULE)
+    actual = sigma_schedule(len(expected) - 1, *ends, SCHEDULE)
     # Theirs is float32, in which exp(1e-4) - 1, in the last level of "vp", keeps 4 digits.
     rtol = torch.full_like(expected, 3e-6)
     rtol[-2] = 3e-4 if name == "vp(10)" else 3e-6
     assert ((actual - expected).abs() <= rtol * expected).all()
 
 
-@pytest.mark.parametrize("ladder", CONTINUOUS, ids=named)
+@pytest.mark.parametrize("sigma_schedule", CONTINUOUS, ids=named)
 @settings(max_examples=20, deadline=None)
 @given(
     n=st.integers(2, 200),
     low=st.floats(1e-3, 0.5),
     high=st.floats(1.0, 200.0),
 )
-def test_ladder_goes_down_from_max_to_min_and_then_zero(ladder, n, low, high):
-    sigmas = ladder(n, low, high, SCHEDULE)
+def test_sigma_schedule_goes_down_from_max_to_min_and_then_zero(sigma_schedule, n, low, high):
+    sigmas = sigma_schedule(n, low, high, SCHEDULE)
     assert sigmas.dtype == torch.float64
     assert len(sigmas) == n + 1
     assert (sigmas.diff() < 0).all()
     assert sigmas[[0, -2, -1]].tolist() == pytest.approx([high, low, 0.0], rel=1e-9)
 
 
-@pytest.mark.parametrize("ladder", [*CONTINUOUS, LinearT()], ids=named)
-def test_ladder_of_one_level_is_at_the_highest(ladder):
-    low, high = ladder.sigma_range(SCHEDULE)
-    assert ladder(1, low, high, SCHEDULE).tolist() == pytest.approx([high, 0.0], rel=1e-9)
+@pytest.mark.parametrize("sigma_schedule", [*CONTINUOUS, LinearT()], ids=named)
+def test_sigma_schedule_of_one_level_is_at_the_highest(sigma_schedule):
+    low, high = sigma_schedule.sigma_range(SCHEDULE)
+    assert sigma_schedule(1, low, high, SCHEDULE).tolist() == pytest.approx([high, 0.0], rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["karras", "exponential", "polyexponential", "flow"])
-def test_sigma_range_is_wide_where_the_ladder_has_none_of_its_own(kind):
-    ladder = TypeAdapter(Ladder).validate_python({"kind": kind})
-    assert ladder.sigma_range(SCHEDULE) == (0.01, 160.0)
+def test_sigma_range_is_wide_where_the_sigma_schedule_has_none_of_its_own(kind):
+    sigma_schedule = TypeAdapter(AnySigmas).validate_python({"kind": kind})
+    assert sigma_schedule.sigma_range(SCHEDULE) == (0.01, 160.0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
-def test_flow_ladder_shifts_evenly_spaced_times(shift):
+def test_flow_sigma_schedule_shifts_evenly_spaced_times(shift):
     t = torch.linspace(0.9, 0.1, 9, dtype=torch.float64)
     shifted = shift * t / (1 + (shift - 1) * t)
     expected = shifted / (1 - shifted)
@@ -111,7 +111,7 @@ TENS = [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
 
 
 @pytest.mark.parametrize(
-    ("ladder", "n", "timesteps"),
+    ("sigma_schedule", "n", "timesteps"),
     [
         (LinearT(), 10, TENS),
         (LinearT(), 1000, list(range(1000))),
@@ -122,14 +122,14 @@ TENS = [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     ],
     ids=named,
 )
-def test_linear_t_takes_these_timesteps_of_the_ddpm_table(ladder, n, timesteps):
-    sigmas = ladder(n, *SCHEDULE.sigma_range(), SCHEDULE)
+def test_linear_t_takes_these_timesteps_of_the_ddpm_table(sigma_schedule, n, timesteps):
+    sigmas = sigma_schedule(n, *SCHEDULE.sigma_range(), SCHEDULE)
     assert sigmas[-1] == 0
     torch.testing.assert_close(sigmas[:-1].flip(0), DDPM[timesteps], rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("ladder", "steps", "n", "first", "last", "total"),
+    ("sigma_schedule", "steps", "n", "first", "last", "total"),
     [
         (LinearT(), 1000, 50, [0, 20, 41, 61, 82], [938, 958, 979, 999], 24975),
         (LinearT(), 1000, 250, [0, 4, 8, 12, 16], [987, 991, 995, 999], 124875),
@@ -137,8 +137,8 @@ def test_linear_t_takes_these_timesteps_of_the_ddpm_table(ladder, n, timesteps):
     ],
     ids=named,
 )
-def test_linear_t_rounds_as_the_reference(ladder, steps, n, first, last, total):
-    timesteps = ladder.timesteps(n, steps)
+def test_linear_t_rounds_as_the_reference(sigma_schedule, steps, n, first, last, total):
+    timesteps = sigma_schedule.timesteps(n, steps)
     assert len(timesteps) == n
     assert timesteps[: len(first)] == first
     assert timesteps[-len(last) :] == last
@@ -172,7 +172,7 @@ def test_linear_t_goes_down_the_schedule_from_end_to_end(n, steps, cosine):
 
 
 @pytest.mark.parametrize(
-    ("ladder", "n", "message"),
+    ("sigma_schedule", "n", "message"),
     [
         (LinearT(), 1001, "cannot take 1001 timesteps of 1000"),
         (LinearT(sections=(10, 15, 20)), 44, "add up to 45 timesteps, but there are 44 steps"),
@@ -182,9 +182,9 @@ def test_linear_t_goes_down_the_schedule_from_end_to_end(n, steps, cosine):
     ],
     ids=named,
 )
-def test_linear_t_refuses_a_number_of_steps_that_it_cannot_take(ladder, n, message):
+def test_linear_t_refuses_a_number_of_steps_that_it_cannot_take(sigma_schedule, n, message):
     with pytest.raises(ValueError, match=message):
-        ladder(n, *SCHEDULE.sigma_range(), SCHEDULE)
+        sigma_schedule(n, *SCHEDULE.sigma_range(), SCHEDULE)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_linear_t_refuses_a_number_of_steps_that_it_cannot_take(ladder, n, messa
     ],
     ids=str,
 )
-def test_ladder_settings_without_meaning_are_refused(settings, message):
+def test_sigma_schedule_settings_without_meaning_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        TypeAdapter(Ladder).validate_python(settings)
+        TypeAdapter(AnySigmas).validate_python(settings)

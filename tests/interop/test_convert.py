@@ -202,11 +202,11 @@ def test_our_dit_of_pixels_comes_back_from_others(kind, name, learned, untrained
         (TINY, ["model.positions=additive"], "k-diffusion", "model.positions = 'additive'"),
         (TINY, ["model.norm=ada_ln"], "k-diffusion", "model.norm = 'ada_ln'"),
         (TINY, ["diffusion.parametrization.kind=v"], "k-diffusion", "parametrization.kind = 'v'"),
-        (TINY, ["diffusion.noise_label=atan"], "k-diffusion", "diffusion.noise_label = 'atan'"),
+        (TINY, ["diffusion.c_noise=atan"], "k-diffusion", "diffusion.c_noise = 'atan'"),
         (DIGITS_DIT, ["model.conditioning.kind=adaln"], "facebook-dit", "model.conditioning.kind"),
         (DIGITS_DIT, ["model.conditioning.kind=adaln"], "diffusers", "model.conditioning.kind"),
         (DIGITS_DIT, ["diffusion.parametrization.kind=v"], "diffusers", "parametrization.kind"),
-        (DIGITS_DIT, ["diffusion.schedule.steps=500"], "facebook-dit", "schedule.steps = 500"),
+        (DIGITS_DIT, ["diffusion.beta_schedule.steps=500"], "facebook-dit", "schedule.steps = 500"),
         (DIGITS_DIT, ["model.mlp_ratio=2"], "diffusers", "model.mlp_ratio = 2.0: it has 4.0 only"),
     ],
 )

@@ -80,7 +80,7 @@ def test_k_diffusion_checkpoint_gives_the_reference_samples(key, scale):
     io = load("hdit_tiny_io.safetensors")
     model, _, denoiser = hdit_tiny("fp32")
     sampling = model.config.sampling
-    sigmas = sampling.ladder(8, *model.config.sigma_range(), model.config.schedule)
+    sigmas = sampling.sigmas(8, *model.config.sigma_range(), model.config.beta_schedule)
     close(sigmas, io["sample.sigmas"], 0, rtol=2e-6)  # theirs are float32
     cond = Cond(labels(io["class_cond"], model))
     denoise = cfg(denoiser.bind(cond), denoiser.bind(cond.null()), scale)
@@ -150,7 +150,7 @@ def guided(dit, key, scale):
 def test_dit_guidance_of_three_channels_is_the_reference(dit):
     model, _, _, io = dit
     denoise, n = guided(dit, "cfg", io["cfg.scale"])
-    sigma = model.config.schedule.sigmas()[io["cfg.t"][:n]]
+    sigma = model.config.beta_schedule.sigmas()[io["cfg.t"][:n]]
     x = io["cfg.x"][:n].double() * (1 + sigma.square()).sqrt()[:, None, None, None]
     with torch.no_grad():
         x0, v = denoise.moments(x.float(), sigma.float())
@@ -163,8 +163,8 @@ def test_dit_guidance_of_three_channels_is_the_reference(dit):
 def test_dit_checkpoint_gives_the_reference_ddim_samples(dit):
     model, _, _, io = dit
     denoise, n = guided(dit, "ddim8", io["ddim8.cfg_scale"])
-    table, ladder = model.config.schedule, LinearT()
-    sigmas = ladder(8, *ladder.sigma_range(table), table)
+    table, sigma_schedule = model.config.beta_schedule, LinearT()
+    sigmas = sigma_schedule(8, *sigma_schedule.sigma_range(table), table)
     x = io["ddim8.x_init"][:n] * model.config.diffusion.parametrization.start(sigmas[0].item())
     with torch.no_grad():
         x = ddim(denoise, x, sigmas)
@@ -175,7 +175,7 @@ def test_dit_checkpoint_gives_the_reference_ddim_samples(dit):
 
 def test_dit_checkpoint_gives_the_reference_loss(dit):
     model, _, denoiser, io = dit
-    sigma = model.config.schedule.sigmas()[io["t"]]
+    sigma = model.config.beta_schedule.sigmas()[io["t"]]
     cond = Cond(labels(io["y"], model))
     with torch.no_grad():
         loss = denoiser.loss(

@@ -122,7 +122,7 @@ def test_diffusers_pipeline_gives_its_classes_names_and_schedule(diffusers_folde
     model = interop.load(diffusers_folder)
     assert model.classes == ("crane (0)", "tench", "crane (2)")
     expected = torch.linspace(2e-4, 0.01, 500, dtype=torch.float64)
-    torch.testing.assert_close(model.config.schedule.betas(), expected)
+    torch.testing.assert_close(model.config.beta_schedule.betas(), expected)
     assert interop.load(diffusers_folder / "transformer").classes == model.classes
 
 

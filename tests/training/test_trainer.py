@@ -249,7 +249,7 @@ def test_labels_are_dropped_at_the_set_rate_and_sigmas_are_stratified(tiny, tmp_
     # 1,024 draws at rate 0.3 have a standard error of 0.014
     assert (cond.labels == -1).double().mean().item() == pytest.approx(0.3, abs=0.06)
     u = torch.linspace(0, 1, 1025, dtype=torch.float64)
-    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.schedule)
+    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.beta_schedule)
     assert ((edges[:-1] <= sigma) & (sigma <= edges[1:])).all(), "one sigma in each stratum"
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert x0.min() >= -1
@@ -281,7 +281,7 @@ def test_random_choices_do_not_depend_on_the_layout(tiny, tmp_path, monkeypatch,
         assert (cond.aug is None) == (augment == 0)
         assert augment == 0 or torch.equal(cond.aug, whole[3].aug[index])
     u = torch.linspace(0, 1, 17, dtype=torch.float64)
-    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.schedule)
+    edges = trainer.config.diffusion.density(u, trainer.shape, trainer.config.beta_schedule)
     drawn = torch.cat([sigma for _, _, sigma, _ in seen[1:]]).sort().values
     assert ((edges[:-1] <= drawn) & (drawn <= edges[1:])).all(), "one sigma in each stratum"
 
