@@ -393,6 +393,33 @@ def test_floor_counts_each_input_and_output_once():
     assert len(found) == len(set(found)) == 10, "only what is missing is measured again"
 
 
+def test_contender_that_breaks_the_context_is_left_out_by_a_process_that_goes_on(
+    tmp_path, monkeypatch
+):
+    """Where nothing more can run, the same command begins anew, with the rows that are there."""
+    commands = []
+
+    def broken(shape, arguments, record):
+        record.add({"problem": "before"})
+        raise bench_tools.DeviceLost("triton: product")
+
+    def execute(program, command):
+        commands.append(command)
+        raise SystemExit
+
+    json_file = tmp_path / "rows.json"
+    argv = ["bench_attention.py", "--tiny", "--json", str(json_file), "--without", "natten"]
+    monkeypatch.setattr(bench_attention, "cuda_bench", broken)
+    monkeypatch.setattr(bench_attention.os, "execv", execute)
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        bench_attention.main()
+    assert commands == [[sys.executable, *argv, "--go-on", "--without", "triton: product"]]
+    found = Record(json_file, go_on=True)
+    assert found.rows == [{"problem": "before"}]
+    assert "it broke the CUDA context" in found.errors[0]
+
+
 # ---- right or not --------------------------------------------------------------------------------
 
 
