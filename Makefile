@@ -1,5 +1,6 @@
 # make demo            install, train the default model on real digits, sample, check: a few minutes
 # make test            install and run the tests
+# make test-slow       those that take minutes: the GPU benchmark from end to end, on tiny shapes
 # make test-kernels    install triton and NATTEN too, and test their backends
 # make lint            ruff and mypy
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-kernels lint format clean
+.PHONY: demo test test-slow test-kernels lint format clean
 
 # clean-fid asks for torchvision, of which nothing is used
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,7 +25,10 @@ demo: $(VENV)/.installed
 	@echo "The pictures: $(DEMO)/pictures/grid.png, and one PNG for each image beside it."
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 test-kernels: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton]' setuptools wheel

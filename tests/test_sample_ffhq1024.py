@@ -1,5 +1,6 @@
 """Megapixel sampling by script; the pictures here are small."""
 
+import json
 import re
 import sys
 
@@ -81,12 +82,64 @@ def test_k_diffusions_weights_give_the_same_pictures(trained, call, tmp_path):
         assert (image == theirs[name]).all()
 
 
+def test_each_batch_is_timed_in_turn_and_recorded(trained, call, tmp_path):
+    json_file = tmp_path / "rows.json"
+    options = ("--steps", 3, "--batch", 3, "--batch", 1, "--json", json_file)
+    out, said, _ = call(trained, *options)
+    assert list(pictures(out)) == ["000000.png", "000001.png", "000002.png"]
+    rows = json.loads(json_file.read_text())["rows"]
+    assert [(row["batch"], row["evaluations"]) for row in rows] == [(3, 3), (1, 3)]
+    for row in rows:
+        assert row["seconds a batch"] == pytest.approx(row["batch"] * row["seconds an image"])
+    assert "3 of 3: 3 evaluations" in said
+    assert "1 of 1: 3 evaluations" in said
+
+
+def test_clock_leaves_out_the_first_call_and_the_files(trained, call, tmp_path, monkeypatch):
+    """With a clock that each evaluation moves by 1, the first call by 100 more, a file by 1000."""
+    now, calls = [0.0], []
+    sample, save = sample_ffhq1024.sample, sample_ffhq1024.save_png
+
+    def slow_sample(backbone, config, signal, seeds, labels, device):
+        calls.append(len(seeds))
+        for part in sample(backbone, config, signal, seeds, labels, device):
+            now[0] += part.evaluations + 100 * (len(calls) == 1)
+            yield part
+
+    def slow_save(image, path):
+        now[0] += 1000
+        save(image, path)
+
+    monkeypatch.setattr(sample_ffhq1024, "sample", slow_sample)
+    monkeypatch.setattr(sample_ffhq1024, "save_png", slow_save)
+    monkeypatch.setattr(sample_ffhq1024.time, "perf_counter", lambda: now[0])
+    json_file = tmp_path / "rows.json"
+    call(trained, "--steps", 5, "-n", 4, "--batch", 2, "--json", json_file)
+    (row,) = json.loads(json_file.read_text())["rows"]
+    assert calls == [2, 4], "a batch to warm up, then all"
+    assert row["seconds an image"] == 5 * 2 / 4
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_pictures(trained, call, tmp_path):
+    """Slow, as inductor generates code for two levels. One grey level is float rounding."""
+    options = ("--steps", 3, "-n", 2, "--batch", 2)
+    plain, _, _ = call(trained, *options)
+    compiled, said, _ = call(trained, *options, "--compile", out=tmp_path / "compiled")
+    assert "compiled" in said
+    plain, compiled = pictures(plain), pictures(compiled)
+    for name, image in plain.items():
+        assert abs(image.astype(int) - compiled[name]).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "name a MODEL, or give --random-weights"),
         (("RUN", "--random-weights"), "one of the two"),
         (("RUN", "-n", 0), "must be at least 1"),
+        (("RUN", "--batch", 2, "--batch", 0), "must be at least 1"),
+        (("RUN", "-n", 3, "--batch", 2, "--compile"), "-n: must be a multiple of --batch"),
         (("RUN", "--size", "8x"), r"--size: must read HEIGHTxWIDTH.*'8x'"),
         (("RUN", "--size", "8x9"), r"(?s)--size.*data\.size.*9"),
         (("no-such-run",), "no-such-run"),
