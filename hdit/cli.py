@@ -62,9 +62,9 @@ def train(
     import torch.distributed as dist
 
     from hdit.config.schema import load
+    from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.training.trainer import Trainer
-    from hdit_kernels.host import keep_freed_memory
 
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes: must be a finite number above 0, got {minutes:g}")
@@ -245,24 +245,23 @@ def evaluate(
     """
     import json
 
-    import torch
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     from hdit.data.check import processes
+    from hdit.device import default_device, keep_freed_memory
     from hdit.errors import UserError
     from hdit.evaluation import card as comparison
     from hdit.evaluation import image_sets as images
     from hdit.evaluation.features import open_features
     from hdit.runs.checkpoint import write_atomically
-    from hdit_kernels.host import keep_freed_memory
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out: {out} must name a file, in a folder that is there")
     if images.is_model(Path(b)):
         raise UserError(f"B: {b} is a model; the reference must be pictures, and A may be a model")
     keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     candidate: ImageSet
     reference = images.open_set(b)
     if images.is_model(Path(a)):
@@ -317,8 +316,7 @@ def _sampled(
     overrides: list[str],
 ) -> Sampled:
     """Samples of a model by its own settings, but for what is given."""
-    import torch
-
+    from hdit.device import default_device
     from hdit.evaluation.image_sets import Sampled
     from hdit.runs.checkpoint import find
     from hdit.sampling.writer import sampling_config
@@ -330,7 +328,7 @@ def _sampled(
         "--guidance": ("guidance.scale", guidance),
     }
     config = sampling_config(found, source, options, overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     return Sampled(found, config, number, seed, raw, device, _warn)
 
 
@@ -360,10 +358,10 @@ def encode(
 
     from hdit.config.schema import load
     from hdit.data.source import Skipped
+    from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
-    from hdit_kernels.host import keep_freed_memory
 
     settings = load(config, overrides or [])
     stored = getattr(settings.space, "stored", None)

@@ -18,11 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hdit.device import keep_freed_memory
 from hdit.errors import UserError
 from hdit.experiments.matrix import Cell, check, finished, read_matrix, run_cell, write_record
 from hdit.report.pages import markdown, page
 from hdit.runs.checkpoint import write_atomically
-from hdit_kernels.host import keep_freed_memory
 
 
 def arguments() -> argparse.Namespace:

@@ -55,9 +55,9 @@ from bench_tools import (
     repeated,
     rounds,
 )
+from hdit.device import default_device, keep_freed_memory
 from hdit_kernels import BACKENDS, flex, native, reference, triton
 from hdit_kernels.flops import backward_flops, forward_flops
-from hdit_kernels.host import keep_freed_memory
 from hdit_kernels.neighborhood import Problem, neighborhood_attention
 
 SHAPES = [(1, 32, 32, 4), (4, 64, 64, 2), (1, 128, 128, 2), (1, 256, 256, 2)]  # b h w n
@@ -489,7 +489,7 @@ def cuda_tables(arguments: argparse.Namespace, record: Record) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device().type)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

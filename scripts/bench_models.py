@@ -51,6 +51,13 @@ from bench_tools import (
 )
 from hdit import models
 from hdit.config.schema import load
+from hdit.device import (
+    default_device,
+    forget_peak_memory,
+    keep_freed_memory,
+    memory_in_use,
+    peak_memory,
+)
 from hdit.interop import diffusers_dit
 from hdit.interop.model import Model
 from hdit.models.cost import cost
@@ -58,7 +65,6 @@ from hdit.protocols import Cond, DataShape
 from hdit.sampling.sample import make_denoiser
 from hdit.training.optim import adamw, update_ema
 from hdit_kernels import native
-from hdit_kernels.host import forget_peak_memory, keep_freed_memory, memory_in_use, peak_memory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -439,7 +445,7 @@ def steps(arguments: argparse.Namespace, record: Record) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device().type)
     parser.add_argument("--pairs", type=int, default=15, help="rounds")
     parser.add_argument(
         "--only",

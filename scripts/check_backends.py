@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_record import Record, markdown
 from bench_tools import DeviceLost, attempt, machine, run_graphs_as_they_are
+from hdit.device import default_device
 from hdit.models import DiTSpec, HDiTSpec, build
 from hdit.protocols import Cond, DataShape
 from hdit_kernels import BACKENDS, neighborhood, reference
@@ -209,7 +210,7 @@ def check_models(device: torch.device, record: Record, compiled: bool, tiny: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device().type)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows as they come")
     parser.add_argument("--tiny", action="store_true", help="fewer ways, to try this script")
     arguments = parser.parse_args()

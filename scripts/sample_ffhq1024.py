@@ -31,17 +31,18 @@ from bench_record import Record
 from bench_tools import machine
 from hdit import interop, models
 from hdit.config.schema import RunConfig, load, parse
-from hdit.errors import UserError
-from hdit.interop import Model
-from hdit.protocols import DataShape
-from hdit.report.grids import save_png
-from hdit.sampling.sample import check_guidance, sample
-from hdit_kernels.host import (
+from hdit.device import (
+    default_device,
     forget_peak_memory,
     keep_freed_memory,
     memory_in_use,
     peak_memory,
 )
+from hdit.errors import UserError
+from hdit.interop import Model
+from hdit.protocols import DataShape
+from hdit.report.grids import save_png
+from hdit.sampling.sample import check_guidance, sample
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
 
@@ -186,7 +187,7 @@ def main() -> None:
     a = arguments()
     a.batch = a.batch or [1]
     check(a)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model = random_model() if a.random_weights else interop.load(a.model)
     config, shape = model.config, model.shape
     if a.size:

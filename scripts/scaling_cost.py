@@ -28,16 +28,17 @@ import torch
 
 from hdit import models
 from hdit.config.schema import RunConfig, load
-from hdit.models.cost import cost
-from hdit.protocols import Cond
-from hdit.report.pages import plot
-from hdit.runs.checkpoint import write_atomically
-from hdit_kernels.host import (
+from hdit.device import (
+    default_device,
     forget_peak_memory,
     keep_freed_memory,
     memory_in_use,
     peak_memory,
 )
+from hdit.models.cost import cost
+from hdit.protocols import Cond
+from hdit.report.pages import plot
+from hdit.runs.checkpoint import write_atomically
 
 ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
 CLASSES = 1000
@@ -64,7 +65,7 @@ def gmacs(name: str, size: int) -> float:
 def measure(name: str, size: int, precision: str) -> dict[str, Any]:
     """Seconds and bytes of a forward pass of one image, in this process."""
     keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     c = config(name, size)
     shape = c.data_shape(CLASSES)
     torch.manual_seed(0)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from hdit.data import FolderSpec
 from hdit.data.batches import in_order
+from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
-from hdit_kernels.host import keep_freed_memory
 
 FEATURES = 128
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="keep left left")
     parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device().type)
     arguments = parser.parse_args()
     try:
         for name, least in {"size": 12, "width": 1, "epochs": 1, "batch_size": 2}.items():

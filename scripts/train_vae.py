@@ -29,13 +29,18 @@ from torch import Tensor
 
 from hdit.config.errors import explain
 from hdit.data import DataSpec
-from hdit.device import PRECISIONS, float32_products, precision_on
+from hdit.device import (
+    PRECISIONS,
+    default_device,
+    float32_products,
+    keep_freed_memory,
+    precision_on,
+)
 from hdit.errors import UserError
 from hdit.interop.files import whole
 from hdit.protocols import Spec
 from hdit.report.grids import save_grid
 from hdit.spaces.pixel import from_pixels, to_pixels
-from hdit_kernels.host import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
@@ -352,7 +357,7 @@ def main() -> None:
         choices=["auto", *PRECISIONS],
         help="bf16 if the hardware multiplies it, else fp32 [auto]",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=default_device().type)
     add("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:

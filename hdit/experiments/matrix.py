@@ -46,7 +46,7 @@ from hdit.config.schema import RunConfig, merge, parse, read_toml
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream
-from hdit.device import precision_on
+from hdit.device import default_device, precision_on
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
@@ -281,7 +281,7 @@ def _budgeted(raw: dict[str, Any], budget: Budget, name: str) -> RunConfig:
         images = math.ceil(1e9 * budget.gmacs / macs / config.training.batch_size)
         images *= config.training.batch_size
         config = parse(merge(raw, {"training": {"images": images}}), name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     return settled(config, device)
 
 
@@ -347,7 +347,7 @@ def trained_seconds(run: Path, images: int) -> float:
 def measure(model: Model, measures: Measures) -> dict[str, Any]:
     """Losses by noise level on held-out pictures, a distance to them, and a grid of samples."""
     config, shape = model.config, model.shape
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     held_out = open_held_out(config, measures)
     space = config.space.open(device)
     network = model.network().to(device)

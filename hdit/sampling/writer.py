@@ -15,13 +15,13 @@ from torch import Tensor
 
 from hdit import models
 from hdit.config.schema import ConfigError, RunConfig, apply, parse
+from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
 from hdit.models import DiT, HDiT
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.checkpoint import Checkpoint, Export, find, write_atomically
 from hdit.sampling.sample import WeakModel, check_guidance, sample, settled
-from hdit_kernels.host import keep_freed_memory
 
 GRID_LIMIT = 100  # images in the grid
 
@@ -134,7 +134,7 @@ def write_samples(
     """
     keep_freed_memory()
     check_guidance(config, found.state.shape)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     config = settled(config, device, len(seeds), lambda text: _warn(console, text))
     spec = config.sampling
     weights = found.weights(raw)

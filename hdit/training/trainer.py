@@ -22,7 +22,7 @@ from hdit import models
 from hdit.config.schema import RunConfig, differences
 from hdit.data.batches import Batch, Batches, Layout
 from hdit.data.source import Skipped, first, size_of
-from hdit.device import float32_products, precision_on
+from hdit.device import float32_products, peak_memory, precision_on
 from hdit.errors import UserError
 from hdit.latents.encode import open_source, origin_of
 from hdit.latents.store import Latents
@@ -44,7 +44,6 @@ from hdit.training.optim import (
     update_ema,
 )
 from hdit.training.progress import Progress
-from hdit_kernels.host import peak_memory
 
 FIXED = (
     "space.kind",

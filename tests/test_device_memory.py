@@ -5,7 +5,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from hdit_kernels.host import keep_freed_memory
+from hdit.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(20):
@@ -32,7 +32,7 @@ def test_freed_memory_is_used_again_without_a_fault_for_each_page():
 
 PEAK = """
 import torch
-from hdit_kernels.host import forget_peak_memory, memory_in_use, peak_memory
+from hdit.device import forget_peak_memory, memory_in_use, peak_memory
 cpu, large = torch.device("cpu"), 64 << 20
 known = forget_peak_memory(cpu)
 before = memory_in_use(cpu)
