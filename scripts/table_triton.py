@@ -48,7 +48,7 @@ def compiled(
     strides = [f"{t}_{axis}" for t in "qkv" for axis in "bhwn"]
     known = backend.constants(name, launch, kernel_size, d_head)
     types = dict.fromkeys(known, "constexpr")
-    types |= dict.fromkeys(["logsumexp", "delta"], "*fp32")
+    types |= dict.fromkeys(["logsumexp", "scalars"], "*fp32")
     types |= dict.fromkeys(["scale", "sign", "logit_scale"], "fp32")
     types |= dict.fromkeys(["heads", "height", "width", "tiles", *strides], "i32")
     for arg, (rows, cols) in backend.boxes(name, launch).items():

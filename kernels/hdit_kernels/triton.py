@@ -212,12 +212,13 @@ def backward(
     """
     q, k, v, grad = _readable(q), _readable(k), _readable(v), grad.contiguous()
     dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
-    delta = torch.empty_like(logsumexp)  # sum(grad * out) of each query; the first kernel fills it
+    # logsumexp and sum(grad * out) of each query; the first kernel fills it
+    scalars = logsumexp.new_empty((*logsumexp.shape, 2))
     if q.numel():
         read = {"grad": grad, "q": q, "k": k, "v": v}
-        tensors = read | {"out": out, "logsumexp": logsumexp, "delta": delta, "dq": dq}
+        tensors = read | {"out": out, "logsumexp": logsumexp, "scalars": scalars, "dq": dq}
         _launch("dq", plan.dq, kernel_size, tensors, scale)
-        tensors = read | {"logsumexp": logsumexp, "delta": delta, "dk": dk, "dv": dv}
+        tensors = read | {"scalars": scalars, "dk": dk, "dv": dv}
         _launch("dkv", plan.dkv, kernel_size, tensors, scale)
     return dq, dk, dv
 
