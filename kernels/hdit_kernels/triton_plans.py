@@ -74,22 +74,14 @@ STEPPED = {
         dq=Launch((8, 8), (2, 16), warps=8, stages=2),
         dkv=Launch((4, 8), (2, 16), warps=8, stages=2),
     ),
-    (128, True, 4): Plan(
-        forward=Launch((4, 8), (2, 16), warps=8, stages=2),
-        dq=Launch((4, 8), (2, 16), warps=8, stages=2),
-        dkv=Launch((4, 8), (1, 16), warps=8, stages=2),
-    ),
+    (128, True, 4): _same(Launch((4, 8), (2, 16), warps=8, stages=2)),
     (32, False, 4): _same(Launch((8, 8), (2, 16), warps=8, stages=2)),
     (64, False, 4): Plan(
         forward=Launch((8, 8), (2, 16), warps=8, stages=2),
         dq=Launch((8, 8), (2, 16), warps=8, stages=2),
         dkv=Launch((4, 8), (2, 16), warps=8, stages=2),
     ),
-    (128, False, 4): Plan(
-        forward=Launch((4, 8), (2, 16), warps=8, stages=2),
-        dq=Launch((4, 8), (2, 16), warps=8, stages=2),
-        dkv=Launch((4, 8), (1, 16), warps=8, stages=2),
-    ),
+    (128, False, 4): _same(Launch((4, 8), (2, 16), warps=8, stages=2)),
 }
 
 # A mask of 8 rows and 8 columns is one product of 16 terms. Two bytes an element alone: float32
