@@ -27,7 +27,8 @@ from hdit_kernels.triton_plans import Launch, candidates, choose_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*?)\s*;")
-JUMP = re.compile(r"\bBRA(?:\.\S+)? (?:.*, )?`?\(?0x([0-9a-f]+)")
+# A call may be one way out of a loop: whether it comes back or not, both ways on are possible.
+JUMP = re.compile(r"\b(?:BRA|CALL)(?:\.\S+)? (?:.*, )?`?\(?0x([0-9a-f]+)")
 CONDITION = re.compile(r"\bBRA(?:\.\S+)? !?U?P")  # a branch that is taken where a predicate holds
 LONG = 64
 
@@ -93,7 +94,7 @@ def _successors(listed: list[tuple[int, str]]) -> list[list[int]]:
     for i, (_, text) in enumerate(listed):
         jump = JUMP.search(text)
         follow = [index[int(jump[1], 16)]] if jump and int(jump[1], 16) in index else []
-        certain = not text.startswith("@") and not CONDITION.search(text)
+        certain = not text.startswith(("@", "CALL")) and not CONDITION.search(text)
         ends = certain and (jump or text.startswith(("EXIT", "RET")))
         after.append(follow + ([i + 1] if not ends and i + 1 < len(listed) else []))
     return after

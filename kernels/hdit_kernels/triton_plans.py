@@ -55,7 +55,7 @@ STEPPED = {
     (128, True, 2): Plan(
         forward=Launch((8, 8), (4, 16), warps=4, stages=2),
         dq=Launch((8, 8), (2, 16), warps=4, stages=2),
-        dkv=Launch((8, 8), (2, 16), warps=8, stages=2),
+        dkv=Launch((8, 8), (2, 16), warps=4, stages=2),
     ),
     (32, False, 2): _same(Launch((8, 16), (4, 16), warps=8, stages=3)),
     (64, False, 2): Plan(
@@ -66,7 +66,7 @@ STEPPED = {
     (128, False, 2): Plan(
         forward=Launch((8, 16), (4, 16), warps=8, stages=2),
         dq=Launch((8, 16), (2, 16), warps=8, stages=2),
-        dkv=Launch((8, 8), (2, 16), warps=8, stages=2),
+        dkv=Launch((8, 8), (2, 16), warps=4, stages=2),
     ),
     (32, True, 4): _same(Launch((8, 8), (2, 16), warps=8, stages=2)),
     (64, True, 4): Plan(
@@ -96,7 +96,7 @@ PRODUCT = {
     (128, True): Plan(
         forward=Launch((8, 8), (8, 8), warps=4, stages=2, product=True),
         dq=Launch((8, 8), (4, 8), warps=4, stages=2, product=True),
-        dkv=Launch((8, 8), (4, 8), warps=8, stages=2, product=True),
+        dkv=Launch((8, 8), (4, 8), warps=4, stages=2, product=True),
     ),
     (32, False): _same(Launch((8, 16), (8, 8), warps=8, stages=3, product=True)),
     (64, False): Plan(
@@ -107,7 +107,7 @@ PRODUCT = {
     (128, False): Plan(
         forward=Launch((8, 16), (8, 8), warps=8, stages=2, product=True),
         dq=Launch((8, 16), (4, 8), warps=8, stages=2, product=True),
-        dkv=Launch((8, 8), (4, 8), warps=8, stages=2, product=True),
+        dkv=Launch((8, 8), (4, 8), warps=4, stages=2, product=True),
     ),
 }
 

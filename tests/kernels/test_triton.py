@@ -335,7 +335,7 @@ LISTING = """
         /*0020*/                   SYNCS R2 ;                        /* 0x00000a0000017a02 */
         /*0030*/              @!P0 BRA 0x90 ;                        /* 0x0000000000008947 */
         /*0040*/                   HMMA R4, R4, R5, RZ ;             /* 0x00000a0000017a02 */
-        /*0050*/              @!P1 EXIT ;                            /* 0x000000000000994d */
+        /*0050*/              @!P1 CALL.REL.NOINC 0x80 ;             /* 0x000000000000994d */
         /*0060*/                   FADD R4, R4, R5 ;                 /* 0x00000a0000017a02 */
         /*0070*/               @P2 BRA 0x20 ;                        /* 0x0000000000002947 */
         /*0080*/                   EXIT ;                            /* 0x000000000000794d */
@@ -347,7 +347,8 @@ LISTING = """
 
 
 def test_instructions_are_counted_without_padding_and_in_natural_loops(monkeypatch):
-    """A wait stands behind the exit and jumps back into the loop, which makes none of its own."""
+    """A wait stands behind the exit and jumps back into the loop, which makes none of its own; a
+    call leaves it."""
     monkeypatch.setattr(table_triton, "LONG", 2)
     assert table_triton.instructions(LISTING) == (10, 8)
     straight = LISTING.replace("@P2 BRA 0x20", "    MOV R3, R4")
