@@ -19,7 +19,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 
 from hdit import models
-from hdit.config.schema import RunConfig, differences
+from hdit.config import RunConfig, differences
 from hdit.data.batches import Batch, Batches, Layout
 from hdit.data.source import Skipped, first, size_of
 from hdit.device import float32_products, peak_memory, precision_on

@@ -1,6 +1,5 @@
 import math
 from itertools import pairwise
-from typing import get_args
 
 import pytest
 import torch
@@ -12,27 +11,26 @@ from pydantic import ValidationError
 from hdit.diffusion import samplers
 from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.samplers import (
-    DDIM,
-    DDPM,
-    DPM2,
-    LMS,
-    DPM2Ancestral,
-    DPMpp2M,
-    DPMpp2MSDE,
-    DPMpp2SAncestral,
-    DPMpp3MSDE,
-    DPMppSDE,
-    Euler,
-    EulerAncestral,
-    Heun,
-    UniPC,
-)
+from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import Exponential, Karras
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULE = LinearSchedule()
-EVERY = [kind() for kind in get_args(get_args(samplers.Sampler)[0])]
+DDIM = SamplerSpec.members["ddim"]
+DDPM = SamplerSpec.members["ddpm"]
+DPM2 = SamplerSpec.members["dpm2"]
+LMS = SamplerSpec.members["lms"]
+DPM2Ancestral = SamplerSpec.members["dpm2_ancestral"]
+DPMpp2M = SamplerSpec.members["dpmpp_2m"]
+DPMpp2MSDE = SamplerSpec.members["dpmpp_2m_sde"]
+DPMpp2SAncestral = SamplerSpec.members["dpmpp_2s_ancestral"]
+DPMpp3MSDE = SamplerSpec.members["dpmpp_3m_sde"]
+DPMppSDE = SamplerSpec.members["dpmpp_sde"]
+Euler = SamplerSpec.members["euler"]
+EulerAncestral = SamplerSpec.members["euler_ancestral"]
+Heun = SamplerSpec.members["heun"]
+UniPC = SamplerSpec.members["unipc"]
+EVERY = [kind() for kind in SamplerSpec.members.values()]
 GO_DOWN_THE_LADDER = [s for s in EVERY if s.kind not in ("dpm_fast", "dpm_adaptive")]
 STOCHASTIC = [
     EulerAncestral(),
@@ -53,7 +51,7 @@ STOCHASTIC = [
 
 
 def named(value: object) -> str | None:
-    if not isinstance(value, samplers.SamplerSpec):
+    if not isinstance(value, SamplerSpec):
         return None
     options = value.model_dump(exclude={"kind"}, exclude_defaults=True)
     return "-".join([value.kind, *(f"{k}{v}" for k, v in options.items())])
@@ -458,14 +456,14 @@ DETERMINISTIC = [
 ]
 
 
-def nominal_order(spec: samplers.SamplerSpec) -> int:
+def nominal_order(spec: SamplerSpec) -> int:
     """Of the settings, where those decide it."""
     if isinstance(spec, UniPC):
         return spec.order + 1
     return spec.order if isinstance(spec, LMS) else spec.nominal_order
 
 
-def observed_order(spec: samplers.SamplerSpec, coarse: torch.Tensor, fine: torch.Tensor) -> float:
+def observed_order(spec: SamplerSpec, coarse: torch.Tensor, fine: torch.Tensor) -> float:
     """Slope of the largest error on the Gaussian denoiser, where fine steps are half as long."""
 
     def error(sigmas: torch.Tensor) -> float:
