@@ -1,12 +1,13 @@
 import math
 from itertools import pairwise
+from typing import Annotated
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hdit.diffusion import samplers
 from hdit.diffusion.beta_schedules import LinearSchedule
@@ -256,6 +257,35 @@ def test_spec_passes_each_option_to_its_function(spec, function, options):
     for left_out in options:  # and each of them has an effect
         rest = {k: v for k, v in options.items() if k != left_out}
         assert not torch.equal(run(function, **rest), direct)
+
+
+def test_sampler_is_registered_by_its_signature_alone():
+    """From outside the project too, and a config can name it at once."""
+
+    def halving(
+        denoise,
+        x,
+        sigmas,
+        *,
+        noise=None,
+        on_step=None,
+        share: Annotated[float, Field(gt=0, description="that is kept")] = 0.5,
+        rounds: int = 1,
+    ):
+        return x * share**rounds
+
+    try:
+        assert samplers.sampler(order=1)(halving) is halving
+        spec = TypeAdapter(samplers.Sampler).validate_python({"kind": "halving", "rounds": 2})
+        assert spec == samplers.spec_of("halving", rounds=2)
+        assert spec.model_dump() == {"kind": "halving", "share": 0.5, "rounds": 2}
+        assert torch.equal(spec(gaussian, start(1.0), karras(3, 0.1, 10)), start(1.0) / 4)
+        with pytest.raises(ValidationError, match="greater than 0"):
+            samplers.spec_of("halving", share=0)
+        with pytest.raises(ValueError, match="there is a sampler of kind 'euler' already"):
+            samplers.sampler(order=1)(samplers.euler)
+    finally:
+        del SamplerSpec.members["halving"]
 
 
 @pytest.mark.parametrize(

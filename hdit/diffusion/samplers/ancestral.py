@@ -18,6 +18,7 @@ from hdit.diffusion.samplers.common import (
     draw,
     evaluate,
     midpoint_step,
+    noised,
     report,
     steps_of,
     towards,
@@ -62,8 +63,7 @@ def euler_ancestral(
         denoised = evaluate(denoise, x, s, i, on_step)
         down, up = ancestral_step(s, s_next, eta)
         x = towards(denoised, x, down / s)
-        if up > 0:
-            x = x + draw(noise, s, s_next) * (up * s_noise)
+        x = noised(x, up, s_noise, noise, s, s_next)
     return x
 
 
@@ -135,8 +135,7 @@ def dpm2_ancestral(
         denoised = evaluate(denoise, x, s, i, on_step)
         down, up = ancestral_step(s, s_next, eta)
         x = denoised if down == 0 else midpoint_step(denoise, x, denoised, s, down)
-        if up > 0:
-            x = x + draw(noise, s, s_next) * (up * s_noise)
+        x = noised(x, up, s_noise, noise, s, s_next)
     return x
 
 
@@ -162,8 +161,7 @@ def dpmpp_2s_ancestral(
             middle = math.sqrt(s * down)
             denoised = evaluate(denoise, towards(denoised, x, middle / s), middle)
         x = towards(denoised, x, down / s)
-        if up > 0:
-            x = x + draw(noise, s, s_next) * (up * s_noise)
+        x = noised(x, up, s_noise, noise, s, s_next)
     return x
 
 
@@ -193,12 +191,10 @@ def dpmpp_sde(
         middle = s ** (1 - r) * s_next**r
         down, up = ancestral_step(s, middle, eta)
         x_middle = towards(denoised, x, down / s)
-        if up > 0:
-            x_middle = x_middle + draw(noise, s, middle) * (up * s_noise)
+        x_middle = noised(x_middle, up, s_noise, noise, s, middle)
         at_middle = evaluate(denoise, x_middle, middle)
         denoised = denoised + (at_middle - denoised) / (2 * r)
         down, up = ancestral_step(s, s_next, eta)
         x = towards(denoised, x, down / s)
-        if up > 0:
-            x = x + draw(noise, s, s_next) * (up * s_noise)
+        x = noised(x, up, s_noise, noise, s, s_next)
     return x

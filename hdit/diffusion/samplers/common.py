@@ -54,6 +54,13 @@ def draw(noise: NoiseSource | None, s: float, s_next: float) -> Tensor:
     return noise(s, s_next)
 
 
+def noised(
+    x: Tensor, std: float, s_noise: float, noise: NoiseSource | None, s: float, s_next: float
+) -> Tensor:
+    """x with new noise of this std times s_noise, for the step from s to s_next; none at std 0."""
+    return x + draw(noise, s, s_next) * (std * s_noise) if std > 0 else x
+
+
 def steps_of(sigmas: Tensor, upwards: bool = False) -> list[tuple[float, float]]:
     """(noise level, the next) of each step; going up, to invert, only where a sampler allows it.
 

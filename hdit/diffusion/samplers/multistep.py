@@ -12,8 +12,8 @@ from hdit.diffusion.samplers.common import (
     Eta,
     SNoise,
     Stochastic,
-    draw,
     evaluate,
+    noised,
     steps_of,
     towards,
 )
@@ -110,9 +110,8 @@ def dpmpp_2m_sde(
             old, h_old = previous
             factor = gain / 2 if solver == "midpoint" else 1 - gain / g
             x = x + (denoised - old) * (factor * h / h_old)
-        if eta:
-            std = s_next * math.sqrt(-math.expm1(-2 * eta * h))
-            x = x + draw(noise, s, s_next) * (std * s_noise)
+        std = s_next * math.sqrt(-math.expm1(-2 * eta * h))
+        x = noised(x, std, s_noise, noise, s, s_next)
         previous = denoised, h
     return x
 
@@ -154,8 +153,7 @@ def dpmpp_3m_sde(
         elif len(history) == 1:
             d1, h1 = history[0]
             x = x + phi2 * (denoised - d1) * (h / h1)
-        if eta:
-            std = s_next * math.sqrt(-math.expm1(-2 * eta * h))
-            x = x + draw(noise, s, s_next) * (std * s_noise)
+        std = s_next * math.sqrt(-math.expm1(-2 * eta * h))
+        x = noised(x, std, s_noise, noise, s, s_next)
         history = [(denoised, h), *history[:1]]
     return x

@@ -46,7 +46,8 @@ def sampler(order: int, base: type[SamplerSpec] = SamplerSpec) -> Callable[[Func
     """Registers a sampler's function, as it is, under its name.
 
     Its keyword arguments with their annotations and defaults become the fields of a spec, whose
-    rules are those of `base`. `order` is that of convergence without noise.
+    rules are those of `base`. `order` is that of convergence without noise. Raises ValueError if
+    the name is taken.
     """
 
     def register(function: Function) -> Function:
@@ -57,6 +58,8 @@ def sampler(order: int, base: type[SamplerSpec] = SamplerSpec) -> Callable[[Func
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in BOUND_LATER
         }
         name = function.__name__
+        if name in SamplerSpec.members:
+            raise ValueError(f"there is a sampler of kind {name!r} already")
         kind: Any = Literal[name]
         spec = create_model(
             name, __base__=base, __module__=function.__module__, kind=(kind, name), **options
