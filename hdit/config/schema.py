@@ -70,9 +70,7 @@ class DiffusionSpec(DependentSpec):
     def resolved(self, context: Context) -> Self:
         schedule = self.timesteps if self.by_timesteps else None
         filled = self.filled(c_noise=context.c_noise, beta_schedule=schedule)
-        return super(DiffusionSpec, filled).resolved(
-            replace(context, valid_range=filled.valid_range())
-        )
+        return DependentSpec.resolved(filled, replace(context, valid_range=filled.valid_range()))
 
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]

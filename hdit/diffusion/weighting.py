@@ -23,7 +23,7 @@ class WeightSpec(DependentSpec):
         raise NotImplementedError
 
 
-class Eps(WeightSpec):
+class EpsWeight(WeightSpec):
     """1/s^2: the error of the predicted noise, L_simple of Ho et al., 2020. k-diffusion: "snr"."""
 
     kind: Literal["eps"] = "eps"
@@ -41,7 +41,7 @@ class EDMWeight(WeightSpec):
         return sigma**-2 + sigma_data**-2
 
 
-class V(WeightSpec):
+class VWeight(WeightSpec):
     """1/s^2 + 1: the error of the predicted v (Salimans & Ho, 2022)."""
 
     kind: Literal["v"] = "v"
@@ -50,7 +50,7 @@ class V(WeightSpec):
         return sigma**-2 + 1
 
 
-class X0(WeightSpec):
+class X0Weight(WeightSpec):
     """1: the error of the predicted x0."""
 
     kind: Literal["x0"] = "x0"
@@ -98,7 +98,7 @@ class Sigmoid(WeightSpec):
         return 1 / (sigma.square() + math.exp(-self.bias))
 
 
-class Flow(WeightSpec):
+class FlowWeight(WeightSpec):
     """((1 + s)/s)^2: the error of rectified flow's velocity (Liu et al., 2023)."""
 
     kind: Literal["flow"] = "flow"
@@ -140,5 +140,6 @@ def _dct(n: int, like: Tensor) -> Tensor:
 
 
 Weighting = Annotated[
-    Eps | EDMWeight | V | X0 | MinSNR | SoftMinSNR | Sigmoid | Flow, Field(discriminator="kind")
+    EpsWeight | EDMWeight | VWeight | X0Weight | MinSNR | SoftMinSNR | Sigmoid | FlowWeight,
+    Field(discriminator="kind"),
 ]

@@ -74,7 +74,7 @@ class AdaLNZero(_Summed):
         return vit_macs(spec, tokens) + 6 * spec.width**2
 
 
-class AdaLN(_Summed):
+class AdaLNConditioning(_Summed):
     """Scales and shifts of norms come from t + y."""
 
     kind: Literal["adaln"] = "adaln"
@@ -122,7 +122,7 @@ def vit_macs(spec: DiTSpec, tokens: int) -> int:
 
 
 Conditioning = Annotated[
-    AdaLNZero | AdaLN | CrossAttention | InContext, Field(discriminator="kind")
+    AdaLNZero | AdaLNConditioning | CrossAttention | InContext, Field(discriminator="kind")
 ]
 
 
