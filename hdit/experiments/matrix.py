@@ -42,7 +42,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
 from hdit import randomness
-from hdit.config.schema import RunConfig, merge, parse, read_toml
+from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream

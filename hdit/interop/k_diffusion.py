@@ -26,7 +26,7 @@ from hdit.diffusion.densities import (
     SplitLognormal,
     VDiffusion,
 )
-from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
+from hdit.diffusion.weighting import EDMWeight, EpsWeight, SoftMinSNR, Weighting
 from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.model import InteropError, Model, check_held
@@ -48,7 +48,7 @@ ATTENTION = {
 WEIGHTINGS: dict[str, Weighting] = {
     "karras": EDMWeight(),
     "soft-min-snr": SoftMinSNR(),
-    "snr": Eps(),
+    "snr": EpsWeight(),
 }
 
 DENSITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from hdit import models
-from hdit.config.schema import RunConfig, differences
+from hdit.config import RunConfig, differences
 from hdit.errors import UserError
-from hdit.models import DiT, HDiT
+from hdit.models import BackboneModule
 from hdit.protocols import DataShape, Spec
 
 
@@ -31,7 +31,7 @@ class Model:
     images: int = 0  # that it was trained on; 0 if unknown
     notes: tuple[str, ...] = ()  # what was left behind, and what to know
 
-    def network(self) -> HDiT | DiT:
+    def network(self) -> BackboneModule:
         """The backbone with its weights, in float32 and eval mode."""
         out_channels = self.config.output_channels(self.shape)
         network = models.build(self.config.model, self.shape, out_channels)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hdit import models
-from hdit.config.schema import RunConfig, parse, read_toml
+from hdit.config import RunConfig, parse, read_toml
 from hdit.errors import UserError
 from hdit.protocols import DataShape
 

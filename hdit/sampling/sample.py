@@ -26,11 +26,11 @@ from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import UserError
 from hdit.nn.compiling import compiles
-from hdit.protocols import Backbone, Cond, DataShape, Space
+from hdit.protocols import Cond, DataShape, Network, Space
 
 
 def make_denoiser(
-    backbone: Backbone, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
+    backbone: Network, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
 ) -> Denoiser:
     """The denoiser that a config makes of a backbone."""
     d = config.diffusion

@@ -14,10 +14,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from hdit import models
-from hdit.config.schema import ConfigError, RunConfig, apply, parse
+from hdit.config import ConfigError, RunConfig, apply, parse
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
-from hdit.models import DiT, HDiT
+from hdit.models import BackboneModule
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.checkpoint import Checkpoint, Export, find, write_atomically
@@ -225,7 +225,7 @@ def _home(found: Checkpoint) -> Path:
     return folder.with_name("samples")
 
 
-def _network(found: Checkpoint, weights: str) -> HDiT | DiT:
+def _network(found: Checkpoint, weights: str) -> BackboneModule:
     """The backbone of a checkpoint: its "ema" or its "model" weights."""
     shape = found.state.shape
     backbone = models.build(found.config.model, shape, found.config.output_channels(shape))

@@ -15,7 +15,7 @@ from hdit.data.batches import Batch
 from hdit.device import precision_on, to_device
 from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
-from hdit.protocols import Backbone, Cond, DataShape, NormalNoise, Space
+from hdit.protocols import Cond, DataShape, Network, NormalNoise, Space
 from hdit.sampling.sample import make_denoiser
 
 
@@ -40,7 +40,7 @@ class Objective:
 
     def __init__(
         self,
-        network: Backbone,
+        network: Network,
         config: RunConfig,
         shape: DataShape,
         space: Space,

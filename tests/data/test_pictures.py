@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from hdit.config.schema import ConfigError, parse
+from hdit.config import ConfigError, parse
 from hdit.data import (
     DataSpec,
     FolderSpec,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdit.config.schema import merge, parse
+from hdit.config import merge, parse
 from hdit.data import DigitsSpec, FolderSpec, HubSpec, NpzSpec, PythonSpec, ZipSpec
 from hdit.data.batches import Batch, Batches, Layout, dataset_indices
 from hdit.data.source import DataError

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdit.config.schema import RunConfig, load, merge, parse
+from hdit.config import RunConfig, load, merge, parse
 from hdit.data.source import DataError
 from hdit.errors import UserError
 from hdit.latents.encode import encode, measure

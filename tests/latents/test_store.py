@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdit.config.schema import RunConfig, merge, parse
+from hdit.config import RunConfig, merge, parse
 from hdit.data.batches import Batches, Layout
 from hdit.data.source import DataError
 from hdit.errors import UserError

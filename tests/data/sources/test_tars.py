@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from hdit import config, randomness
-from hdit.config.schema import ConfigError, parse
+from hdit.config import ConfigError, parse
 from hdit.data import DataSpec, DigitsSpec, FolderSpec, TarSpec
 from hdit.data.batches import Batches, Layout, in_order
 from hdit.data.source import DataError, Drawn, Skipped, Stream, first
