@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from hdit_kernels.flops import backward_flops, forward_flops
 
 if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
+    from hdit_kernels.contract import Problem
 
 try:
     import triton
