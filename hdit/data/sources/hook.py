@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator
 from hdit.data.pictures import Pictures, PicturesSpec
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
+from hdit.plugins import import_function
 
 
 def _is_hook(text: str) -> str:
@@ -55,7 +52,7 @@ class Hooked:
     def __init__(self, hook: str):
         self.place = hook
         where = f"data.hook: {hook!r}"
-        function = _find(hook, where)
+        function, _ = import_function(hook, where, DataError)
         try:
             self.images = function()
         except Exception as error:
@@ -123,25 +120,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-def _find(hook: str, where: str) -> Callable[[], Any]:
-    module, _, name = hook.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # and there it stays, for what the hook imports later
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise DataError(
-            f"{where}: importing {module!r} (from {here}, or installed) raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    try:
-        found = operator.attrgetter(name)(found)
-    except AttributeError:
-        at = getattr(found, "__file__", "built in")
-        raise DataError(f"{where}: {module!r} has no {name!r} ({at})") from None
-    if not callable(found):
-        raise DataError(f"{where} is a {type(found).__name__}, not a function")
-    return found
