@@ -24,7 +24,7 @@ from hdit.data.batches import Batch, Batches, Layout
 from hdit.data.source import Skipped, first, size_of
 from hdit.device import float32_products, peak_memory, precision_on
 from hdit.errors import UserError
-from hdit.latents.encode import open_source, origin_of
+from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
 from hdit.protocols import Space
@@ -101,7 +101,7 @@ class Trainer:
                 f"{self.layout.processes} processes in {t.accumulate} accumulation steps"
             )
         self.space: Space = config.space.open(self.device)
-        self.source = open_source(config, self.space)
+        self.source = open_training_source(config, self.space)
         first(self.source)  # raises DataError here, not in a worker, where nothing can be read
         self.shape = config.data_shape(len(self.source.classes))
         if config.sampling.grid:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
-from hdit.data.pictures import Pictures, PicturesSpec
+from hdit.data.images import Images, ImagesSpec
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 from hdit.plugins import import_function
@@ -22,7 +22,7 @@ def _is_hook(text: str) -> str:
     return text
 
 
-class PythonSpec(PicturesSpec):
+class PythonSpec(ImagesSpec):
     """What a function without arguments returns: an object with `__len__` and `__getitem__`.
 
     `__getitem__(index)` gives a PIL image, or a uint8 tensor (c h w), and its class index, or None.
@@ -41,9 +41,9 @@ class PythonSpec(PicturesSpec):
             raise ValueError("cannot be used with kind = 'python': its images may be new each time")
         return folder
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Calls the hook. Raises DataError for what is wrong with it, or with what it returned."""
-        return Pictures(self, Hooked(self.hook))
+        return Images(self, Hooked(self.hook))
 
 
 class Hooked:

@@ -1,7 +1,7 @@
 """Tar files of images as WebDataset lays them out, read as a stream.
 
 The members of a sample follow one another and have one name up to the first dot: `0001.jpg` and
-`0001.cls` are a picture and its class. Nothing is unpacked, and no index is made before training
+`0001.cls` are an image and its class. Nothing is unpacked, and no index is made before training
 starts: headers are read as the stream goes on, from a file in memory about 70,000 a second.
 """
 
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from hdit import randomness
 from hdit.data.batches import permutation
-from hdit.data.pictures import (
+from hdit.data.images import (
     COMPRESSED_TARS,
     EXHAUSTED,
     MAX_CLASSES,
     MIN_DRAWN,
     BadFiles,
-    PicturesSpec,
+    ImagesSpec,
     extensions,
-    open_picture,
+    open_image,
     refuse_path,
     to_pixels,
 )
@@ -62,12 +62,12 @@ def _number_or_names(classes: Any) -> Any:
     raise ValueError("must be the number of classes, or a list of their names")
 
 
-class TarSpec(PicturesSpec):
+class TarSpec(ImagesSpec):
     """WebDataset's tar files, on a local disk or a mounted one.
 
     Which image is drawn when depends on the seed, the shards and the buffer alone: each pass takes
     the shards in a new order, and draws from a buffer that their images pass through. Where it
-    holds all of them, they are drawn as the same pictures in a folder are.
+    holds all of them, they are drawn as the same images in a folder are.
     """
 
     kind: Literal["tar"] = "tar"
@@ -508,11 +508,11 @@ class Tars:
             yield from self.entries((shard + further) % len(self.paths))
 
     def _load(self, entry: Entry, chance: Chance) -> tuple[Tensor, int]:
-        image, label = self._open_picture(entry)
+        image, label = self._open_image(entry)
         with image:
             return to_pixels(image, self.spec, chance), label
 
-    def _open_picture(self, entry: Entry) -> tuple[Image.Image, int]:
+    def _open_image(self, entry: Entry) -> tuple[Image.Image, int]:
         if entry.trouble is not None:
             raise ValueError(entry.trouble)
         assert entry.image is not None, "or it would have been said"
@@ -522,7 +522,7 @@ class Tars:
                 f"has {entry.image[1]} bytes, more than data.max_pixels = "
                 f"{self.spec.max_pixels} can take"
             )
-        return open_picture(self._open(entry.shard).read(*entry.image)), label
+        return open_image(self._open(entry.shard).read(*entry.image)), label
 
     def _label(self, entry: Entry) -> int:
         """The class index. Raises DataError for one that is none of the classes."""
@@ -567,13 +567,13 @@ class Tars:
         return self[Reference(0, entry.shard, entry.start)]
 
     def listed(self) -> TarEntries:
-        """The same pictures by index, for a look at all of them. Reads all headers, once."""
+        """The same images by index, for a look at all of them. Reads all headers, once."""
         places = ((entry.shard, entry.start) for entry in self._entries_of_all())
         return TarEntries(self, np.array(list(places), np.int64).reshape(-1, 2))
 
 
 class TarEntries:
-    """Entries (see `Pictures`) of shards whose headers were all read."""
+    """Entries (see `Images`) of shards whose headers were all read."""
 
     setting = "data.path"
 
@@ -591,7 +591,7 @@ class TarEntries:
         return self.tars._name(self._entry(index))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return self.tars._open_picture(self._entry(index))
+        return self.tars._open_image(self._entry(index))
 
     def stamp(self, index: int) -> str:
         raise AssertionError("there is none: data.cache is refused")
@@ -615,7 +615,7 @@ class TarOrder:
     A pass takes the shards in a new order, and image c of all that were given out from a random
     place in a buffer, whose size is that of `shuffle_buffer`; its place is taken by the next image
     of the shards. At the end of a pass the buffer runs empty. Where it holds all images, they are
-    given out by the permutation that other sources have, of the same pictures.
+    given out by the permutation that other sources have, of the same images.
 
     An image in the buffer takes about 140 bytes, and 15 in a state.
     """

@@ -39,16 +39,16 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def digits() -> list[tuple[bytes, int]]:
     """The first 500 digits, as PNG files of 8 x 8 pixels, and their classes."""
     source = DigitsSpec(split="all").open()
-    pictures = []
+    images = []
     for i in range(500):
         file = io.BytesIO()
         Image.fromarray(source[i].image[0].numpy()).save(file, "png")
-        pictures.append((file.getvalue(), source[i].label))
-    return pictures
+        images.append((file.getvalue(), source[i].label))
+    return images
 
 
 def png(value: int) -> bytes:
-    """A picture of which each pixel is `value`."""
+    """An image of which each pixel is `value`."""
     file = io.BytesIO()
     Image.new("L", (2, 2), value).save(file, "png")
     return file.getvalue()
@@ -74,9 +74,9 @@ def write_digits(folder, number=500, shards=3, prefix=""):
     ends = np.linspace(0, 1, shards + 1) ** 1.5 * number
     for shard, (low, high) in enumerate(itertools.pairwise(ends.round().astype(int).tolist())):
         files = []
-        for i, (picture, label) in list(enumerate(digits()))[low:high]:
+        for i, (image, label) in list(enumerate(digits()))[low:high]:
             name = prefix + name_of(i, label)
-            files += [(f"{name}.png", picture), (f"{name}.cls", str(label).encode())]
+            files += [(f"{name}.png", image), (f"{name}.cls", str(label).encode())]
         write_tar(folder / f"digits-{shard}.tar", files)
     return f"{folder}/digits-{{0..{shards - 1}}}.tar"
 
@@ -86,7 +86,7 @@ def open_tars(path, size=8, channels=1, **settings):
 
 
 def grey(tmp_path, shards, **settings):
-    """Of shards of pictures that are their number, without labels."""
+    """Of shards of images that are their number, without labels."""
     numbers = iter(range(256))
     for i, length in enumerate(shards):
         write_tar(tmp_path / f"{i}.tar", [(f"{n:03}.png", png(n)) for n in islice(numbers, length)])
@@ -110,7 +110,7 @@ def assert_same(ours, theirs):
         assert a.skipped == b.skipped
 
 
-# ---- the same pictures in another place ----------------------------------------------------------
+# ---- the same images in another place ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("workers", "shuffle_buffer"), [(0, 500), (2, 10_000)])
@@ -120,10 +120,10 @@ def test_tars_that_fit_in_the_buffer_give_the_batches_of_a_folder(
     pattern = write_digits(tmp_path, prefix="./")
     classes = sorted(NAMES)
     tree = tmp_path / "tree"
-    for i, (picture, label) in enumerate(digits()):
+    for i, (image, label) in enumerate(digits()):
         path = tree / f"{name_of(i, label)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture)
+        path.write_bytes(image)
     theirs = FolderSpec(path=str(tree), size=8, channels=1).open()
     assert theirs.classes == classes
     ours = open_tars(pattern, classes=NAMES, shuffle_buffer=shuffle_buffer)
@@ -134,9 +134,9 @@ def test_tars_that_fit_in_the_buffer_give_the_batches_of_a_folder(
 
 
 def test_tars_give_the_pixels_of_a_folder_also_by_random_crops(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     (tmp_path / "tree").mkdir()
-    picture.save(tmp_path / "tree" / "a.png")
+    image.save(tmp_path / "tree" / "a.png")
     write_tar(tmp_path / "a.tar", [("a.png", (tmp_path / "tree" / "a.png").read_bytes())])
     same = {"size": 16, "crop": "random"}
     ours = TarSpec(path=str(tmp_path / "a.tar"), **same).open()
@@ -245,7 +245,7 @@ FULL = {i for i in range(16) if (7 * i + 3) % 10}
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Sixteen shards of 0 to 9 pictures, of which FULL have some."""
+    """Sixteen shards of 0 to 9 images, of which FULL have some."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(16):
         files = [(f"{i}/{n}.png", png(10 * i + n)) for n in range((7 * i + 3) % 10)]
@@ -547,7 +547,7 @@ def test_label_that_cannot_be_read_makes_a_bad_sample(tmp_path, content, key, re
 # ---- bad files -----------------------------------------------------------------------------------
 
 
-def test_next_good_picture_of_the_shard_stands_in_for_a_bad_one(tmp_path):
+def test_next_good_image_of_the_shard_stands_in_for_a_bad_one(tmp_path):
     write_tar(tmp_path / "0.tar", [("x.png", png(50))])
     files = [(f"{i}.png", png(i)) for i in range(6)]
     files[3] = ("3.txt", b"no image")
@@ -567,14 +567,14 @@ def test_next_good_picture_of_the_shard_stands_in_for_a_bad_one(tmp_path):
     assert "the file is empty" in reasons[2]
 
 
-def test_picture_of_another_shard_stands_in_where_none_of_its_own_can(tmp_path):
+def test_image_of_another_shard_stands_in_where_none_of_its_own_can(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", b"torn")])
     write_tar(tmp_path / "b.tar", [("b.png", png(9))])
     source = open_tars(f"{tmp_path}/*.tar", size=1)
     assert values(source, source.references()) == [9, 9]
 
 
-def test_bad_pictures_end_it_by_the_rules_of_other_sources(tmp_path):
+def test_bad_images_end_it_by_the_rules_of_other_sources(tmp_path):
     files = [(f"{i}.png", b"torn" if i % 4 == 0 else png(i % 200)) for i in range(400)]
     path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(DataError, match=r"files drawn from .* beyond data\.max_bad_share = 0\.05"):
@@ -589,7 +589,7 @@ def test_bad_pictures_end_it_by_the_rules_of_other_sources(tmp_path):
         take(open_tars(tmp_path / "b.tar", size=1), 1)
 
 
-def test_few_bad_pictures_count_once_a_pass_and_not_once_a_draw(tmp_path):
+def test_few_bad_images_count_once_a_pass_and_not_once_a_draw(tmp_path):
     files = [(f"{i}.png", b"torn" if i < 5 else png(i)) for i in range(50)]
     source = open_tars(write_tar(tmp_path / "a.tar", files), size=1, shuffle_buffer=10)
     assert len(take(source, 100, layout=Layout(25))) == 100  # fifty passes
@@ -599,7 +599,7 @@ def bit_flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-BLOCKS = 512 * 2  # a header and a picture of less than 512 bytes
+BLOCKS = 512 * 2  # a header and an image of less than 512 bytes
 DAMAGE = {
     "header": (lambda data: bit_flipped(data, 3 * BLOCKS + 100), 3, "no header of a tar at byte"),
     "header number": (lambda d: d[: 3 * BLOCKS + 124] + b"xx" + d[3 * BLOCKS + 126 :], 3, "checks"),
@@ -664,7 +664,7 @@ def test_tars_of_which_none_can_be_read_are_an_error(tmp_path):
 
 
 def test_file_that_goes_away_ends_training_and_is_named(tmp_path):
-    """It is no damage of the picture's: the rest of the shard would be lost without an error."""
+    """It is no damage of the image's: the rest of the shard would be lost without an error."""
     source = grey(tmp_path, [4, 4], shuffle_buffer=1)
     (tmp_path / "1.tar").unlink()
     source._open.cache_clear()
@@ -693,7 +693,7 @@ def test_header_with_a_size_that_is_none_is_damage(tmp_path, size):
     data[1024 + 148 : 1024 + 155] = b"%06o\0" % sum(data[1024 : 1024 + 512])
     path.write_bytes(data)
     source = open_tars(path, size=1)
-    assert len(source.references()) == 2, "the first picture, and the damage"
+    assert len(source.references()) == 2, "the first image, and the damage"
     assert "no header of a tar at byte 1024" in source[source.references()[1]].skipped[0].reason
 
 
@@ -707,7 +707,7 @@ def test_pax_header_with_a_negative_size_is_damage(tmp_path):
     )
 
 
-def test_few_tars_are_judged_by_their_share_of_bad_pictures(tmp_path):
+def test_few_tars_are_judged_by_their_share_of_bad_images(tmp_path):
     """Also where a pass is shorter than what the share is judged by."""
     files = [(f"{n:03}.png", png(n) if n % 2 else b"rubbish") for n in range(60)]
     source = open_tars(write_tar(tmp_path / "a.tar", files), size=1)
