@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,27 +129,27 @@ def encode(
     manifest = manifest_of(config, space, len(refs), source.classes, dtype, shard_size)
     begin(folder, manifest)
     ours = [i for i in missing(folder, manifest) if i % processes == rank]
-    on_start(sum(len(manifest.range_of(i)) for i in ours))
+    ranges = [manifest.range_of(shard) for shard in ours]
+    on_start(sum(map(len, ranges)))
     parts = [
-        [refs[i] for i in manifest.range_of(shard)[first : first + batch_size]]
-        for shard in ours
-        for first in range(0, len(manifest.range_of(shard)), batch_size)
+        [refs[i] for i in r[first : first + batch_size]]
+        for r in ranges
+        for first in range(0, len(r), batch_size)
     ]
     batches = in_order(source, parts, workers)
     bad: set[str] = set()
     seen = 0
-    for shard in ours:
+    for shard, r in zip(ours, ranges, strict=True):
         posterior: list[Tensor] = []
         labels: list[Tensor] = []
-        while sum(map(len, labels)) < len(manifest.range_of(shard)):
-            batch = next(batches)
+        for batch in islice(batches, -(-len(r) // batch_size)):
             for file in batch.skipped:
                 bad.add(file.path)
                 on_skipped(file)
             posterior.append(_posterior(space, batch.images, manifest))
             labels.append(batch.labels)
             on_images(len(batch.labels))
-        seen += len(manifest.range_of(shard))
+        seen += len(r)
         _judge(config, len(bad), seen, manifest.images)
         write_shard(folder, shard, torch.cat(posterior), torch.cat(labels), space.identity)
     return _summary(folder, manifest, len(ours), space)
@@ -191,7 +192,7 @@ def _summary(folder: Path, manifest: Manifest, shards: int, space: VAE) -> Encod
 
 
 def encode_batch(space: VAE, images: Tensor, flips: int) -> Tensor:
-    """Posteriors of images (b c h w) -> (b f 2c h w); with 2 `flips`, of their mirror images too."""
+    """Encodes images (b c h w) -> (b f 2c h w); with 2 `flips`, their mirror images too."""
     views = [images, images.flip(-1)][:flips]
     return torch.stack([space.encode(view) for view in views], 1)
 

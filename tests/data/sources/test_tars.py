@@ -28,7 +28,8 @@ from hdit.config.schema import ConfigError, parse
 from hdit.data import DataSpec, DigitsSpec, FolderSpec, TarSpec
 from hdit.data.batches import Batches, Layout, in_order
 from hdit.data.source import DataError, Drawn, Skipped, Stream, first
-from hdit.data.sources import tars
+from hdit.data.sources import tar_members, tar_samples
+from hdit.data.sources.shard_paths import expand
 from hdit.training.trainer import Trainer
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -301,14 +302,14 @@ def test_order_goes_on_without_reading_what_was_before(tmp_path, monkeypatch):
     list(islice(order, 33))
     state, expected = order.state(), list(islice(order, 12))
     opened, headers = [], []
-    shard, header = tars.Tars._open_shard, tars._header
-    monkeypatch.setattr(tars, "_header", lambda block: headers.append(1) or header(block))
+    shard, header = tar_samples.Shards._open_shard, tar_members._header
+    monkeypatch.setattr(tar_members, "_header", lambda block: headers.append(1) or header(block))
     monkeypatch.setattr(
-        tars.Tars, "_open_shard", lambda self, i: opened.append(i) or shard(self, i)
+        tar_samples.Shards, "_open_shard", lambda self, i: opened.append(i) or shard(self, i)
     )
     again = open_tars(source.place, size=1, shuffle_buffer=4)
     del opened[:], headers[:]
-    again._open.cache_clear()
+    again.shards._open.cache_clear()
     resumed = again.order(1, state)
     assert next(resumed) == expected[0]
     assert len(headers) <= 2
@@ -425,13 +426,13 @@ def test_members_are_those_that_tarfile_reads(tmp_path_factory, names, fmt):
                 assert fmt == tarfile.USTAR_FORMAT, "ustar alone has no room for a long name"
     with tarfile.open(path) as tar:
         expected = [(m.name, m.size, m.offset, m.offset_data, m.isdir()) for m in tar.getmembers()]
-    file = tars.File(os.open(path, os.O_RDONLY))
-    found = list(tars.members(file, 0))
+    file = tar_members.TarFile(os.open(path, os.O_RDONLY))
+    found = list(tar_members.members(file, 0))
     assert [
-        (m.name.rstrip("/"), m.size, m.start, m.data, m.kind == tars.FOLDER) for m in found
+        (m.name.rstrip("/"), m.size, m.start, m.data, m.kind == tar_members.FOLDER) for m in found
     ] == [(name.rstrip("/"), *rest) for name, *rest in expected]
     for i, member in enumerate(found):
-        assert list(tars.members(file, member.start)) == found[i:]
+        assert list(tar_members.members(file, member.start)) == found[i:]
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:])
@@ -443,7 +444,7 @@ def test_member_of_more_than_eight_gigabytes_is_passed_over(tmp_path, fmt):
         file.write(huge.tobuf(fmt))
         file.seek(huge.size, os.SEEK_CUR)
         file.write(small.tobuf(fmt) + png(7))
-    found = list(tars.members(tars.File(os.open(path, os.O_RDONLY)), 0))
+    found = list(tar_members.members(tar_members.TarFile(os.open(path, os.O_RDONLY)), 0))
     assert [(m.name, m.size) for m in found] == [("a.bin", 9 << 30), ("b.png", small.size)]
     source = open_tars(path, size=1, max_bad_share=1.0)
     assert values(source, source.references()) == [7, 7]  # which stands in for a.bin, no image
@@ -667,7 +668,7 @@ def test_file_that_goes_away_ends_training_and_is_named(tmp_path):
     """It is no damage of the image's: the rest of the shard would be lost without an error."""
     source = grey(tmp_path, [4, 4], shuffle_buffer=1)
     (tmp_path / "1.tar").unlink()
-    source._open.cache_clear()
+    source.shards._open.cache_clear()
     with pytest.raises(DataError, match=r"1\.tar: cannot be read: .*the same command goes on"):
         list(islice(source.order(seed=0), 10))
 
@@ -727,7 +728,7 @@ def test_resumed_pass_keeps_its_seed(tmp_path):
 
 def test_first_image_is_found_without_filling_the_buffer(tmp_path, monkeypatch):
     source = grey(tmp_path, [3, 3])
-    monkeypatch.setattr("hdit.data.sources.tars.TarOrder.__init__", None)
+    monkeypatch.setattr("hdit.data.sources.tar_order.TarOrder.__init__", None)
     assert first(source).image.unique().tolist() == [0]
 
 
@@ -806,7 +807,7 @@ def test_member_that_would_escape_or_is_no_file_is_refused(tmp_path, name, worke
     ],
 )
 def test_braces_expand_as_in_a_shell(text, expected):
-    assert list(tars.expand(text)) == expected
+    assert list(expand(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -944,4 +945,4 @@ def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     source = grey(tmp_path, [1] * 100, shuffle_buffer=1)
     assert sorted(values(source, islice(source.order(seed=0), 100))) == list(range(100))
-    assert len(os.listdir("/proc/self/fd")) - before <= tars.OPEN_SHARDS
+    assert len(os.listdir("/proc/self/fd")) - before <= tar_samples.OPEN_SHARDS
