@@ -705,7 +705,7 @@ def check_data(
         with TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # all of it, or nothing
             save_grid(tiles, Path(folder, path.name))
             os.replace(Path(folder, path.name), path)
-        typer.echo(f"{len(tiles)} pictures as training sees them: {path}", err=as_json)
+        typer.echo(f"{len(tiles)} images as training sees them: {path}", err=as_json)
     if report.unusable:
         typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)

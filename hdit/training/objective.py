@@ -72,7 +72,6 @@ class Objective:
         mirrored = aug = None
         if data.augment.probability:
             images, aug = data.augment(images, seed, counters, self.compiled)
-            images = 255 * images  # as the space takes them
         elif data.flip:
             mirrored = to_device(randomness.uniform(seed, "flip", counters) < 0.5, self.device)
         if self.stored:

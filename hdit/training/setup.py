@@ -17,7 +17,7 @@ from hdit.config import RunConfig
 from hdit.data.batches import Layout
 from hdit.data.source import Source, Stream, first, size_of
 from hdit.device import default_device
-from hdit.latents.encode import open_source, origin_of
+from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
 from hdit.protocols import DataShape, Space
@@ -75,7 +75,7 @@ def prepare(
     """
     device, layout = accelerator.device, _layout(config, accelerator)
     space = config.space.open(device)
-    source = open_source(config, space)
+    source = open_training_source(config, space)
     first(source)  # raises DataError here, not in a worker, where nothing can be read
     shape = config.data_shape(len(source.classes))
     if config.sampling.grid:

@@ -23,7 +23,7 @@ from hdit_kernels.triton_kernels import ABSENT, dkv_kernel, dq_kernel, forward_k
 from hdit_kernels.triton_plans import DTYPES, Launch, Plan, choose_plan, padded
 
 if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
+    from hdit_kernels.contract import Problem
 
 if not ABSENT:
     import triton
