@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from hdit.config.schema import RunConfig, parse
-from hdit.interop.model import InteropError, Model, check_held
+from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
@@ -98,7 +98,7 @@ def dit_spec(config: RunConfig) -> DiTSpec:
     return config.model
 
 
-def check_dit(kind: str, model: Model, hidden: dict[str, Any] | None = None) -> DiTSpec:
+def check_dit(kind: str, model: Contents, hidden: dict[str, Any] | None = None) -> DiTSpec:
     """The DiT of a model, if a square, class-conditional one with adaLN-Zero; else InteropError.
 
     `hidden` are settings that the format prescribes.

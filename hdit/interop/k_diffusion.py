@@ -27,9 +27,9 @@ from hdit.diffusion.densities import (
     VDiffusion,
 )
 from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
+from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
-from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import HDiTSpec
 from hdit.protocols import DataShape, Spec
 
@@ -288,7 +288,7 @@ def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...
 # ---- our settings -> theirs ----------------------------------------------------------------------
 
 
-def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
+def to_config(model: Contents) -> tuple[dict[str, Any], tuple[str, ...]]:
     """-> (their config, as their loader fills it in; notes on what did not map).
 
     Raises InteropError where their model cannot be ours.
@@ -424,7 +424,7 @@ def layout(config: RunConfig, data_shape: DataShape) -> Layout:
     return make_layout(config, data_shape, lambda name, shape: Place((their_name(name),), shape))
 
 
-def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Model:
+def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Contents:
     """The model of a .safetensors file."""
     if "config" not in metadata:
         raise InteropError(
@@ -436,7 +436,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Mo
     ours = gather(path, layout(config, shape), tensors, config, shape)
     classes = tuple(str(i) for i in range(shape.num_classes))
     origin = f"{KIND} checkpoint {path.name}"
-    return Model(config, shape, classes, ours, origin, "given", notes=notes)
+    return Contents(config, shape, classes, {"given": ours}, origin, notes=notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -447,7 +447,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def write(model: Model, path: Path) -> tuple[str, ...]:
+def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a .safetensors file with its config -> notes."""
     raw, notes = to_config(model)
     tensors = scatter(layout(model.config, model.shape), model.state_dict)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from hdit import randomness
 from hdit.config.schema import RunConfig
 from hdit.device import (
-    Precision,
-    autocast_dtype,
     float32_products,
     multiplies_bf16,
     multiplies_tf32,
@@ -22,28 +20,11 @@ from hdit.device import (
     to_device,
 )
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import UserError
 from hdit.nn.compiling import compiles
-from hdit.protocols import Backbone, Cond, DataShape, Space
-
-
-def make_denoiser(
-    backbone: Backbone, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
-) -> Denoiser:
-    """The denoiser that a config makes of a backbone."""
-    d = config.diffusion
-    assert d.c_noise is not None, "the config must be resolved"
-    return Denoiser(
-        backbone,
-        d.parametrization,
-        d.c_noise,
-        shape.sigma_data,
-        table=d.beta_schedule,
-        learned_variance=d.learned_variance,
-        autocast=autocast_dtype(precision),
-    )
+from hdit.protocols import Cond, DataShape, Space
+from hdit.runs.building import make_denoiser
 
 
 def settled(
@@ -85,7 +66,7 @@ def check_guidance(config: RunConfig, shape: DataShape) -> None:
 
 
 @dataclass(frozen=True)
-class WeakModel:
+class GuideModel:
     """A worse model of the same images, to be guided away from (Karras et al., 2024)."""
 
     backbone: nn.Module
@@ -119,7 +100,7 @@ def sample(
     labels: list[int] | None,
     device: torch.device,
     on_step: Callable[[], None] | None = None,
-    weak: WeakModel | None = None,
+    guide: GuideModel | None = None,
     space: Space | None = None,
 ) -> Iterator[Samples]:
     """One image for each seed (and label), by config.sampling, in batches.
@@ -133,9 +114,9 @@ def sample(
     space = space or config.space.open(device)
     networks = [_Counted(backbone)]
     denoiser = make_denoiser(networks[0], config, shape, precision)
-    if weak:
-        networks.append(_Counted(weak.backbone.eval()))
-        weak_denoiser = make_denoiser(networks[1], weak.config, shape, precision)
+    if guide:
+        networks.append(_Counted(guide.backbone.eval()))
+        guide_denoiser = make_denoiser(networks[1], guide.config, shape, precision)
     sigmas = spec.sigmas(spec.steps, *config.sigma_range(), config.beta_schedule)
     options = guidance.model_dump(exclude={"scale", "batched"})
     options["batching"] = Batching(guidance.batched)
@@ -148,8 +129,8 @@ def sample(
         path_keys = randomness.keys(0, "sampling path", counters, device)
         cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
         denoise = denoiser.bind(cond)
-        if weak:
-            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale, **options)
+        if guide:
+            denoise = cfg(denoise, guide_denoiser.bind(cond), guide.scale, **options)
         denoise = cfg(denoise, denoiser.bind(cond.null()), guidance.scale, **options)
         before = sum(network.images for network in networks)
         x0 = spec.sampler(
