@@ -92,13 +92,17 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         finished = trainer.fit(left)
         if not finished and trainer.signalled:
             raise KeyboardInterrupt
-    shape = trainer.shape
     del trainer
     model = Trained.open(folder)
+    return _facts(cell, model, folder) | measure_trained(model, cell.measures)
+
+
+def _facts(cell: Cell, model: Trained, folder: Path) -> dict[str, Any]:
+    """What the record says of a cell and its training."""
     lines = read_metrics(folder / "metrics.jsonl", model.images)
     assert lines[-1]["images"] == model.images, "a line is written before each checkpoint"
-    rows = cost(cell.config.model, shape, cell.config.output_channels(shape))
-    record = {
+    rows = cost(model.config.model, model.shape, model.config.output_channels(model.shape))
+    return {
         "format": FORMAT,
         "name": cell.name,
         "seed": cell.seed,
@@ -119,7 +123,6 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         },
     }
-    return record | measure_trained(model, cell.measures)
 
 
 def trained_seconds(run: Path, images: int) -> float:
@@ -136,7 +139,7 @@ def measure_trained(model: Trained, measures: Measures) -> dict[str, Any]:
     config, shape = model.config, model.shape
     device = default_device()
     held_out = open_held_out(config, measures)
-    space = config.space.open(device)
+    space = model.space(device)
     network = model.network().to(device)
     precision = precision_on(device, config.training.precision)
     denoiser = make_denoiser(network, config, shape, precision)

@@ -57,6 +57,7 @@ ENDS = {
 
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    """Where each of our tensors lies in their file."""
     spec = dit_spec(config)
     c, p, depth = data_shape.channels, spec.patch_size, spec.depth
 

@@ -15,6 +15,15 @@ VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-ema", 4
 """Of the published samples; DiT's own checkpoints do not name it."""
 
 
+TRAINING = {
+    "images": 1_800_000_000,
+    "checkpoint_every": 12_800_000,
+    "batch_size": 256,
+    "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0},
+}
+"""The paper's recipe."""
+
+
 def settings(
     model: dict[str, Any],
     channels: int,
@@ -26,7 +35,7 @@ def settings(
 ) -> tuple[RunConfig, DataShape]:
     """A DiT of the paper: noise prediction, its timesteps, recipe and sampler.
 
-    `size` is the side of what the backbone sees. That is a picture with 1 or 3 channels, else a
+    `size` is the side of what the backbone sees. That is an image with 1 or 3 channels, else a
     latent of one eight times as large. Raises ConfigError where the model does not fit.
     """
     latent = channels not in (1, 3)
@@ -52,12 +61,7 @@ def settings(
             "beta_schedule": table,
             "learned_variance": learned,
         },
-        "training": {
-            "images": 1_800_000_000,
-            "checkpoint_every": 12_800_000,
-            "batch_size": 256,
-            "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0},
-        },
+        "training": TRAINING,
         "sampling": {
             "sampler": {"kind": "ddpm"},
             "sigmas": {"kind": "linear_t"},

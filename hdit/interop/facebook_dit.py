@@ -42,6 +42,7 @@ def their_name(name: str) -> str:
 
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    """Where each of our tensors lies in their file."""
     c, p = data_shape.channels, config.model.patch_size
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
@@ -53,6 +54,22 @@ def layout(config: RunConfig, data_shape: DataShape) -> Layout:
         return Place((their_name(name),), shape)
 
     return make_layout(config, data_shape, place)
+
+
+def _heads(
+    facts: dict[str, Any], num_heads: int | None, width: int, depth: int, origin: str
+) -> int:
+    """By what the file or the user says, or by the paper's sizes; else InteropError."""
+    told = facts.get("num_heads")
+    heads = told or num_heads or HEADS.get((width, depth))
+    if told and num_heads and told != num_heads:
+        raise InteropError(f"{origin}: has {told} heads, got num_heads = {num_heads}")
+    if heads is None:
+        raise InteropError(
+            f"{origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, and the "
+            "tensors do not tell the number of heads: give it with --num-heads (of `hdit convert`)"
+        )
+    return heads
 
 
 def from_shapes(
@@ -87,20 +104,11 @@ def from_shapes(
                 f"{origin}: {key} is said to be {facts[key]}, but its tensors give {value}"
                 + (" and a null class" if key == "num_classes" else "")
             )
-    told = facts.get("num_heads")
-    heads = told or num_heads or HEADS.get((width, depth))
-    if told and num_heads and told != num_heads:
-        raise InteropError(f"{origin}: has {told} heads, got num_heads = {num_heads}")
-    if heads is None:
-        raise InteropError(
-            f"{origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, and the "
-            "tensors do not tell the number of heads: give it with --num-heads (of `hdit convert`)"
-        )
     model = {
         "patch_size": p,
         "depth": depth,
         "width": width,
-        "num_heads": heads,
+        "num_heads": _heads(facts, num_heads, width, depth, origin),
         "mlp_ratio": mlp_ratio(width, hidden),
     }
     learned = learns_variance(channels, out_channels, origin)

@@ -53,6 +53,7 @@ def _reason(error: UnpicklingError) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises InteropError where it is none."""
     return parse_json(path.read_bytes(), str(path))
 
 
@@ -76,11 +77,13 @@ class Settings:
         self.tables: dict[str, Settings] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a setting, or `default` where it is absent."""
         self.read.add(key)
         value = self.raw.get(key)
         return default if value is None else value
 
     def need(self, key: str) -> Any:
+        """The value of a setting. Raises InteropError where it is absent."""
         value = self.get(key)
         if value is None:
             raise self.error(key, "missing")
@@ -121,6 +124,7 @@ class Settings:
             raise self.error(key, f"{value!r} has no counterpart here, {wanted} has")
 
     def error(self, key: str, text: str) -> InteropError:
+        """An error, to raise, that names the file and the key."""
         return InteropError(f"{self.origin}: {self.path}{key}: {text}")
 
     def unread(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Checkpoint:
 
 
 def folder_name(images: int) -> str:
+    """The name of the checkpoint's folder after so many images."""
     return f"{images:012d}"
 
 

@@ -60,10 +60,12 @@ class RunFolder:
             write_text(self.checkpoints / "latest", newest + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
+        """Appends a line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def grid(self, images: int) -> Path:
+        """The file of the grid of samples after so many images."""
         return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
 
 

@@ -24,6 +24,9 @@ from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, se
 
 GRID_LIMIT = 100  # images in the grid
 
+Making = Callable[[Callable[[], None]], Iterator[Samples]]
+"""on_step, called after each step -> batches of samples, made one after the other."""
+
 
 def write_samples(
     trained: Trained,
@@ -53,21 +56,10 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
-    space = trained.space(device)
-    backbone = trained.network(raw).to(device)
-    if config.sampling.compile:
-        backbone.compile_blocks()
-    worse = None
-    if guide:
-        worse = GuideModel(guide.network(raw).to(device), guide.config, guide_scale)
+    samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
     out.mkdir(parents=True, exist_ok=True)
     _remove_old_samples(out)
     write_text(out / "samples.json", json.dumps(record, indent=1))
-
-    def samples(on_step: Callable[[], None]) -> Iterator[Samples]:
-        shape = trained.shape
-        return sample(backbone, config, shape, seeds, labels, device, on_step, worse, space)
-
     started = monotonic()
     paths = [out / entry["file"] for entry in record["samples"]]
     evaluations, shown = _write_images(samples, paths, config.sampling, console)
@@ -78,6 +70,28 @@ def write_samples(
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
+    )
+
+
+def _prepare(
+    trained: Trained,
+    seeds: list[int],
+    labels: list[int] | None,
+    device: torch.device,
+    raw: bool,
+    guide: Trained | None,
+    guide_scale: float,
+) -> Making:
+    """Loads VAE and networks -> what makes the images."""
+    config, space = trained.config, trained.space(device)
+    backbone = trained.network(raw).to(device)
+    if config.sampling.compile:
+        backbone.compile_blocks()
+    worse = None
+    if guide:
+        worse = GuideModel(guide.network(raw).to(device), guide.config, guide_scale)
+    return lambda on_step: sample(
+        backbone, config, trained.shape, seeds, labels, device, on_step, worse, space
     )
 
 
@@ -124,7 +138,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _write_images(
-    samples: Callable[[Callable[[], None]], Iterator[Samples]],
+    samples: Making,
     paths: list[Path],
     spec: SamplingSpec,
     console: Console,
