@@ -17,8 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hdit import models
-from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.images import MAX_PIXELS, open_image
 from hdit.data.loader import load_batches
@@ -28,7 +26,7 @@ from hdit.data.sources.arrays import Arrays
 from hdit.data.sources.listing import is_hidden, is_image, order
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
-from hdit.runs.checkpoint import MANIFEST, Checkpoint, is_export
+from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settled
 
 Prepare = Callable[[Tensor], Tensor] | None
@@ -231,42 +229,33 @@ class Sampled:
 
     def __init__(
         self,
-        found: Checkpoint,
-        config: RunConfig,
+        trained: Trained,
         n: int,
         seed: int,
         raw: bool,
         device: torch.device,
         warn: Callable[[str], None],
     ):
-        """`config` is the model's, with the sampling that is wanted. Raises UserError."""
-        shape, classes = found.state.shape, found.state.classes
-        check_guidance(config, shape)
-        config = settled(config, device, n, warn)
-        self.config, self.shape, self.device, weights = config, shape, device, found.weights(raw)
+        """`trained` has the settings of sampling that are wanted. Raises UserError."""
+        check_guidance(trained.config, trained.shape)
+        self.trained = trained.configured(settled(trained.config, device, n, warn))
+        config, classes, self.device = self.trained.config, trained.classes, device
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None
-        self.space = config.space.open(device)
-        if found.state.space and self.space.identity != found.state.space:
-            raise UserError(
-                f"space.vae: the model was trained on latents of another VAE: its hash is "
-                f"{found.state.space:.12}, this one's {self.space.identity:.12}"
-            )
-        self.backbone = models.build(config.model, shape, config.output_channels(shape))
-        self.backbone.load_state_dict(found.tensors(weights))
-        self.backbone.to(device)
-        if config.sampling.compile:
-            self.backbone.compile_blocks()
         self.record: dict[str, Any] = {
-            "place": str(found.folder),
+            "place": str(trained.path),
             "kind": "samples",
-            "trained_images": found.state.images,
-            "weights": weights,
+            "trained_images": trained.images,
+            "weights": trained.weights(raw),
             "sampling": config.sampling.model_dump(mode="json", exclude_none=True),
             "sigma_range": config.sigma_range(),
             "seeds": [self.seeds[0], self.seeds[-1]],
             "labels": f"all {len(classes)} in turn" if classes else "none",
         }
+        self.space = self.trained.space(device)
+        self.backbone = self.trained.network(raw).to(device)
+        if config.sampling.compile:
+            self.backbone.compile_blocks()
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -279,8 +268,8 @@ class Sampled:
         evaluations = 0
         for batch in sample(
             self.backbone,
-            self.config,
-            self.shape,
+            self.trained.config,
+            self.trained.shape,
             self.seeds,
             self.labels,
             self.device,
@@ -294,13 +283,8 @@ class Sampled:
 # ---- which of them -------------------------------------------------------------------------------
 
 
-def is_model(path: Path) -> bool:
-    """Whether a folder is a run, a checkpoint or a converted model."""
-    return (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() or is_export(path)
-
-
 def open_set(place: str) -> Listed | Configured:
-    """Pictures by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
+    """Images by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
     path = Path(place).expanduser()
     if not path.exists():
         raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
@@ -314,10 +298,10 @@ def open_set(place: str) -> Listed | Configured:
     except DataError as error:
         raise UserError(str(error).removeprefix("data.path: ")) from None
     if path.suffix == ".toml":
-        from hdit.config.schema import load
+        from hdit.config import load
 
         return Configured(load(path).data, place)
     raise UserError(
         f"{place}: must be a folder of pictures, a .zip of one, a .npz, a config's .toml (its "
-        "data), or as the first of both a run, checkpoint or converted model"
+        "data), or as the first of both a trained model"
     )

@@ -562,11 +562,11 @@ def test_encode_and_info_take_a_path_in_the_home_folder(config, tmp_path, monkey
     assert "2 classes" in out
 
 
-def test_sample_refuses_a_weak_model_of_another_vae(images, vae, tmp_path, hdit):
+def test_sample_refuses_a_guide_model_of_another_vae(images, vae, tmp_path, hdit):
     for name, folder in (("a", vae), ("b", tiny_vae.save(tmp_path / "other", seed=1))):
         raw = settings(images, folder).model_dump(mode="json", exclude_none=True)
         raw = merge(raw, {"sampling": {"grid": 0, "steps": 2}})
         Trainer(parse(raw, name), tmp_path / name).fit()
-    status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--weak", tmp_path / "b")
+    status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--guide", tmp_path / "b")
     assert status == 1
     assert "has other latents, by the hash of their VAE" in err
