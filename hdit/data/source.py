@@ -23,7 +23,7 @@ class Skipped(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Without what a terminal cannot show, or obeys: a file may have any name."""
+    """Escapes what a terminal cannot show, or obeys: a file may have any name."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -54,9 +54,10 @@ CENTER: Chance = (0.0, 0.5 - 2**-30, 0.5 - 2**-30)
 
 @runtime_checkable
 class Drawn(Protocol):
-    """Of a source whose images need not be the same at each draw."""
+    """A source whose images need not be the same at each draw."""
 
-    def draw(self, reference: Any, chance: Chance) -> Sample: ...
+    def draw(self, reference: Any, chance: Chance) -> Sample:
+        """The image of this reference, as `chance` has it. Raises DataError."""
 
 
 class Order(Protocol):

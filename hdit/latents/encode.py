@@ -46,7 +46,8 @@ def manifest_of(
     config: RunConfig, space: VAE, images: int, classes: list[str], dtype: str, shard_size: int
 ) -> Manifest:
     """Describes latents by these settings; `dtype` and `shard_size` as `hdit encode` takes them."""
-    data, spec = config.data, space.spec
+    data, spec = config.data, config.space
+    assert isinstance(spec, LatentSpace), "or it would have no VAE"
     shape = data.shape
     return Manifest(
         vae=space.identity,
@@ -131,12 +132,8 @@ def encode(
     ours = [i for i in missing(folder, manifest) if i % processes == rank]
     ranges = [manifest.range_of(shard) for shard in ours]
     on_start(sum(map(len, ranges)))
-    parts = [
-        [refs[i] for i in r[first : first + batch_size]]
-        for r in ranges
-        for first in range(0, len(r), batch_size)
-    ]
-    batches = in_order(source, parts, workers)
+    parts = [r[at : at + batch_size] for r in ranges for at in range(0, len(r), batch_size)]
+    batches = in_order(source, [[refs[i] for i in part] for part in parts], workers)
     bad: set[str] = set()
     seen = 0
     for shard, r in zip(ours, ranges, strict=True):

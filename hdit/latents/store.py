@@ -56,14 +56,15 @@ class Manifest(Spec):
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-self.images // self.shard_size)
 
     def range_of(self, shard: int) -> range:
-        """The images in a shard."""
+        """Indices of the images in a shard."""
         return range(self.images)[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def differences(self, other: Manifest, keys: list[str] | None = None) -> list[str]:
-        """Each thing that is another one in `other`."""
+        """Lists what differs in `other`, of `keys` alone if given, a line each."""
         ours, theirs = self.model_dump(), other.model_dump()
         return [
             f"{KEYS.get(key, key)}: {_short(ours[key])} there, {_short(theirs[key])} here"
@@ -96,6 +97,7 @@ def _short(value: Any) -> str:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
@@ -133,7 +135,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def missing(folder: Path, manifest: Manifest) -> list[int]:
-    """The shards that are not there yet."""
+    """Lists the shards that are not there yet."""
     return [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
 
 
@@ -205,7 +207,7 @@ class Latents:
         return self.manifest.images
 
     def __getitem__(self, index: int) -> Sample:
-        """Its image is (f 2c h w): see `posterior` above."""
+        """A sample whose image is a posterior (f 2c h w), as above. Raises DataError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         posterior, labels = self._open(index // self.manifest.shard_size)
@@ -241,7 +243,7 @@ class Latents:
 
 
 def choose(posterior: Tensor, mirrored: Tensor | None) -> Tensor:
-    """(b f 2c h w) -> (b 2c h w): of the mirror image where `mirrored` (b,) is true."""
+    """Picks of posteriors (b f 2c h w) -> (b 2c h w) the mirror image's where `mirrored` (b,)."""
     if mirrored is None:
         return posterior[:, 0]
     return torch.where(mirrored[:, None, None, None], posterior[:, 1], posterior[:, 0])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdit.data.images import Images, to_pixels
+from hdit.data.images import Images, pixels_of
 from hdit.data.transforms import to_image, to_tensor
 
 SHEET_IMAGES = 100
@@ -19,7 +19,7 @@ def contact_sheet(source: Images, indices: list[int]) -> Tensor:
     tiles = []
     for i in indices:
         with source.entries.load(i)[0] as image:
-            pixels = to_pixels(image, source.spec)
+            pixels = pixels_of(image, source.spec)
         small = to_image(pixels.permute(1, 2, 0).numpy()).reduce(factor)
         tiles.append(to_tensor(small))
     return torch.stack(tiles)

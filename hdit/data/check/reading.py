@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hdit.data.images import EXHAUSTED, Entries, Images, ImagesSpec, to_pixels
+from hdit.data.images import EXHAUSTED, Entries, Images, ImagesSpec, pixels_of
 from hdit.data.loader import load_batches
 from hdit.data.source import DataError
 from hdit.data.transforms import to_mode
@@ -78,7 +78,7 @@ class Examine:
             image, label = self.entries.load(index)
             with image, warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata
                 about = image.format or "pixels", image.mode, _stored_bytes(image)
-                pixels = to_pixels(image, self.spec).numpy()
+                pixels = pixels_of(image, self.spec).numpy()
                 upright = to_mode(image, self.spec.channels, self.spec.background)
         except (MemoryError, DataError):
             raise

@@ -43,6 +43,7 @@ class Duplicates:
 
     @property
     def conflict(self) -> bool:
+        """Whether their classes differ."""
         return len(set(self.classes)) > 1
 
 
@@ -74,6 +75,7 @@ class DataReport:
     unusable: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """The report as what json.dumps takes."""
         table = dict(vars(self))
         for name in ("smallest", "median", "largest"):
             table[name] = None if table[name] is None else vars(table[name])

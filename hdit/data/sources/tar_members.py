@@ -35,6 +35,7 @@ class TarFile:
         os.close(self.handle)
 
     def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start` on."""
         return os.pread(self.handle, size, start)
 
 
@@ -49,11 +50,12 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
+        """Where the next header may start."""
         return _next_block(self.data + self.size)
 
 
 def members(file: TarFile, start: int) -> Iterator[Member]:
-    """Those of a tar (ustar, GNU or pax) from the header at `start` on.
+    """Yields the members of a tar (ustar, GNU or pax) from the header at `start` on.
 
     Raises ValueError where it is damaged. A tar may end without the zeros that say so.
     """
@@ -79,10 +81,8 @@ def members(file: TarFile, start: int) -> Iterator[Member]:
             elif kind in EXTENDED:
                 records = dict(_records(file.read(data, size)))
                 sparse = any(key.startswith(b"GNU.sparse.") for key in records)
-                if b"path" in records:
-                    long_name = _text(records[b"path"])
-                if b"size" in records:
-                    long_size = int(records[b"size"])
+                long_name = _text(records[b"path"]) if b"path" in records else long_name
+                long_size = int(records[b"size"]) if b"size" in records else long_size
             at = _next_block(data + size)
             continue
         name = name if long_name is None else long_name

@@ -24,7 +24,7 @@ from hdit.data.images import (
     BadFiles,
     ImagesSpec,
     open_image,
-    to_pixels,
+    pixels_of,
 )
 from hdit.data.source import CENTER, Chance, DataError, Sample
 from hdit.data.sources.archive import BYTES_OF_A_PIXEL
@@ -164,7 +164,7 @@ class Tars:
     def _load(self, entry: Entry, chance: Chance) -> tuple[Tensor, int]:
         image, label = self.open_entry(entry)
         with image:
-            return to_pixels(image, self.spec, chance), label
+            return pixels_of(image, self.spec, chance), label
 
     def open_entry(self, entry: Entry) -> tuple[Image.Image, int]:
         """Opens the image of an entry, and reads its label. Raises ValueError for a bad one."""
@@ -241,10 +241,13 @@ class TarEntries:
         return next(self.tars.shards.entries(*self.places[index].tolist()))
 
     def name(self, index: int) -> str:
+        """The shard and the member."""
         return self.tars.shards.name(self._entry(index))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image -> (image, class index)."""
         return self.tars.open_entry(self._entry(index))
 
     def stamp(self, index: int) -> str:
+        """Never asked for: data.cache is refused."""
         raise AssertionError("there is none: data.cache is refused")
