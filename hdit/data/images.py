@@ -1,4 +1,4 @@
-"""What all sources of image files share: settings, pixels, and what happens to a bad one."""
+"""Parts that all sources of image files share: settings, pixels, and what a bad file leads to."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Entries(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call the image."""
+        """The name of the image in messages."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Opens the image, of which no more than the header need be read, and its class index.
@@ -170,7 +170,7 @@ class Images:
         self.cache = None if spec.cache is None else Cache(spec.cache, self._key(), spec.shape)
 
     def _key(self) -> str:
-        """Of what makes pixels of images, and of how many."""
+        """Key of a cache: all settings that change pixels, and the number of images."""
         s = self.spec
         origin = s.kind, self.entries.place, PIL.__version__
         return repr(
@@ -341,7 +341,7 @@ def formats() -> tuple[str, ...]:
 
 
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""To be tried first: some of the others look at more than the first bytes."""
+"""Formats to try first: some of the others look at more than the first bytes."""
 
 
 @cache

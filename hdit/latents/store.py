@@ -1,4 +1,4 @@
-"""What `hdit encode` writes, and training reads in place of images: a VAE's posteriors.
+"""Stored latents: a VAE's posteriors, which `hdit encode` writes and training reads.
 
 A folder of `shard-00000.safetensors`, ... and `manifest.json`. A shard has, of its n images,
 `posterior` (n f 2c h w), which is mean and standard deviation of the image and, with f = 2, of its
@@ -37,7 +37,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Manifest(Spec):
-    """What the latents of a folder are of, and how they lie there."""
+    """Description of the latents of a folder: what made them, and how they lie there."""
 
     vae: str  # its identity
     scale: list[float]  # of the VAE, for all channels or each; not applied to what is stored
@@ -164,7 +164,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def read_manifest(folder: Path, where: str | None = None) -> Manifest:
-    """Raises DataError where there is none, or it is damaged; `where` names the folder in it."""
+    """Reads a manifest. Raises DataError, which names `where`, if it is missing or damaged."""
     path = folder / MANIFEST
     where = where or f"space.stored: {str(folder)!r}"
     if not folder.is_dir():
@@ -187,7 +187,7 @@ class Latents:
     """Stored posteriors and their labels, by the index of the image."""
 
     def __init__(self, folder: str):
-        """Raises DataError where shards are missing."""
+        """Opens a folder. Raises DataError if shards are missing."""
         self.name, self.folder = folder, Path(folder).expanduser()
         self.manifest = read_manifest(self.folder)
         self.classes = self.manifest.classes

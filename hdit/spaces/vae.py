@@ -18,7 +18,7 @@ from hdit.protocols import NormalNoise
 from hdit.spaces.pixel import from_pixels, to_pixels
 
 PIXELS_AT_ONCE = 2**20
-"""Of the images that the VAE sees in one call, for their activations are many times as large."""
+"""Pixels of the images in one call of the VAE, whose activations are many times as large."""
 
 
 class VAE:
@@ -63,7 +63,7 @@ class VAE:
         self.identity = _identity(self.model)
 
     def check_channels(self, channels: int) -> None:
-        """Raises UserError where images have others than the VAE takes."""
+        """Raises UserError if images have another number of channels than the VAE takes."""
         if channels != self.image_channels:
             raise UserError(
                 f"data.channels: images have {channels}, but the VAE {self.name!r} takes "
@@ -149,7 +149,7 @@ def _load(name: str) -> Any:
 
 
 def _identity(model: Any) -> str:
-    """A hash of what the VAE computes: these settings and its weights, wherever they lie."""
+    """Hashes what the VAE computes: its weights and the settings in COMPUTED, wherever it lies."""
     settings = {key: model.config[key] for key in COMPUTED}
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):

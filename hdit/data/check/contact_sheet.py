@@ -14,7 +14,7 @@ SHEET_SIDE = 256  # a larger image is made smaller on the sheet
 
 
 def contact_sheet(source: Images, indices: list[int]) -> Tensor:
-    """Images as they come out of the crop: (n c h w) uint8; those above SHEET_SIDE smaller."""
+    """Reads images as they come out of the crop -> (n c h w) uint8, at most SHEET_SIDE in size."""
     factor = -(-max(source.spec.size) // SHEET_SIDE)
     tiles = []
     for i in indices:
@@ -26,7 +26,7 @@ def contact_sheet(source: Images, indices: list[int]) -> Tensor:
 
 
 def spread_over_classes(labels: np.ndarray, number: int = SHEET_IMAGES) -> np.ndarray:
-    """Where `number` of some labels are, or all: evenly over classes, and within each of them."""
+    """Picks up to `number` places in `labels` (n,), evenly over classes and within each of them."""
     order = np.argsort(labels, kind="stable")
     classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     classes = [classes[i] for i in _spaced(len(classes), number)]

@@ -97,7 +97,7 @@ UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, z
 
 
 def _read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """What the file holds, and those of it that are wanted: mapped, or unpacked where compressed.
+    """Reads (names in the file, arrays that are wanted): mapped, or unpacked where compressed.
 
     Raises ValueError for Python objects, which a pickle would have to make.
     """
@@ -138,7 +138,7 @@ def _array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _content_start(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where the content of a member that is not compressed begins in the file."""
+    """Byte at which the content of a member that is not compressed begins."""
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26, os.SEEK_SET)
         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))

@@ -23,7 +23,7 @@ def _is_hook(text: str) -> str:
 
 
 class PythonSpec(ImagesSpec):
-    """What a function without arguments returns: an object with `__len__` and `__getitem__`.
+    """A data set that a function of yours returns: an object with `__len__` and `__getitem__`.
 
     `__getitem__(index)` gives a PIL image, or a uint8 tensor (c h w), and its class index, or None.
     `classes`, the names, is needed where there are labels. What it raises counts as a bad file.

@@ -1,4 +1,4 @@
-"""Which of some files are images, in which order, and what their labels are."""
+"""Listing of files: which are images, in which order, and with which labels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class _Rows(NamedTuple):
 
 
 def _sheet(name: str, read: Callable[[str], bytes], where: str) -> _Rows | None:
-    """What a sheet says; None where it says nothing of labels, as another program's."""
+    """Reads a sheet; None where it says nothing of labels, as another program's."""
     where = f"{where} has a {name} that"
     try:
         text = read(name).decode("utf-8-sig")

@@ -35,7 +35,7 @@ class TarFile:
         os.close(self.handle)
 
     def read(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start` on."""
+        """Reads up to `size` bytes from `start` on."""
         return os.pread(self.handle, size, start)
 
 
@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next header may start."""
+        """Byte at which the next header may start."""
         return _next_block(self.data + self.size)
 
 
@@ -112,7 +112,7 @@ def _header(block: bytes) -> tuple[str, int, bytes]:
 
 
 def _number(field: bytes) -> int:
-    """In octal, or for what octal has no room for in binary."""
+    """Reads a number in octal, or a larger one in binary."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.partition(b"\0")[0].strip()
@@ -126,7 +126,7 @@ def _text(field: bytes) -> str:
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Of pax: "%d key=value\\n", where the number is the length of it all."""
+    """Yields the records of pax: "%d key=value\\n", where the number is the length of it all."""
     at = 0
     while found := re.compile(rb"(\d+) ([^=]+)=").match(content, at):
         end = at + int(found[1])
