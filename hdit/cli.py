@@ -476,7 +476,6 @@ def info(
     from hdit.data.source import DataError
     from hdit.errors import UserError
     from hdit.latents.store import read_manifest
-    from hdit.models import DiTSpec
     from hdit.models.cost import cost
 
     if device not in (None, "cpu", "cuda"):
@@ -513,10 +512,8 @@ def info(
     table.add_row("total", "", "", f"{params:,}", _si(macs), _si(2 * macs))
     console = Console()
     console.print(table)
-    if isinstance(settings.model, DiTSpec):
-        h, w = settings.model.grid(shape)
-        with_table = params + h * w * settings.model.width
-        console.print(f"with DiT's fixed position table: {with_table:,} parameters")
+    for remark in settings.model.remarks(shape, params):
+        console.print(remark)
     images = batch or settings.training.batch_size // settings.training.accumulate
     console.print(_memory_table(settings, shape, images, device))
     if note:
@@ -704,7 +701,7 @@ def check_data(
     if shown:
         tiles = check.contact_sheet(source, shown)
         save_grid(tiles, path)
-        typer.echo(f"{len(tiles)} pictures as training sees them: {path}", err=as_json)
+        typer.echo(f"{len(tiles)} images as training sees them: {path}", err=as_json)
     if report.unusable:
         typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)

@@ -28,7 +28,7 @@ from torch import nn
 
 from bench_record import Record
 from bench_tools import machine
-from hdit.config.schema import RunConfig, load, parse
+from hdit.config import RunConfig, load, parse
 from hdit.device import (
     default_device,
     forget_peak_memory,

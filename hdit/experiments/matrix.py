@@ -35,7 +35,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from hdit.config.schema import RunConfig, merge, parse, read_toml
+from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.device import default_device
 from hdit.errors import UserError
 from hdit.models.cost import cost

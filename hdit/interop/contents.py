@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hdit.config.schema import RunConfig, differences
+from hdit.config import RunConfig, differences
 from hdit.errors import UserError
 from hdit.protocols import DataShape, Spec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hdit.config.schema import RunConfig, parse
+from hdit.config import RunConfig, parse
 from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import DataShape

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.interop.contents import Contents, InteropError
-from hdit.interop.dit import check_dit, learns_variance, mlp_ratio, settings, side_of
+from hdit.interop.dit import check_dit, dit_spec, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.protocols import DataShape
@@ -43,7 +43,7 @@ def their_name(name: str) -> str:
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
     """Where each of our tensors lies in their file."""
-    c, p = data_shape.channels, config.model.patch_size
+    c, p = data_shape.channels, dit_spec(config).patch_size
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
         if name == "pos_embed":

@@ -15,8 +15,8 @@ import tomli_w
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hdit.config import RunConfig, parse
 from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
-from hdit.config.schema import RunConfig, parse
 from hdit.diffusion.densities import (
     CosineInterpolated,
     Density,
@@ -26,7 +26,7 @@ from hdit.diffusion.densities import (
     SplitLognormal,
     VDiffusion,
 )
-from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
+from hdit.diffusion.weighting import EDMWeight, EpsWeight, SoftMinSNR, Weighting
 from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
@@ -48,7 +48,7 @@ ATTENTION = {
 WEIGHTINGS: dict[str, Weighting] = {
     "karras": EDMWeight(),
     "soft-min-snr": SoftMinSNR(),
-    "snr": Eps(),
+    "snr": EpsWeight(),
 }
 
 DENSITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {

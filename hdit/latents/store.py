@@ -1,4 +1,4 @@
-"""What `hdit encode` writes, and training reads in place of pictures: a VAE's posteriors.
+"""What `hdit encode` writes, and training reads in place of images: a VAE's posteriors.
 
 A folder of `shard-00000.safetensors`, ... and `manifest.json`. A shard has, of its n images,
 `posterior` (n f 2c h w), which is mean and standard deviation of the image and, with f = 2, of its

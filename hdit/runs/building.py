@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from hdit import models
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.device import Precision, autocast_dtype
 from hdit.diffusion.denoiser import Denoiser
-from hdit.models import DiT, HDiT
-from hdit.protocols import Backbone, DataShape
+from hdit.models import BackboneModule
+from hdit.protocols import DataShape, Network
 
 
-def make_network(config: RunConfig, shape: DataShape) -> HDiT | DiT:
+def make_network(config: RunConfig, shape: DataShape) -> BackboneModule:
     """The backbone of a config, freshly initialised."""
     return models.build(config.model, shape, config.output_channels(shape))
 
 
 def make_denoiser(
-    backbone: Backbone, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
+    backbone: Network, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
 ) -> Denoiser:
     """The denoiser that a config makes of a backbone."""
     d = config.diffusion

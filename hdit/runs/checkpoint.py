@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hdit.config.schema import RunConfig, parse, read_toml
+from hdit.config import RunConfig, parse, read_toml
 from hdit.errors import UserError
 from hdit.files import fingerprint, whole, write_text
 from hdit.protocols import DataShape

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hdit.config.schema import parse
+from hdit.config import parse
 from hdit.interop import Contents
 from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.models.cost import cost

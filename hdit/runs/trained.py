@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
 from hdit.interop import Contents, InteropError, formats
-from hdit.models import DiT, HDiT
+from hdit.models import BackboneModule
 from hdit.protocols import DataShape, Space
 from hdit.runs import export
 from hdit.runs.building import make_denoiser, make_network
@@ -130,7 +130,7 @@ class Trained:
         """What another format can be written from: the model with those weights alone."""
         return replace(self.held, sets={self.weights(raw): self.tensors(raw)})
 
-    def network(self, raw: bool = False) -> HDiT | DiT:
+    def network(self, raw: bool = False) -> BackboneModule:
         """The backbone with those weights, in float32 on the CPU, in eval mode."""
         network = make_network(self.config, self.shape)
         network.load_state_dict(self.tensors(raw))

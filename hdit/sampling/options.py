@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdit.config.schema import ConfigError, apply, parse
+from hdit.config import ConfigError, apply, parse
 from hdit.errors import UserError
 from hdit.protocols import NULL_LABEL
 from hdit.runs.trained import Trained

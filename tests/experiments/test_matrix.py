@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hdit import randomness
-from hdit.config.schema import ConfigError
+from hdit.config import ConfigError
 from hdit.data import DigitsSpec
 from hdit.errors import UserError
 from hdit.experiments.cell import check_cells, finished, record_path, run_cell, trained_seconds
