@@ -61,7 +61,7 @@ def train(
 
     import torch.distributed as dist
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.training.trainer import Trainer
@@ -356,7 +356,7 @@ def encode(
 
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data.source import Skipped
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
@@ -472,7 +472,7 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data.source import DataError
     from hdit.errors import UserError
     from hdit.latents.store import read_manifest
@@ -666,7 +666,7 @@ def check_data(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data import check
     from hdit.errors import UserError
     from hdit.report.grids import save_grid

@@ -50,7 +50,7 @@ from bench_tools import (
     run_graphs_as_they_are,
 )
 from hdit import models
-from hdit.config.schema import load
+from hdit.config import load
 from hdit.device import (
     default_device,
     forget_peak_memory,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hdit import models
-from hdit.config.schema import RunConfig, load
+from hdit.config import RunConfig, load
 from hdit.device import (
     default_device,
     forget_peak_memory,

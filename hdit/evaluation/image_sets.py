@@ -298,7 +298,7 @@ def open_set(place: str) -> Listed | Configured:
     except DataError as error:
         raise UserError(str(error).removeprefix("data.path: ")) from None
     if path.suffix == ".toml":
-        from hdit.config.schema import load
+        from hdit.config import load
 
         return Configured(load(path).data, place)
     raise UserError(
