@@ -22,6 +22,7 @@ from hdit.device import keep_freed_memory
 from hdit.errors import UserError
 from hdit.experiments.matrix import Cell, check, finished, read_matrix, run_cell, write_record
 from hdit.report.pages import markdown, page
+from hdit.report.plots import require_matplotlib
 from hdit.runs.checkpoint import write_atomically
 
 
@@ -77,6 +78,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check(cells)
+    require_matplotlib()  # of the page, before anything is trained
     a.out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for cell in cells:

@@ -37,7 +37,7 @@ from hdit.device import (
 )
 from hdit.models.cost import cost
 from hdit.protocols import Cond
-from hdit.report.pages import plot
+from hdit.report.plots import plot_lines, require_matplotlib
 from hdit.runs.checkpoint import write_atomically
 
 ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
@@ -117,6 +117,7 @@ def main() -> None:
         return
     if a.out is None:
         parser.error("--out: name the folder to write")
+    require_matplotlib()
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, last in COUNTED.items():
         size = SMALLEST
@@ -145,7 +146,7 @@ def main() -> None:
         name: [(row["size"] ** 2, row["seconds"]) for row in group if "seconds" in row]
         for name, group in rows.items()
     }
-    picture = plot(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
+    picture = plot_lines(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
     write_atomically(a.out / "scaling.svg", picture)
     print((a.out / "scaling.md").read_text())
 

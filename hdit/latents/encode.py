@@ -14,7 +14,7 @@ from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.pictures import MAX_BAD_SHARE, PicturesSpec, too_many
-from hdit.data.source import DataError, Skipped, Source, Stream
+from hdit.data.source import DataError, Skipped, Source, Stream, check_classes
 from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
@@ -97,6 +97,7 @@ def open_source(config: RunConfig, space: object) -> Source | Stream:
     assert isinstance(space, VAE)
     latents = Latents(stored)
     flips = ["flips"] if config.data.flip else []
+    check_classes(getattr(config.data, "classes", None), latents.classes, stored)
     latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS + flips)
     return latents
 

@@ -22,10 +22,13 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Writes (c h w) uint8 so that no half-written file is ever seen under this name."""
+    """Writes (c h w) uint8 as a PNG file, all of it or, after an error or interrupt, nothing."""
     part = path.with_name(f".{path.name}.part")
-    to_picture(image).save(part, format="PNG")
-    os.replace(part, path)
+    try:
+        to_picture(image).save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

@@ -27,7 +27,7 @@ from hdit.experiments.matrix import (
 from hdit.interop import load
 from hdit.models.cost import cost
 from hdit.protocols import Cond
-from hdit.report.pages import bins, markdown, page, plot, table
+from hdit.report.pages import bins, markdown, page, table
 from hdit.sampling.sample import make_denoiser
 from hdit.training.trainer import Trainer
 from scripts import ablate_backbones
@@ -322,13 +322,6 @@ def test_report_escapes_names(done):
     text = markdown([record], {"<x>": "<y>\n| z"})
     assert "a\\|b &lt;script&gt;" in text
     assert "missing: &lt;x&gt;: &lt;y&gt; \\| z" in text
-
-
-def test_plot_places_points_on_its_axes():
-    svg = plot({"a": [(1, 10.0), (100, 1000.0)]}, "x", "y", log_x=True, log_y=True)
-    assert 'points="70.0,294.0 700.0,16.0"' in svg
-    for tick in ("1", "10", "100", "1000"):
-        assert f">{tick}</text>" in svg
 
 
 def test_record_that_is_damaged_is_made_anew(done, tmp_path):

@@ -434,7 +434,7 @@ def test_info_refuses_a_device_of_which_it_knows_nothing(tiny, hdit):
 
 
 def test_info_of_a_dit_counts_its_position_table_apart(hdit):
-    config = Path(__file__).parents[1] / "configs" / "digits-dit.toml"
+    config = Path(__file__).parents[2] / "configs" / "digits-dit.toml"
     status, out, _ = hdit("info", config)
     assert status == 0
     assert "1,865,217" in out
