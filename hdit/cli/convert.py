@@ -34,7 +34,7 @@ def convert(
     num_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Of a DiT whose .pt does not tell and that is none of S, B, L, XL."
+            min=1, help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell."
         ),
     ] = None,
 ) -> None:

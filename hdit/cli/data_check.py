@@ -34,7 +34,8 @@ def data_check(
         str | None, typer.Option(metavar="NAME", help="As data.crop.  [default: center]")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where PATH does not tell: hub, python, ...")
+        str | None,
+        typer.Option(metavar="NAME", help="Kind of the source, if PATH does not tell: hub, ..."),
     ] = None,
     sheet: Annotated[
         Path | None,
@@ -44,10 +45,10 @@ def data_check(
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Read every picture of a data set, as training would, and tell what is there.
+    """Read every image of a data set as training would, and report what is there.
 
     Sizes, classes, unreadable files, exact duplicates, sigma_data, and a contact sheet of up to 100
-    pictures after the crop. Ends with status 1 where training would end, and says why.
+    images after the crop. Ends with status 1 if training would fail, and says why.
     """
     import json
 
@@ -73,7 +74,7 @@ def data_check(
     if shown:
         tiles = check.contact_sheet(source, shown)
         save_grid(tiles, path)
-        typer.echo(f"{len(tiles)} pictures as training sees them: {path}", err=as_json)
+        typer.echo(f"{len(tiles)} images as training sees them: {path}", err=as_json)
     if report.unusable:
         typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell whether this machine can run hdit well: devices, compilers, attention, packages.
+    """Check whether this machine can run hdit well: devices, compilers, attention, packages.
 
     Ends with status 1 where training cannot work, and says why.
     """

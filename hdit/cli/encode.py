@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hdit.data.source import Skipped
 
 
 def encode(
@@ -24,7 +30,7 @@ def encode(
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 1024,
     overrides: Overrides = None,
 ) -> None:
-    """Take a config's pictures through its VAE once, for training to read them as latents.
+    """Encode a config's images with its VAE once, for training to read as latents.
 
     The folder gets shards of posteriors (mean and standard deviation, of the mirror images too),
     labels and a manifest. The same command goes on after an interrupt; torchrun shares it among
@@ -34,7 +40,6 @@ def encode(
 
     from hdit.config.presets import find_config
     from hdit.config.schema import load
-    from hdit.data.source import Skipped
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
@@ -49,14 +54,6 @@ def encode(
         raise UserError("--out: name the folder to write, or set space.stored")
     keep_freed_memory()
     console = error_console()
-    named: set[str] = set()
-
-    def name(file: Skipped) -> None:
-        if file.path not in named:
-            named.add(file.path)
-            text = f"warning: skipped {file.path}: {file.reason}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     with progress(console) as bar:
         task = bar.add_task("encoding", total=None)
         done = encode_images(
@@ -70,7 +67,7 @@ def encode(
             processes=int(os.environ.get("WORLD_SIZE", 1)),
             on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
-            on_skipped=name,
+            on_skipped=_naming(console),
         )
     if done.sigma_data is None:
         typer.echo(f"{folder}: {done.shards} shards written; {done.absent} are still missing")
@@ -80,3 +77,16 @@ def encode(
         f"deviation {done.sigma_data:.4f} (space.sigma_data is {settings.space.sigma_data:g})\n"
         f"train with --set space.stored={folder}"
     )
+
+
+def _naming(console: Console) -> Callable[[Skipped], None]:
+    """A function that names each file once, above the bars."""
+    named: set[str] = set()
+
+    def name(file: Skipped) -> None:
+        if file.path not in named:
+            named.add(file.path)
+            text = f"warning: skipped {file.path}: {file.reason}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    return name

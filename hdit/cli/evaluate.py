@@ -30,12 +30,12 @@ def evaluate(
         str,
         typer.Argument(
             metavar="A",
-            help="Pictures: a folder (any layout), .zip, .npz (arr_0), or a config or preset, for "
+            help="Images: a folder (any layout), .zip, .npz (arr_0), or a config or preset, for "
             "its data as training crops them; or a run, checkpoint or converted model to sample.",
         ),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", help="The reference: pictures, in any of these ways.")
+        str, typer.Argument(metavar="B", help="The reference: images, in any of these forms.")
     ],
     features: Annotated[
         str | None,
@@ -46,7 +46,8 @@ def evaluate(
         ),
     ] = None,
     number: Annotated[
-        int | None, typer.Option("-n", "--number", min=2, help="Of samples.  [default: 10000]")
+        int | None,
+        typer.Option("-n", "--number", min=2, help="Images to sample.  [default: 10000]"),
     ] = None,
     seed: Annotated[int | None, SEED] = None,
     steps: Steps = None,
@@ -60,11 +61,11 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how far images are from a reference: FID and KID.
+    """Measure how far images are from a reference: FID and KID.
 
-    Figures are comparable where the protocol is the same, a hash of the reference, the features,
-    and the number and size of the images; the card has all of it, and the sampler's settings.
-    Images are read 64 at a time, and sampled as the model's settings say, without --batch-size.
+    Two figures are comparable if their protocol is the same: a hash of the reference, the features,
+    and the number and size of the images. The card holds all of it, and the sampler's settings.
+    Without --batch-size, images are read 64 at a time, and sampled as the model's settings say.
     """
     import json
 
@@ -79,7 +80,7 @@ def evaluate(
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out: {out} must name a file, in a folder that is there")
     if image_sets.is_model(Path(b)):
-        raise UserError(f"B: {b} is a model; the reference must be pictures, and A may be a model")
+        raise UserError(f"B: {b} is a model; the reference must be images; only A may be a model")
     keep_freed_memory()
     reference = image_sets.open_set(or_preset(b))
     candidate: ImageSet

@@ -24,13 +24,16 @@ def info(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the data.  [default: data.classes, or what the data has]"),
+        typer.Option(
+            min=0, help="Number of classes.  [default: data.classes, or as many as the data has]"
+        ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="cpu|cuda",
-            help="Of the memory; it need not be here.  [default: what a run here takes]",
+            help="Device whose memory is predicted; this machine need not have it.  "
+            "[default: what a run here takes]",
         ),
     ] = None,
     overrides: Overrides = None,

@@ -16,7 +16,7 @@ def sample(
         Path,
         typer.Argument(
             metavar="RUN_OR_CHECKPOINT",
-            help="A run (its newest checkpoint), one, or a converted model.",
+            help="A run (its newest checkpoint), a checkpoint, or a converted model.",
         ),
     ],
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 64,

@@ -301,7 +301,7 @@ def test_check_prints_tables_and_names(pets, hdit):
         r"dog +│ +3 │ 37.5% │ ##",
     ):
         assert re.search(row, out), row
-    assert out.splitlines()[-1] == "8 pictures as training sees them: pets-contact-sheet.png"
+    assert out.splitlines()[-1] == "8 images as training sees them: pets-contact-sheet.png"
     assert sorted(os.listdir()) == ["pets", "pets-contact-sheet.png"]
 
 
