@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # else the date, and links
 FEW = 16  # points, up to which each has a mark
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "hdit",  # ids in the file are random without it
@@ -49,19 +50,19 @@ def plot_lines(
     log_y: bool = False,
     size: tuple[int, int] = (720, 340),
 ) -> str:
-    """Named lines through points (x, y) as an SVG of `size`; the same text for the same data.
+    """Named lines through points (x, y) as an SVG of `size` CSS pixels.
 
-    Points that an axis cannot show, such as nan, or 0 on a logarithmic one, are left out. Raises
-    UserError where matplotlib is missing.
+    The same data give the same text. Points that an axis cannot show, such as nan, or 0 on a
+    logarithmic one, are left out. Raises UserError if matplotlib is missing.
     """
     require_matplotlib()
     import matplotlib as mpl
 
+    title = f"{y_label} by {x_label}"
     made = io.StringIO()
     with mpl.rc_context(STYLE):
         figure = _figure(series, x_label, y_label, log_x, log_y, size)
-        title = f"{y_label} by {x_label}"
-        figure.savefig(made, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+        figure.savefig(made, format="svg", metadata=NO_METADATA | {"Title": title})
     text = made.getvalue()
     return text[text.index("<svg") :].rstrip()  # a page may hold no XML declaration
 
@@ -72,7 +73,7 @@ def _figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+    figure = Figure(figsize=(size[0] / 96, size[1] / 96), layout="constrained")
     axes = figure.subplots()
     lines = []
     for i, (name, points) in enumerate(series.items()):

@@ -48,6 +48,7 @@ def test_plot_is_the_same_text_each_time_and_needs_nothing_else():
     assert svg.startswith("<svg ")
     assert svg.endswith("</svg>")
     assert not re.search(r"(href|src)=\"(?!#)", svg)
+    assert not re.search("https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", svg))
     words = ["".join(t.itertext()).strip() for t in ElementTree.fromstring(svg).iter()]
     for word in ("dollars $x$", "_b", "images", "loss & more"):
         assert word in words
