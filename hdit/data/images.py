@@ -21,7 +21,16 @@ from torch import Tensor
 
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
-from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped, printable
+from hdit.data.source import (
+    CENTER,
+    Chance,
+    DataError,
+    Sample,
+    Size,
+    Skipped,
+    check_classes,
+    printable,
+)
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
@@ -89,7 +98,9 @@ class ImagesSpec(Spec):
         le=1,
         description=f"of the images, or training ends; {MAX_BAD_SHARE} if absent",
     )
-
+    classes: int | None = Field(
+        None, ge=0, description="how many the data must have; any number if absent"
+    )
     cache: str | None = Field(
         None, description="folder that keeps the cropped pixels, and gives them from then on"
     )
@@ -164,6 +175,7 @@ class Images:
     def __init__(self, spec: ImagesSpec, entries: Entries):
         self.spec, self.entries = spec, entries
         self.classes = entries.classes
+        check_classes(spec.classes, self.classes, entries.place)
         self.bad: BadFiles[int] = BadFiles(spec, entries.setting, entries.place, len(entries))
         self.unreadable = self.bad.known  # by index
         self._drawn = np.zeros(len(entries), bool)  # not counted: each once

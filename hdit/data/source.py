@@ -27,6 +27,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def check_classes(wanted: int | list[str] | None, found: list[str], place: str) -> None:
+    """Raises DataError if `wanted`, of data.classes, is not what the data in `place` has."""
+    number = len(wanted) if isinstance(wanted, list) else wanted
+    if number is not None and number != len(found):
+        raise DataError(
+            f"data.classes: {number:,} are asked for, and {place!r} has {len(found):,}; set "
+            f"data.classes={len(found)}, or leave it out"
+        )
+
+
 class Sample(NamedTuple):
     """An image, its label, and the unreadable files that it stands in for."""
 

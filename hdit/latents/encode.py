@@ -15,7 +15,7 @@ from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.images import ImagesSpec, too_many
-from hdit.data.source import DataError, Skipped, Source, Stream, references
+from hdit.data.source import DataError, Skipped, Source, Stream, check_classes, references
 from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
@@ -99,6 +99,7 @@ def open_training_source(config: RunConfig, space: object) -> Source | Stream:
     assert isinstance(space, VAE)
     latents = Latents(stored)
     flips = ["flips"] if config.data.flip else []
+    check_classes(getattr(config.data, "classes", None), latents.classes, stored)
     latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS + flips)
     return latents
 

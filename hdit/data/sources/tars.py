@@ -45,6 +45,9 @@ def _number_or_names(classes: Any) -> Any:
     raise ValueError("must be the number of classes, or a list of their names")
 
 
+Classes = Annotated[int | list[str], BeforeValidator(_number_or_names)]
+
+
 class TarSpec(ImagesSpec):
     """WebDataset's tar files, on a local disk or a mounted one.
 
@@ -60,7 +63,7 @@ class TarSpec(ImagesSpec):
     shuffle_buffer: int = Field(
         10_000, ge=0, description="images that one is drawn from; 0 or 1 leaves a shard's order"
     )
-    classes: Annotated[int | list[str], BeforeValidator(_number_or_names)] | None = Field(
+    classes: Classes | None = Field(  # type: ignore[assignment]
         None, description="how many, or their names; 0 to leave labels unused"
     )
     label_key: str | None = Field(
