@@ -307,14 +307,13 @@ def right(bench: Bench, seconds: float, warm: dict[str, list[str]]) -> Outcome:
 
 def checks(bench: Bench, seconds: float) -> dict[str, list[str]]:
     """The commands of section 1, without those that warm."""
-    tests = ["tests/kernels"] if bench.tiny else []
     tiny = ["--tiny"] if bench.tiny else []
     spread = []
     if find_spec("xdist"):
-        spread = ["-n", 2 if bench.tiny else TESTERS, "--dist", "worksteal"]
+        spread = ["-n", 1 if bench.tiny else TESTERS, "--dist", "worksteal"]
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-vv", "-rfE",
               "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-              *map(str, spread), *tests]  # fmt: skip
+              *map(str, spread), *gpu_tests()]  # fmt: skip
     json_of = {name: bench.work / f"{name}.json" for name in ("backends", "cli")}
     return {
         "tests": pytest,
@@ -324,6 +323,13 @@ def checks(bench: Bench, seconds: float) -> dict[str, list[str]]:
         "cli": bench.script("check_cli.py", "--precision", bench.precision, "--json",
                             json_of["cli"], "--patience", seconds),
     }  # fmt: skip
+
+
+def gpu_tests() -> list[str]:
+    """The files of tests that hold one for a GPU, kernels' first: to collect all takes long."""
+    found = [p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    found.sort(key=lambda p: (p.parent.name != "kernels", p))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def start_some(group: Group, commands: dict[str, list[str]], waiting: list[str], most: int) -> None:

@@ -364,6 +364,17 @@ def test_what_warms_waits_for_its_turn_and_says_why_it_failed(bench, monkeypatch
     assert "d was not started" in said
 
 
+def test_files_of_tests_for_a_gpu_are_found_kernels_first():
+    found = bench_gpu.gpu_tests()
+    assert found[0].startswith("tests/kernels/")
+    assert {
+        "tests/kernels/test_triton.py",
+        "tests/kernels/test_flex.py",
+        "tests/test_doctor.py",
+    } <= (set(found))
+    assert "tests/test_cli.py" not in found
+
+
 SAID_BY_PYTEST = """
 created: 2/2 workers
 
