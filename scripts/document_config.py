@@ -8,12 +8,15 @@ The tables come from the typed settings in `hdit.config.schema`. The prose above
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from hdit.config.schema import RunConfig
+from hdit.protocols import Spec
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 MARK = "<!-- tables: written by scripts/document_config.py, do not edit below -->\n"
@@ -23,159 +26,165 @@ BOUNDS = {
     "exclusiveMaximum": "< {}",
     "maximum": "<= {}",
 }
-Node = dict[str, Any]
+Node = dict[str, Any]  # of a JSON schema
+
+
+class Key(NamedTuple):
+    """A key of one kind or several, with the same type, default and meaning in each."""
+
+    name: str
+    field: FieldInfo
+    schema: Node
+    kinds: list[str]
+
+
+# ---- sections ------------------------------------------------------------------------------------
 
 
 class Document:
-    """Walks a JSON schema and collects one section for each table of settings.
+    """Walks typed settings and collects one section for each table of a config."""
 
-    schema: as pydantic's `model_json_schema` gives it, with "$defs".
-    """
-
-    def __init__(self, schema: Node):
-        self.definitions: dict[str, Node] = schema.get("$defs", {})
-        self.root = schema
-        self.seen: dict[tuple[str, ...], str] = {}  # definitions of a section -> its path
+    def __init__(self) -> None:
+        self.seen: dict[tuple[type[Spec], ...], str] = {}  # specs of a section -> its path
         self.sections: list[str] = []
 
-    def markdown(self) -> str:
-        """One section for each table, parents before children."""
-        for key, node in self.root["properties"].items():
-            self._section(key, node, 3)
+    def markdown(self, root: type[Spec]) -> str:
+        """One section for each table in `root`, parents before children."""
+        for name, field in root.model_fields.items():
+            self._add(name, field, 3)
         return "\n".join(self.sections)
 
-    def _section(self, path: str, node: Node, depth: int) -> None:
-        specs, many = self._specs(node)
-        names = tuple(specs)
-        if not specs or names in self.seen:
+    def _add(self, path: str, field: FieldInfo, depth: int) -> None:
+        specs = specs_of(field.annotation)
+        if specs in self.seen:
             return
-        self.seen[names] = path
-        title = f"[[{path}]]" if many else f"[{path}]"
+        self.seen[specs] = path
+        union = len(specs) > 1
+        title = f"[[{path}]]" if _is_array(field.annotation) else f"[{path}]"
         lines = [f"{'#' * min(depth, 5)} `{title}`", ""]
-        kinds = {name: _kind(self.definitions[name]) for name in names}
-        union = len(names) > 1
-        if union:
-            lines += ["| kind | meaning |", "|---|---|"]
-            default = _default_kind(node, kinds, self.definitions)
-            for name in names:
-                mark = " (default)" if kinds[name] == default else ""
-                lines.append(f"| `{kinds[name]}`{mark} | {_about(self.definitions[name])} |")
-            lines.append("")
-        elif about := _about(self.definitions[names[0]]):
-            lines += [about, ""]
-        keys = self._keys(names, kinds)
-        if keys:
-            head = ["key", "kinds", "type", "default", "meaning"]
-            head = head if union else [head[0], *head[2:]]
-            lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-            index = len(self.sections)
-            self.sections.append("")  # its place is before those of the tables in it
-            rows = [
-                self._row(path, key, spec, required, of, union, depth)
-                for key, spec, required, of in keys
-            ]
-            self.sections[index] = "\n".join([*lines, *rows, ""])
-        else:
-            self.sections.append("\n".join(lines))
+        lines += _kinds(specs, field) if union else _paragraph(specs[0])
+        place = len(self.sections)  # before the tables in it
+        self.sections.append("")
+        if keys := _keys(specs):
+            columns = ["key", *(["kinds"] if union else []), "type", "default", "meaning"]
+            lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+            lines += [self._row(path, key, len(specs), depth) for key in keys]
+        self.sections[place] = "\n".join([*lines, ""]).rstrip("\n") + "\n"
 
-    def _specs(self, node: Node) -> tuple[list[str], bool]:
-        """-> (names of the definitions that a value may have, whether it is an array of them)."""
-        if "$ref" in node:
-            name = node["$ref"].rsplit("/", 1)[-1]
-            inner = self.definitions[name]
-            return ([name], False) if "properties" in inner else self._specs(inner)
-        if node.get("type") == "array" and "items" in node:
-            return self._specs(node["items"])[0], True
-        options = node.get("oneOf", node.get("anyOf", []))
-        return [name for option in options for name in self._specs(option)[0]], False
-
-    def _keys(
-        self, names: tuple[str, ...], kinds: dict[str, str]
-    ) -> Iterator[tuple[str, Node, bool, str]] | list[tuple[str, Node, bool, str]]:
-        """-> (key, its schema, whether it is required, its kinds), equal ones joined."""
-        found: dict[str, tuple[str, Node, bool, list[str]]] = {}
-        for name in names:
-            spec = self.definitions[name]
-            for key, node in spec["properties"].items():
-                if key == "kind":
-                    continue
-                required = key in spec.get("required", [])
-                same = json.dumps([key, node, required], sort_keys=True)
-                found.setdefault(same, (key, node, required, []))[3].append(kinds[name])
-        rows = found.values()
-        return [
-            (key, node, required, "all" if len(of) == len(names) else ", ".join(_code(of)))
-            for key, node, required, of in rows
-        ]
-
-    def _row(
-        self, path: str, key: str, node: Node, required: bool, of: str, union: bool, depth: int
-    ) -> str:
-        below = f"{path}.{key}"
-        specs, many = self._specs(node)
+    def _row(self, path: str, key: Key, kinds: int, depth: int) -> str:
+        specs = specs_of(key.field.annotation)
         if specs:
-            self._section(below, node, depth + 1)
-            where = self.seen[tuple(specs)]
-            kind = f"{'array of tables' if many else 'table'}: [`{where}`](#{_anchor(where)})"
+            self._add(f"{path}.{key.name}", key.field, depth + 1)
+            where = self.seen[specs]
+            noun = "array of tables" if _is_array(key.field.annotation) else "table"
+            kind = f"{noun}: [`{where}`](#{where.replace('.', '').lower()})"
         else:
-            kind = self._type(node)
-        meaning = node.get("description", "")
-        default = "required" if required else self._default(node, specs)
-        cells = [f"`{key}`", *([of] if union else []), kind, default, meaning]
-        return f"| {' | '.join(_cell(cell) for cell in cells)} |"
-
-    def _type(self, node: Node) -> str:
-        if "$ref" in node:
-            return self._type(self.definitions[node["$ref"].rsplit("/", 1)[-1]])
-        if "const" in node or "enum" in node:
-            return ", ".join(f"`{_toml(v)}`" for v in node.get("enum", [node.get("const")]))
-        if options := node.get("anyOf"):
-            return " or ".join(self._type(o) for o in options if o.get("type") != "null")
-        if node.get("type") == "array":
-            if items := node.get("prefixItems"):
-                return f"[{', '.join(self._type(item) for item in items)}]"
-            return f"array of {self._type(node.get('items', {}))}"
-        bounds = [text.format(_toml(node[key])) for key, text in BOUNDS.items() if key in node]
-        return " ".join([node.get("type", "any"), ", ".join(bounds)]).strip()
-
-    def _default(self, node: Node, specs: list[str]) -> str:
-        value = node.get("default")
-        if value is None:
-            return ""
-        if isinstance(value, dict):
-            kind = value.get("kind") if len(specs) > 1 else None
-            return f'`"{kind}"`' if kind else "as below"
-        return f"`{_toml(value)}`"
+            kind = _type(key.schema)
+        of = "all" if len(key.kinds) == kinds else ", ".join(f"`{name}`" for name in key.kinds)
+        cells = [f"`{key.name}`", *([of] if kinds > 1 else []), kind, _default(key.field, specs)]
+        return f"| {' | '.join(map(_cell, [*cells, key.field.description or '']))} |"
 
 
-def _kind(spec: Node) -> str:
-    return str(spec["properties"].get("kind", {}).get("const", ""))
+def _kinds(specs: tuple[type[Spec], ...], field: FieldInfo) -> list[str]:
+    lines = ["| kind | meaning |", "|---|---|"]
+    for spec in specs:
+        default = " (default)" if type(field.default) is spec else ""
+        lines.append(f"| `{_kind(spec)}`{default} | {_about(spec)} |")
+    return [*lines, ""]
 
 
-def _default_kind(node: Node, kinds: dict[str, str], definitions: dict[str, Node]) -> str | None:
-    value = node.get("default")
-    return value.get("kind") if isinstance(value, dict) else None
+def _paragraph(spec: type[Spec]) -> list[str]:
+    return [about, ""] if (about := _about(spec)) else []
 
 
-def _about(spec: Node) -> str:
-    return _cell(spec.get("description", ""))
+def _keys(specs: tuple[type[Spec], ...]) -> list[Key]:
+    found: dict[str, Key] = {}
+    for spec in specs:
+        schema = spec.model_json_schema()
+        for name, field in spec.model_fields.items():
+            if name == "kind":
+                continue
+            node = _resolved(schema["properties"][name], schema.get("$defs", {}))
+            same = json.dumps([name, node, repr(field.annotation)], sort_keys=True)
+            found.setdefault(same, Key(name, field, node, [])).kinds.append(_kind(spec))
+    return list(found.values())
+
+
+# ---- what a field says ---------------------------------------------------------------------------
+
+
+def specs_of(annotation: Any) -> tuple[type[Spec], ...]:
+    """The Spec classes that an annotation allows, through unions, arrays and registries.
+
+    What a user registered from outside the package is left out.
+    """
+    if inspect.isclass(annotation) and issubclass(annotation, Spec):
+        members = getattr(annotation, "members", {}).values()
+        ours = tuple(spec for spec in members if spec.__module__.startswith("hdit."))
+        return ours or (annotation,)
+    return tuple(spec for part in get_args(annotation) for spec in specs_of(part))
+
+
+def _is_array(annotation: Any) -> bool:
+    return get_origin(annotation) in (tuple, list)
+
+
+def _kind(spec: type[Spec]) -> str:
+    return str(spec.model_fields["kind"].default) if "kind" in spec.model_fields else ""
+
+
+def _about(spec: type[Spec]) -> str:
+    text = spec.__dict__.get("__doc__") or getattr(spec.__dict__.get("function"), "__doc__", "")
+    return _cell(inspect.cleandoc(text or ""))
+
+
+def _default(field: FieldInfo, specs: tuple[type[Spec], ...]) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return ""
+    if isinstance(value, Spec):
+        return f'`"{_kind(type(value))}"`' if len(specs) > 1 else "as below"
+    return f"`{_toml(value)}`"
+
+
+def _type(node: Node) -> str:
+    if "const" in node or "enum" in node:
+        return ", ".join(f"`{_toml(v)}`" for v in node.get("enum", [node.get("const")]))
+    if options := node.get("anyOf"):
+        return " or ".join(_type(option) for option in options if option.get("type") != "null")
+    if node.get("type") == "array":
+        if items := node.get("prefixItems"):
+            return f"[{', '.join(_type(item) for item in items)}]"
+        return f"array of {_type(node.get('items', {}))}"
+    bounds = [text.format(_toml(node[key])) for key, text in BOUNDS.items() if key in node]
+    return " ".join([node.get("type", "any"), ", ".join(bounds)]).strip()
+
+
+def _resolved(node: Any, definitions: Node) -> Any:
+    """A JSON schema with its references to types other than tables replaced by what they mean."""
+    if isinstance(node, list):
+        return [_resolved(part, definitions) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if name := node.get("$ref", "").rsplit("/", 1)[-1]:
+        meant = definitions[name]
+        return {"table": name} if "properties" in meant else _resolved(meant, definitions)
+    return {key: _resolved(part, definitions) for key, part in node.items()}
 
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _code(names: list[str]) -> list[str]:
-    return [f"`{name}`" for name in names]
-
-
 def _toml(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value if not isinstance(value, tuple) else list(value))
 
 
-def _anchor(path: str) -> str:
-    """GitHub's anchor for the heading of a section."""
-    return path.replace(".", "").lower()
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def page(text: str) -> str:
@@ -183,10 +192,11 @@ def page(text: str) -> str:
     prose, mark, _ = text.partition(MARK)
     if not mark:
         raise ValueError(f"{PAGE} must have the line {MARK.strip()!r}")
-    return f"{prose}{mark}\n{Document(RunConfig.model_json_schema()).markdown()}"
+    return f"{prose}{mark}\n{Document().markdown(RunConfig)}"
 
 
 def main() -> None:
+    """Writes the page."""
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE)
 

@@ -13,6 +13,7 @@ import shutil
 import struct
 import sys
 import tomllib
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -104,6 +105,13 @@ SMALL = {  # and its configs
 FEATURES = "def pooled(images):\n    return images.float().mean((2, 3))\n"
 
 
+class Pooled(torch.nn.Module):
+    """What stands in for a classifier in TorchScript."""
+
+    def forward(self, images: torch.Tensor):
+        return images.float().mean((2, 3))
+
+
 # ---- what a page says ----------------------------------------------------------------------------
 
 
@@ -175,6 +183,8 @@ def place(tmp_path, monkeypatch, trained):
     Path("images").symlink_to("my_images")
     np.savez("reference.npz", random.integers(0, 256, (4, 32, 32, 3), np.uint8))
     Path("pooled.py").write_text(FEATURES)
+    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # torch's, of jit
+        torch.jit.save(torch.jit.script(Pooled()), "classifier.pt")
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("my.toml").write_text(blocks((DOCS / "configuration.md").read_text(), "toml")[0])
     shutil.copy(
