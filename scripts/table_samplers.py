@@ -2,10 +2,10 @@
 
     python scripts/table_samplers.py
 
-The data are N(0, 0.25) in each pixel, whose denoiser is linear in x. So a sample is a sum of its
-start and of the noise that was drawn, each with a factor, and its standard deviation follows
-without any chance: the error is that of this deviation. For a sampler without noise it is the error
-of x itself.
+The data are N(0, 0.25) in each pixel, whose denoiser is linear in x. A sample is then a sum of its
+start and of the noise that was drawn, each with a factor, so its standard deviation is known
+exactly: the error is that of this deviation. For a sampler without noise it is the error of x
+itself.
 """
 
 from __future__ import annotations
