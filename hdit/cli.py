@@ -61,7 +61,7 @@ def train(
 
     import torch.distributed as dist
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.training.trainer import Trainer
@@ -91,8 +91,9 @@ def sample(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN_OR_CHECKPOINT",
-            help="A run (its newest checkpoint), one, or a converted model.",
+            metavar="MODEL",
+            help="A run (its newest checkpoint), a checkpoint, a converted model, k-diffusion's "
+            ".safetensors, DiT's .pt, or a folder of diffusers.",
         ),
     ],
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 64,
@@ -112,15 +113,13 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
     ] = None,
-    weak: Annotated[
+    guide: Annotated[
         Path | None,
-        typer.Option(
-            metavar="RUN_OR_CHECKPOINT", help="Guide away from this weaker model (autoguidance)."
-        ),
+        typer.Option(metavar="MODEL", help="Guide away from this weaker model (autoguidance)."),
     ] = None,
-    weak_scale: Annotated[
+    guide_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Scale of the guidance away from it.  [default: 2]"),
+        typer.Option(min=0, help="Scale of the guidance away from that model.  [default: 2]"),
     ] = None,
     labels: Annotated[
         str | None,
@@ -152,10 +151,11 @@ def sample(
     """
 
     from hdit.errors import UserError
-    from hdit.runs.checkpoint import find
-    from hdit.sampling.writer import choose_labels, find_weak, sampling_config, write_samples
+    from hdit.runs.trained import Trained
+    from hdit.sampling.options import choose_labels, open_guide, with_options
+    from hdit.sampling.writer import write_samples
 
-    found = find(source, _warn)
+    trained = Trained.open(source, _warn)
     options = {
         "--steps": ("steps", steps),
         "--batch-size": ("batch_size", batch_size),
@@ -163,23 +163,24 @@ def sample(
         "--sampler": ("sampler.kind", sampler),
         "--sigmas": ("sigmas.kind", sigmas),
     }
-    config = sampling_config(found, source, options, overrides or [], weak is not None)
-    chosen = choose_labels(labels, number, found)
-    if weak_scale is not None and weak is None:
-        raise UserError("--weak-scale: has no effect without --weak, the model to guide away from")
-    if weak_scale == 1:
-        raise UserError("--weak-scale: 1 is no guidance; leave out --weak, or set another scale")
+    trained = with_options(trained, source, options, overrides or [], guide is not None)
+    chosen = choose_labels(labels, number, trained)
+    if guide_scale is not None and guide is None:
+        raise UserError(
+            "--guide-scale: has no effect without --guide, the model to guide away from"
+        )
+    if guide_scale == 1:
+        raise UserError("--guide-scale: 1 is no guidance; leave out --guide, or set another scale")
     done = write_samples(
-        found,
-        config,
+        trained,
         chosen,
         list(range(seed, seed + number)),
         out,
         _console(),
         raw=raw,
         overwrite=overwrite,
-        weak=find_weak(weak, found, config, _warn) if weak else None,
-        weak_scale=2.0 if weak_scale is None else weak_scale,
+        guide=open_guide(guide, trained, _warn) if guide else None,
+        guide_scale=2.0 if guide_scale is None else guide_scale,
     )
     typer.echo(done)
 
@@ -190,8 +191,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="A",
-            help="Pictures: a folder (any layout), .zip, .npz (arr_0), or a config's .toml, for "
-            "its data as training crops them; or a run, checkpoint or converted model to sample.",
+            help="Images: a folder (any layout), .zip, .npz (arr_0), or a config's .toml, for "
+            "its data as training crops them; or a model to sample, as of `hdit sample`.",
         ),
     ],
     b: Annotated[
@@ -254,17 +255,18 @@ def evaluate(
     from hdit.evaluation import card as comparison
     from hdit.evaluation import image_sets as images
     from hdit.evaluation.features import open_features
-    from hdit.runs.checkpoint import write_atomically
+    from hdit.files import write_text
+    from hdit.runs.trained import is_trained
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out: {out} must name a file, in a folder that is there")
-    if images.is_model(Path(b)):
+    if is_trained(Path(b)):
         raise UserError(f"B: {b} is a model; the reference must be pictures, and A may be a model")
     keep_freed_memory()
     device = default_device()
     candidate: ImageSet
     reference = images.open_set(b)
-    if images.is_model(Path(a)):
+    if is_trained(Path(a)):
         candidate = _sampled(
             Path(a), number or 10_000, seed or 0, steps, guidance, batch_size, raw, overrides or []
         )
@@ -298,7 +300,7 @@ def evaluate(
         _warn(text)
     card = json.dumps(found.card, indent=1)
     if out is not None:
-        write_atomically(out, card + "\n")
+        write_text(out, card + "\n")
     if as_json:
         typer.echo(card)
     else:
@@ -318,18 +320,16 @@ def _sampled(
     """Samples of a model by its own settings, but for what is given."""
     from hdit.device import default_device
     from hdit.evaluation.image_sets import Sampled
-    from hdit.runs.checkpoint import find
-    from hdit.sampling.writer import sampling_config
+    from hdit.runs.trained import Trained
+    from hdit.sampling.options import with_options
 
-    found = find(source, _warn)
     options = {
         "--steps": ("steps", steps),
         "--batch-size": ("batch_size", batch_size),
         "--guidance": ("guidance.scale", guidance),
     }
-    config = sampling_config(found, source, options, overrides)
-    device = default_device()
-    return Sampled(found, config, number, seed, raw, device, _warn)
+    trained = with_options(Trained.open(source, _warn), source, options, overrides)
+    return Sampled(trained, number, seed, raw, default_device(), _warn)
 
 
 @app.command()
@@ -356,7 +356,7 @@ def encode(
 
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data.source import Skipped
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
@@ -441,7 +441,7 @@ def convert(
 
     No pickle is executed. OUT is written whole or not at all.
     """
-    from hdit.interop import convert as convert_model
+    from hdit.runs.conversion import convert as convert_model
 
     done = convert_model(source, out, to, raw=raw, num_heads=num_heads)
     for note in done.notes:
@@ -472,11 +472,10 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data.source import DataError
     from hdit.errors import UserError
     from hdit.latents.store import read_manifest
-    from hdit.models import DiTSpec
     from hdit.models.cost import cost
 
     if device not in (None, "cpu", "cuda"):
@@ -513,10 +512,8 @@ def info(
     table.add_row("total", "", "", f"{params:,}", _si(macs), _si(2 * macs))
     console = Console()
     console.print(table)
-    if isinstance(settings.model, DiTSpec):
-        h, w = settings.model.grid(shape)
-        with_table = params + h * w * settings.model.width
-        console.print(f"with DiT's fixed position table: {with_table:,} parameters")
+    for remark in settings.model.remarks(shape, params):
+        console.print(remark)
     images = batch or settings.training.batch_size // settings.training.accumulate
     console.print(_memory_table(settings, shape, images, device))
     if note:
@@ -665,13 +662,11 @@ def check_data(
     pictures after the crop. Ends with status 1 where training would end, and says why.
     """
     import json
-    import os
-    from tempfile import TemporaryDirectory
 
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from hdit.config.schema import load
+    from hdit.config import load
     from hdit.data import check
     from hdit.errors import UserError
     from hdit.report.grids import save_grid
@@ -705,10 +700,8 @@ def check_data(
             console.print(table)
     if shown:
         tiles = check.contact_sheet(source, shown)
-        with TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # all of it, or nothing
-            save_grid(tiles, Path(folder, path.name))
-            os.replace(Path(folder, path.name), path)
-        typer.echo(f"{len(tiles)} pictures as training sees them: {path}", err=as_json)
+        save_grid(tiles, path)
+        typer.echo(f"{len(tiles)} images as training sees them: {path}", err=as_json)
     if report.unusable:
         typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)

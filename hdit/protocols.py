@@ -1,14 +1,16 @@
-"""The words that the rooms of the house share: Signal, Cond, Denoise, Backbone, Space, Spec."""
+"""The words that packages share: DataShape, Cond, Denoise, Backbone, Space, Spec."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter
+from torch import Tensor, nn
 
 NULL_LABEL = -1
 """The label that says "no class"; every backbone maps it to the last row of its class table."""
@@ -18,6 +20,29 @@ class Spec(BaseModel):
     """Base of every typed setting: frozen, and a key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def filled(self, **values: Any) -> Self:
+        """The spec with these values for those of its settings that are None."""
+        absent = {key: value for key, value in values.items() if getattr(self, key) is None}
+        return self.model_copy(update=absent)
+
+
+def one_of(members: Mapping[str, type[Spec]]) -> PlainValidator:
+    """Validates a table as the spec of its `kind`, which may be registered later than this.
+
+    A class that is the annotation's type holds the same `members`, so that errors can list them.
+    """
+
+    def read(value: Any) -> Any:
+        return _adapter(tuple(members.values())).validate_python(value)
+
+    return PlainValidator(read)
+
+
+@lru_cache(maxsize=16)
+def _adapter(specs: tuple[type[Spec], ...]) -> TypeAdapter[Any]:
+    union: Any = Annotated[reduce(or_, specs), Field(discriminator="kind")]
+    return TypeAdapter(union)
 
 
 @dataclass(frozen=True)
@@ -89,8 +114,8 @@ class DenoiseWithVariance(Denoise, Protocol):
         """-> (x0, v), both (b c h w); v is -1 to 1 from the lower to the upper variance."""
 
 
-class Backbone(Protocol):
-    """A network: x (b c h w), c_noise (b,), cond -> (b c h w). It never sees sigma.
+class Network(Protocol):
+    """x (b c h w), c_noise (b,), cond -> (b c h w). It never sees sigma.
 
     Where it learns a variance, the output has 2c channels: what it predicts, then v.
     """
@@ -104,6 +129,48 @@ class Group:
 
     decay: bool
     lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """A part of a backbone and its cost: its token grid (h, w), or None for the whole image.
+
+    `macs` are those of a forward pass of one image, `params` of what is only here.
+    """
+
+    name: str
+    grid: tuple[int, int] | None
+    params: int
+    macs: int
+
+
+class Backbone(Network, Protocol):
+    """A network with all that training, compiling and counting ask of it.
+
+    `hdit.models.BackboneModule` is a base that has the general ones of these.
+    """
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of every nn.Module: canonical names, in order."""
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The modules that are compiled, and later sharded, each as one; in order of the pass."""
+
+    def compile_blocks(self) -> None:
+        """From now on runs each of `blocks` as one compiled graph, in place."""
+
+    def checkpoint_blocks(self) -> None:
+        """From now on keeps no activations within a block, but computes them again for backward."""
+
+    def parameter_group(self, name: str) -> Group:
+        """How the optimizer treats the parameter of this name."""
+
+    def parts(self, shape: DataShape) -> list[PartCost]:
+        """Its parts in the order of the pass, at a data shape; their sums are the model's."""
+
+    def stages(self) -> Iterable[tuple[str, nn.Module]]:
+        """Name and module of what runs in turn, by which a step's activations are told apart."""
 
 
 NormalNoise = Callable[[Sequence[int]], Tensor]

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from hdit.device import keep_freed_memory
 from hdit.errors import UserError
-from hdit.experiments.matrix import Cell, check, finished, read_matrix, run_cell, write_record
+from hdit.experiments.cell import check_cells, finished, run_cell, write_record
+from hdit.experiments.matrix import Cell, read_matrix
+from hdit.files import write_text
 from hdit.report.pages import markdown, page
-from hdit.runs.checkpoint import write_atomically
 
 
 def arguments() -> argparse.Namespace:
@@ -54,8 +55,8 @@ def report(out: Path, cells: list[Cell], failed: dict[str, str]) -> None:
             records.append(record)
         else:
             missing.setdefault(f"{cell.name}, seed {cell.seed}", "not done yet")
-    write_atomically(out / "table.md", markdown(records, missing))
-    write_atomically(out / "index.html", page(records, missing))
+    write_text(out / "table.md", markdown(records, missing))
+    write_text(out / "index.html", page(records, missing))
 
 
 def main() -> int:
@@ -76,7 +77,7 @@ def main() -> int:
     if a.list:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    check(cells)
+    check_cells(cells)
     a.out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for cell in cells:

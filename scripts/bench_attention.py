@@ -30,8 +30,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -59,6 +57,7 @@ from hdit.device import default_device, keep_freed_memory
 from hdit_kernels import BACKENDS, flex, native, reference, triton
 from hdit_kernels.flops import backward_flops, forward_flops
 from hdit_kernels.neighborhood import Problem, neighborhood_attention
+from hdit_kernels.triton_plans import candidates
 
 SHAPES = [(1, 32, 32, 4), (4, 64, 64, 2), (1, 128, 128, 2), (1, 256, 256, 2)]  # b h w n
 EQUAL_TOKENS = [(64, 32, 32, 2), (16, 64, 64, 2), (4, 128, 128, 2), (1, 256, 256, 2)]
@@ -261,13 +260,6 @@ def by_plan(plan: triton.Plan) -> Contender:
 
 def plans(problem: Problem) -> dict[str, triton.Plan]:
     """Every plan of the Triton kernel for a problem, by name."""
-    # MERGE: once the table of plans is in, import its candidates() above and keep the last line.
-    candidates = getattr(triton, "candidates", None)
-    if candidates is None and find_spec("hdit_kernels.triton_plans"):
-        candidates = import_module("hdit_kernels.triton_plans").candidates
-    if candidates is None:
-        plan = triton.choose_plan(problem.d_head, problem.kernel_size, problem.dtype)
-        return {"default": plan}
     return candidates(problem.d_head, problem.kernel_size, problem.dtype, problem.capability)
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from hdit.data import FolderSpec
 from hdit.data.batches import Batches, Layout, dataset_indices
-from hdit.data.pictures import Pictures
+from hdit.data.images import Images
 
 SEED = 0
 
@@ -73,11 +73,11 @@ def seconds(batches: Iterable[object]) -> float:
     return time.perf_counter() - start
 
 
-def open_folder(path: str, size: int, cache: str | None) -> Pictures:
+def open_folder(path: str, size: int, cache: str | None) -> Images:
     return FolderSpec(path=path, size=(size, size), flip=False, cache=cache).open()
 
 
-def compare(ours: Pictures, plain: Plain) -> int:
+def compare(ours: Images, plain: Plain) -> int:
     """How many of the pictures have the same pixels in both. Names each that has not."""
     same = 0
     for index in range(len(ours)):

@@ -50,7 +50,7 @@ from bench_tools import (
     run_graphs_as_they_are,
 )
 from hdit import models
-from hdit.config.schema import load
+from hdit.config import load
 from hdit.device import (
     default_device,
     forget_peak_memory,
@@ -58,8 +58,7 @@ from hdit.device import (
     memory_in_use,
     peak_memory,
 )
-from hdit.interop import diffusers_dit
-from hdit.interop.model import Model
+from hdit.interop import Contents, diffusers_dit
 from hdit.models.cost import cost
 from hdit.protocols import Cond, DataShape
 from hdit.sampling.sample import make_denoiser
@@ -243,7 +242,7 @@ def diffusers_networks(case: Case, ours: nn.Module, number: int) -> list[nn.Modu
     with TemporaryDirectory() as folder:
         classes = tuple(map(str, range(case.shape.num_classes)))
         state = {name: t.cpu() for name, t in ours.state_dict().items()}
-        model = Model(case.config, case.shape, classes, state, "bench_models.py")
+        model = Contents(case.config, case.shape, classes, {"given": state}, "bench_models.py")
         diffusers_dit.write(model, Path(folder, "theirs"))
         return [
             diffusers.DiTTransformer2DModel.from_pretrained(Path(folder, "theirs")).to(case.device)

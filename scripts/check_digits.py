@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hdit import models
 from hdit.data.sources.digits import Digits
-from hdit.runs.checkpoint import find
+from hdit.runs.trained import Trained
 from hdit.sampling.sample import sample
 
 
@@ -65,7 +64,7 @@ def nearest(images: Tensor, others: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run or checkpoint")
+    parser.add_argument("model", type=Path, help="a run, or any other model of `hdit sample`")
     parser.add_argument("-n", type=int, default=500, help="number of samples")
     parser.add_argument("--seed", type=int, default=1_000_000, help="seed of the first sample")
     arguments = parser.parse_args()
@@ -75,17 +74,14 @@ def main() -> None:
     real, held_out = train.images / 255, test.images / 255
     net = classifier(real, train.labels)
 
-    found = find(arguments.run, print)
-    config, shape = found.config, found.state.shape
-    backbone = models.build(config.model, shape, config.output_channels(shape))
-    backbone.load_state_dict(found.tensors("ema"))
+    trained = Trained.open(arguments.model, print)
     labels = [i % 10 for i in range(arguments.n)]
     seeds = list(range(arguments.seed, arguments.seed + arguments.n))
     device = torch.device("cpu")
-    parts = sample(backbone, config, shape, seeds, labels, device)
+    parts = sample(trained.network(), trained.config, trained.shape, seeds, labels, device)
     samples = torch.cat([part.images for part in parts]) / 255
 
-    table = Table(title=f"{found.folder}: {arguments.n} samples", title_justify="left")
+    table = Table(title=f"{trained.path}: {arguments.n} samples", title_justify="left")
     table.add_column("")
     for name in (
         "classified as labelled",

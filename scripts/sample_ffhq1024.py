@@ -9,9 +9,9 @@ The clock covers noise, all evaluations, and the transfer of images to the CPU a
 out loading the weights, the first call (two evaluations of a batch, which compile and warm up), and
 writing PNG files.
 
-MODEL is a run, a checkpoint, a converted model, or k-diffusion's .safetensors. With
---random-weights it is the model of configs/hdit-ffhq1024.toml with every layer random, including
-those that start at zero: its images are noise, and cost what a trained model's cost.
+MODEL is a run, a checkpoint, or any other model that `hdit sample` takes. With --random-weights it
+is the model of configs/hdit-ffhq1024.toml with every layer random, including those that start at
+zero: its images are noise, and cost what a trained model's cost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,8 +28,7 @@ from torch import nn
 
 from bench_record import Record
 from bench_tools import machine
-from hdit import interop, models
-from hdit.config.schema import RunConfig, load, parse
+from hdit.config import RunConfig, load, parse
 from hdit.device import (
     default_device,
     forget_peak_memory,
@@ -39,9 +37,11 @@ from hdit.device import (
     peak_memory,
 )
 from hdit.errors import UserError
-from hdit.interop import Model
+from hdit.interop import Contents
 from hdit.protocols import DataShape
 from hdit.report.grids import save_png
+from hdit.runs.building import make_network
+from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
@@ -70,16 +70,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model() -> Model:
+def random_model() -> Trained:
     """As it is before training, but with no weight that is zero."""
     config = load(CONFIG)
     shape = config.data_shape(0)
     torch.manual_seed(0)
-    backbone = models.build(config.model, shape, config.output_channels(shape))
+    backbone = make_network(config, shape)
     for parameter in backbone.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return Model(config, shape, (), backbone.state_dict(), "random weights", "given")
+    return Trained.of(
+        Contents(config, shape, (), {"given": backbone.state_dict()}, "random weights"), CONFIG
+    )
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -188,7 +190,7 @@ def main() -> None:
     a.batch = a.batch or [1]
     check(a)
     device = default_device()
-    model = random_model() if a.random_weights else interop.load(a.model)
+    model = random_model() if a.random_weights else Trained.open(a.model)
     config, shape = model.config, model.shape
     if a.size:
         config, shape = at_size(config, shape, size_of(a.size))
@@ -197,7 +199,7 @@ def main() -> None:
     raw = config.model_dump(mode="json", exclude_none=True)
     raw["sampling"] |= update | {"compile": a.compile}
     config = parse(raw, "sampling")
-    backbone = replace(model, config=config, shape=shape).network().to(device)
+    backbone = model.configured(config, shape).network().to(device)
     check_guidance(config, shape)
     del model
     if a.compile:

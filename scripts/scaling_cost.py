@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hdit import models
-from hdit.config.schema import RunConfig, load
+from hdit.config import RunConfig, load
 from hdit.device import (
     default_device,
     forget_peak_memory,
@@ -35,10 +35,10 @@ from hdit.device import (
     memory_in_use,
     peak_memory,
 )
+from hdit.files import write_text
 from hdit.models.cost import cost
 from hdit.protocols import Cond
 from hdit.report.pages import plot
-from hdit.runs.checkpoint import write_atomically
 
 ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
 CLASSES = 1000
@@ -139,14 +139,14 @@ def main() -> None:
         "torch": torch.__version__,
         "precision": a.precision,
     }
-    write_atomically(a.out / "scaling.json", json.dumps({"facts": facts, "rows": rows}, indent=1))
-    write_atomically(a.out / "scaling.md", text(rows, facts))
+    write_text(a.out / "scaling.json", json.dumps({"facts": facts, "rows": rows}, indent=1))
+    write_text(a.out / "scaling.md", text(rows, facts))
     pixels = {
         name: [(row["size"] ** 2, row["seconds"]) for row in group if "seconds" in row]
         for name, group in rows.items()
     }
     picture = plot(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
-    write_atomically(a.out / "scaling.svg", picture)
+    write_text(a.out / "scaling.svg", picture)
     print((a.out / "scaling.md").read_text())
 
 

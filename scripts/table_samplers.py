@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from hdit.diffusion import samplers
 from hdit.diffusion.beta_schedules import LinearSchedule
-from hdit.diffusion.samplers import DDPM, Churned, DPMAdaptive
+from hdit.diffusion.samplers import SamplerSpec, spec_of
 from hdit.diffusion.sigmas import Exponential, Karras
 
 SD = 0.5
 TABLE = LinearSchedule()
 STEPS = (160, 320)  # between which the order is observed
 TOLERANCES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0)  # rtol of dpm_adaptive; atol is a sixth of it
+ADAPTIVE = "dpm_adaptive"  # chooses its steps by its tolerances
 BUDGETS = (10, 20, 50)  # network evaluations
 
 HEAD = """# Samplers
@@ -80,7 +79,7 @@ class Impulses:
         return torch.tensor([0.0, *parts], dtype=torch.float64).view(1, 1, 1, -1)
 
 
-def std_of_samples(sampler: samplers.SamplerSpec, sigmas: Tensor) -> tuple[float, int]:
+def std_of_samples(sampler: SamplerSpec, sigmas: Tensor) -> tuple[float, int]:
     """-> (standard deviation at sigmas[-1], evaluations), started from the exact one."""
     asked: list[float] = []
     evaluations = 0
@@ -101,20 +100,20 @@ def std_of_samples(sampler: samplers.SamplerSpec, sigmas: Tensor) -> tuple[float
     return sampler(gaussian, x, sigmas, noise=impulses).norm().item(), evaluations
 
 
-def error(sampler: samplers.SamplerSpec, sigmas: Tensor) -> float:
+def error(sampler: SamplerSpec, sigmas: Tensor) -> float:
     return abs(std_of_samples(sampler, sigmas)[0] / math.hypot(SD, sigmas[-1].item()) - 1)
 
 
-def observed_order(sampler: samplers.SamplerSpec) -> float:
+def observed_order(sampler: SamplerSpec) -> float:
     coarse, fine = (error(sampler, Exponential()(n, 0.05, 2, TABLE)[:-1]) for n in STEPS)
     return math.log(coarse / fine) / math.log(STEPS[1] / STEPS[0])
 
 
-def error_within(sampler: samplers.SamplerSpec, budget: int) -> float | None:
+def error_within(sampler: SamplerSpec, budget: int) -> float | None:
     """With as many steps, or as small a tolerance, as the budget of evaluations allows."""
     tries = [(sampler, n) for n in range(budget, 0, -1)]
-    if isinstance(sampler, DPMAdaptive):
-        tries = [(DPMAdaptive(rtol=rtol, atol=rtol / 6), budget) for rtol in TOLERANCES]
+    if sampler.kind == ADAPTIVE:
+        tries = [(spec_of(ADAPTIVE, rtol=rtol, atol=rtol / 6), budget) for rtol in TOLERANCES]
     for candidate, n in tries:
         sigmas = Karras()(n, 0.01, 160, TABLE)
         if std_of_samples(candidate, sigmas)[1] <= budget:
@@ -122,31 +121,31 @@ def error_within(sampler: samplers.SamplerSpec, budget: int) -> float | None:
     return None
 
 
-def noise_of(spec: type[samplers.SamplerSpec]) -> str:
-    if "eta" in spec.model_fields:
-        return f"eta, {spec.model_fields['eta'].default:g} by default"
-    return "always" if spec is DDPM else "s_churn" if issubclass(spec, Churned) else "none"
+def noise_of(sampler: SamplerSpec) -> str:
+    fields = type(sampler).model_fields
+    if "eta" in fields:
+        return f"eta, {fields['eta'].default:g} by default"
+    return "always" if sampler.kind == "ddpm" else "s_churn" if "s_churn" in fields else "none"
 
 
-def row(spec: type[samplers.SamplerSpec]) -> str:
-    sampler = spec()
-    has_eta, adaptive = "eta" in spec.model_fields, spec is DPMAdaptive
-    noisy, still = (spec(eta=eta) if has_eta else sampler for eta in (1.0, 0.0))
+def row(kind: str) -> str:
+    sampler = spec_of(kind)
+    has_eta, always = "eta" in type(sampler).model_fields, kind == "ddpm"
+    noisy, still = (spec_of(kind, eta=eta) if has_eta else sampler for eta in (1.0, 0.0))
     nine = Exponential()(9, 0.05, 2, TABLE)
     cells = [
-        f"`{sampler.kind}`",
-        noise_of(spec),
-        "" if adaptive else str(std_of_samples(sampler, nine[:-1])[1] // 8),
-        str(spec.nominal_order),
-        "" if adaptive or spec is DDPM else f"{observed_order(still):.2f}",
-        f"{observed_order(noisy):.2f}" if has_eta or spec is DDPM else "",
+        f"`{kind}`",
+        noise_of(sampler),
+        "" if kind == ADAPTIVE else str(std_of_samples(sampler, nine[:-1])[1] // 8),
+        str(sampler.nominal_order),
+        "" if always or kind == ADAPTIVE else f"{observed_order(still):.2f}",
+        f"{observed_order(noisy):.2f}" if has_eta or always else "",
         *("" if e is None else f"{e:.1e}" for e in (error_within(sampler, n) for n in BUDGETS)),
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    union, _ = get_args(samplers.Sampler)
     head = HEAD.format(
         sd=SD,
         low=STEPS[0],
@@ -156,7 +155,7 @@ def main() -> None:
         errors=" | ".join(f"error at {budget}" for budget in BUDGETS),
         rules="|".join("--:" for _ in BUDGETS),
     )
-    text = head + "\n".join(row(spec) for spec in get_args(union)) + "\n"
+    text = head + "\n".join(row(kind) for kind in SamplerSpec.members) + "\n"
     path = Path(__file__).parents[1] / "docs" / "samplers.md"
     path.write_text(text, encoding="utf-8")
     print(text)

@@ -37,7 +37,7 @@ from hdit.device import (
     precision_on,
 )
 from hdit.errors import UserError
-from hdit.interop.files import whole
+from hdit.files import whole
 from hdit.protocols import Spec
 from hdit.report.grids import save_grid
 from hdit.spaces.pixel import from_pixels, to_pixels

@@ -63,7 +63,7 @@ def test_command_of_the_report_names_no_folder_of_the_machine(tmp_path):
 
 
 def test_config_of_the_model_to_show_is_valid_on_either_device(tmp_path, bench):
-    from hdit.config.schema import load
+    from hdit.config import load
 
     small = load(bench_gpu.show_config(bench))
     assert small.data.kind == "shapes"

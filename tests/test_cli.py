@@ -69,7 +69,7 @@ def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     assert record["sampling"]["guidance"]["scale"] == 2
     assert record["evaluations"] == 6  # 3 steps, and each with and without the class
     assert "5 images of 6 network evaluations each" in said
-    assert record["weak"] is None
+    assert record["guide"] is None
     assert [s["label"] for s in record["samples"]] == [3, None, 3, None, 3]
     assert [s["seed"] for s in record["samples"]] == [7, 8, 9, 10, 11]
     assert np.asarray(Image.open(out / "000007.png")).shape == (8, 8)
@@ -180,7 +180,7 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--set", "sampling.guidance.interval=[3, 1]"], "the lower first, got [3, 1]"),
         (["--set", "sampling.sampler={kind='ddpm', variance='learned'}"], "the model learns none"),
         (["--set", "sampling.sigmas={kind='linear_t', sections=[3]}"], "add up to 3 timesteps"),
-        (["--weak", "nowhere"], "nowhere: no such run or checkpoint"),
+        (["--guide", "nowhere"], "nowhere: no such run or checkpoint"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
         (["--steps", "3", "--set", "sampling.steps=4"], "--steps: is set by --set"),
     ],
@@ -200,11 +200,11 @@ def test_sample_of_more_steps_than_the_path_of_noise_can_tell_apart_is_one_messa
     assert "take fewer steps" in err
 
 
-def test_sample_refuses_a_weak_scale_without_a_weak_model(run, hdit):
+def test_sample_refuses_a_guide_scale_without_a_guide_model(run, hdit):
     """A setting that takes no effect is an error."""
-    status, _, err = hdit("sample", run, "-n", 1, "--weak-scale", 3)
+    status, _, err = hdit("sample", run, "-n", 1, "--guide-scale", 3)
     assert status == 1
-    assert err.startswith("error: --weak-scale: ")
+    assert err.startswith("error: --guide-scale: ")
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "heun"])
@@ -218,9 +218,9 @@ def test_sample_with_guidance_keeps_to_the_settings_of_the_run(run, hdit, tmp_pa
     assert record["evaluations"] == (4 if sampler == "dpmpp_sde" else 3)
 
 
-def test_sample_with_a_weak_model_guides_away_from_it(run, hdit, tmp_path):
-    """The weak one here is an earlier checkpoint."""
-    weak = run / "checkpoints" / "000000000032"
+def test_sample_with_a_guide_model_guides_away_from_it(run, hdit, tmp_path):
+    """The guide here is an earlier checkpoint."""
+    guide = run / "checkpoints" / "000000000032"
 
     def sampled(name, *options):
         status, _, err = hdit("sample", run, "-n", 3, "--out", tmp_path / name, *options)
@@ -229,32 +229,32 @@ def test_sample_with_a_weak_model_guides_away_from_it(run, hdit, tmp_path):
         return pictures(tmp_path / name), record
 
     plain, alone = sampled("plain")
-    guided, record = sampled("guided", "--weak", weak, "--weak-scale", 40)
-    _, by_default = sampled("default", "--weak", weak)
+    guided, record = sampled("guided", "--guide", guide, "--guide-scale", 40)
+    _, by_default = sampled("default", "--guide", guide)
     assert any((guided[name] != plain[name]).any() for name in plain)
     assert alone["evaluations"] == 2
     assert record["evaluations"] == 4
-    assert record["weak"] == {"checkpoint": str(weak), "scale": 40}
-    assert by_default["weak"]["scale"] == 2
+    assert record["guide"] == {"checkpoint": str(guide), "scale": 40}
+    assert by_default["guide"]["scale"] == 2
 
 
-def test_sample_with_a_weak_model_is_named_by_its_scale(run, hdit):
-    assert hdit("sample", run, "-n", 1, "--weak", run, "--weak-scale", 1.5)[0] == 0
+def test_sample_with_a_guide_model_is_named_by_its_scale(run, hdit):
+    assert hdit("sample", run, "-n", 1, "--guide", run, "--guide-scale", 1.5)[0] == 0
     (folder,) = [p for p in (run / "samples").iterdir() if p.is_dir()]
-    assert folder.name == "96-dpmpp_3m_sde-2-cfg1-weak1.5-seed0"
+    assert folder.name == "96-dpmpp_3m_sde-2-cfg1-guide1.5-seed0"
 
 
-def test_sample_records_the_checkpoint_of_the_weak_model(run, hdit, tmp_path):
+def test_sample_records_the_checkpoint_of_the_guide_model(run, hdit, tmp_path):
     """And not its run, which may be trained on."""
     out = tmp_path / "out"
-    assert hdit("sample", run, "-n", 1, "--out", out, "--weak", run)[0] == 0
+    assert hdit("sample", run, "-n", 1, "--out", out, "--guide", run)[0] == 0
     record = json.loads((out / "samples.json").read_text())
     assert record["checkpoint"].endswith("000000000096")
-    assert record["weak"]["checkpoint"] == record["checkpoint"]
+    assert record["guide"]["checkpoint"] == record["checkpoint"]
 
 
 @pytest.mark.parametrize("what", ["images", "classes"])
-def test_sample_refuses_a_weak_model_of_other_images_or_classes(run, tiny, hdit, tmp_path, what):
+def test_sample_refuses_a_guide_model_of_other_images_or_classes(run, tiny, hdit, tmp_path, what):
     data = "data={kind='shapes', size=8}"
     if what == "classes":
         folder = tmp_path / "pictures" / "cat"
@@ -264,9 +264,9 @@ def test_sample_refuses_a_weak_model_of_other_images_or_classes(run, tiny, hdit,
     options = ["--set", data, "--set", "training.images=16", "--set", "sampling.grid=0"]
     assert hdit("train", tiny, "--run", tmp_path / "other", *options)[0] == 0
     out = tmp_path / "out"
-    status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--weak", tmp_path / "other")
+    status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--guide", tmp_path / "other")
     assert status == 1
-    assert err.startswith(f"error: --weak: {tmp_path / 'other'} has other {what}: ")
+    assert err.startswith(f"error: --guide: {tmp_path / 'other'} has other {what}: ")
     assert ("(3, 8, 8), and the model (1, 8, 8)" if what == "images" else "('cat',)") in err
     assert not out.exists()
 

@@ -52,6 +52,10 @@ NOT_RUN = {
     "python scripts/bench_models.py --only flowers --only ffhq --only dit": "minutes, likewise",
     "python scripts/bench_models.py --only pixels --pairs 5": "minutes, likewise",
     "python scripts/bench_noise.py": "a minute, likewise",
+    "python scripts/table_triton.py": "minutes: it compiles every kernel",
+    "python scripts/table_triton.py --default --dtype bf16 fp32 --d-head 32 64 128": "likewise",
+    "python scripts/table_triton.py --capability 90 --default --dtype bf16 fp32 "
+    "--d-head 32 64 128": "likewise, with another Triton",
 }
 """Commands of the pages that no test runs, and why. tests/data/test_check.py runs the shell blocks
 under a line `<!-- run: ... -->`."""

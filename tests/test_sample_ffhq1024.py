@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hdit.errors import UserError
-from hdit.interop import convert
+from hdit.runs.conversion import convert
 from scripts import sample_ffhq1024
 
 
@@ -39,7 +39,7 @@ def test_random_weights_are_the_whole_model_and_none_is_zero(monkeypatch, call):
     )
     out, said, err = call("--random-weights", "--size", "128x256", "--steps", 2, "-n", 2)
     assert "85,079,300 parameters" in said
-    assert all(weight.any() for weight in models[0].state_dict.values())
+    assert all(weight.any() for weight in models[0].tensors().values())
     found = re.findall(r"(\d) of 2: (\d+) evaluations and \S+ s an image; peak memory", said)
     assert found == [("1", "2"), ("2", "2")]
     assert "trained at 1024x1024. At 128x256 the global levels see 0.0312 times the tokens" in err

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hdit.config.schema import load
+from hdit.config import load
 from scripts import scaling_cost
 
 

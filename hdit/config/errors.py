@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
+from hdit.errors import UserError
 from hdit.protocols import Spec
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; one line of the message for each thing that is wrong."""
 
 
 def _specs(annotation: Any) -> list[type[Spec]]:
     """The Spec classes that an annotation allows, through unions, Annotated and tuples."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
+        return list(getattr(annotation, "members", {}).values()) or [annotation]
     if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
         return [spec for part in get_args(annotation) for spec in _specs(part)]
     return []

@@ -17,6 +17,11 @@ class LRSpec(Spec):
 
     warmup: float = Field(0.0, ge=0, lt=1, description="rate of the exponential warm-up; 0 is none")
 
+    @property
+    def lowest(self) -> float:
+        """The bound below which the rate does not fall, 0 if there is none."""
+        return getattr(self, "min_lr", 0.0)
+
     def __call__(self, step: int, lr: float) -> float:
         """The rate at a step, where `lr` is the rate that it begins from."""
         return (1 - self.warmup ** (step + 1)) * self.decayed(step, lr)

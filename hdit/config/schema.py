@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from hdit.config.errors import explain
+from hdit.config.errors import ConfigError, explain
 from hdit.config.learning_rate import ConstantLR, LearningRate
+from hdit.config.overrides import apply, read_toml
 from hdit.data import DataSpec
 from hdit.diffusion.beta_schedules import AnyBetaSchedule, CosineSchedule, LinearSchedule
-from hdit.diffusion.densities import CosineInterpolated, Density, LogLogistic, UniformVP, WithBounds
-from hdit.diffusion.parametrization import EDM, CNoise, EpsVP, Parametrization
-from hdit.diffusion.samplers import DDPM, DPMpp3MSDE, Sampler
-from hdit.diffusion.sigmas import AnySigmas, Karras, LinearT
+from hdit.diffusion.context import Context, DependentSpec, Problem, under
+from hdit.diffusion.densities import CosineInterpolated, Density
+from hdit.diffusion.parametrization import EDM, CNoise, Parametrization
+from hdit.diffusion.samplers import Sampler, spec_of
+from hdit.diffusion.sigmas import AnySigmas, Karras
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
-from hdit.errors import SpecError, UserError
-from hdit.models import BackboneSpec, HDiTSpec
+from hdit.errors import SpecError
+from hdit.models import AnyBackbone
 from hdit.protocols import DataShape, Spec
 from hdit.spaces import PixelSpace, SpaceSpec
-
-SMALLEST = 1e-12  # noise level whose square, and that of its inverse, float32 can hold
-
-
-class ConfigError(UserError):
-    """A config that cannot be used; one line of the message for each thing that is wrong."""
-
 
 # ---- the settings --------------------------------------------------------------------------------
 
 
-class DiffusionSpec(Spec):
+class DiffusionSpec(DependentSpec):
     """What is predicted, and which noise levels are trained with which weight."""
 
     parametrization: Parametrization = EDM()
@@ -52,13 +44,41 @@ class DiffusionSpec(Spec):
     )
     learned_variance: bool = Field(False, description="of the reverse process, as in iDDPM")
 
+    @property
+    def timesteps(self) -> LinearSchedule | CosineSchedule:
+        """The beta schedule of the VP components, whether anything goes by it or not."""
+        return self.beta_schedule or LinearSchedule()
+
+    @property
+    def by_timesteps(self) -> bool:
+        """Whether a part of it is defined by the beta schedule."""
+        parts = self.parametrization, self.density
+        return self.learned_variance or any(part.by_timesteps for part in parts)
+
+    def valid_range(self) -> tuple[float, float, str]:
+        """The noise levels that the denoiser is defined at, and what bounds them."""
+        low, high = self.parametrization.sigma_range(self.timesteps)
+        by = f"parametrization {self.parametrization.kind!r}"
+        first, last = self.timesteps.sigma_range()
+        if (low, high) != (first, last):
+            if self.learned_variance:
+                return max(low, first), min(high, last), "the timesteps of learned_variance"
+            if self.beta_schedule and self.c_noise == "timestep":
+                return max(low, first), min(high, last), "the timesteps of c_noise 'timestep'"
+        return low, high, by
+
+    def resolved(self, context: Context) -> Self:
+        schedule = self.timesteps if self.by_timesteps else None
+        filled = self.filled(c_noise=context.c_noise, beta_schedule=schedule)
+        return DependentSpec.resolved(filled, replace(context, valid_range=filled.valid_range()))
+
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Compile = Literal["auto", True, False]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerSpec(Spec):
+class OptimizerSpec(DependentSpec):
     """AdamW. HDiT's mapping network and modulation learn at a third of lr, as the paper does."""
 
     kind: Literal["adamw"] = "adamw"
@@ -67,6 +87,14 @@ class OptimizerSpec(Spec):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
+
+    def check(self, context: Context) -> Iterator[Problem]:
+        if self.schedule.lowest > self.lr:
+            yield (
+                "schedule.min_lr",
+                f"must be at most training.optimizer.lr ({self.lr:g}), "
+                f"got {self.schedule.lowest:g}",
+            )
 
 
 class EMASpec(Spec):
@@ -77,7 +105,7 @@ class EMASpec(Spec):
     inv_gamma: float = Field(1.0, gt=0)
 
 
-class TrainingSpec(Spec):
+class TrainingSpec(DependentSpec):
     """Time is counted in images drawn."""
 
     images: int = Field(gt=0, description="where training ends")
@@ -104,6 +132,22 @@ class TrainingSpec(Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
 
+    def resolved(self, context: Context) -> Self:
+        return super().resolved(context).filled(log_every=10 * self.batch_size)
+
+    def check(self, context: Context) -> Iterator[Problem]:
+        yield from super().check(context)
+        if self.gradient_noise_scale and self.accumulate == 1:
+            yield (
+                "gradient_noise_scale",
+                "compares the gradients of parts of a batch: set training.accumulate above 1",
+            )
+        if self.batch_size % self.accumulate:
+            yield (
+                "accumulate",
+                f"must divide training.batch_size ({self.batch_size}), got {self.accumulate}",
+            )
+
 
 def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= interval[0] < interval[1]:
@@ -114,7 +158,7 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
 Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
 
 
-class GuidanceSpec(Spec):
+class GuidanceSpec(DependentSpec):
     """Classifier-free guidance."""
 
     scale: float = Field(1.0, ge=0, description="1 is no guidance")
@@ -125,11 +169,19 @@ class GuidanceSpec(Spec):
     rescale: float = Field(0.0, ge=0, le=1, description="of the guided image's contrast")
     batched: bool = Field(True, description="one call of double batch, or two calls")
 
+    def check(self, context: Context) -> Iterator[Problem]:
+        channels = context.shape.channels
+        if self.channels is not None and self.channels > channels:
+            yield (
+                "channels",
+                f"must be at most {channels}, the image's channels, got {self.channels}",
+            )
 
-class SamplingSpec(Spec):
+
+class SamplingSpec(DependentSpec):
     """How images are sampled: in the grid of each checkpoint, and by `hdit sample` if not told."""
 
-    sampler: Sampler = DPMpp3MSDE()
+    sampler: Sampler = spec_of("dpmpp_3m_sde")
     sigmas: AnySigmas = Karras()
     steps: int = Field(50, gt=0)
     sigma_min: float | None = Field(
@@ -148,13 +200,29 @@ class SamplingSpec(Spec):
     )
     grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
 
+    def sigma_range(self, context: Context) -> tuple[float, float]:
+        """Lowest and highest noise level: the sigma schedule's, within those of the denoiser."""
+        start, end = self.sigmas.sigma_range(context.beta_schedule)
+        low, high, _ = context.valid_range
+        return self.sigma_min or max(start, low), self.sigma_max or min(end, high)
+
+    def check(self, context: Context) -> Iterator[Problem]:
+        low, high = self.sigma_range(context)
+        fix = "set sigma_min and sigma_max within it"
+        yield from (("", text) for text in context.misfits(low, high, fix))
+        yield from super().check(context)
+        if low < high:
+            text = self.sigmas.misfit(self.steps, low, high, context.beta_schedule)
+            if text:
+                yield "sigmas", text
+
 
 class RunConfig(Spec):
     """All settings of a run."""
 
     data: DataSpec
     space: SpaceSpec = Field(PixelSpace(), description="between images and what the model sees")
-    model: BackboneSpec
+    model: AnyBackbone
     diffusion: DiffusionSpec = DiffusionSpec()
     training: TrainingSpec
     sampling: SamplingSpec = SamplingSpec()
@@ -167,117 +235,71 @@ class RunConfig(Spec):
     @property
     def beta_schedule(self) -> LinearSchedule | CosineSchedule:
         """Of the VP components, whether the denoiser goes by it or not."""
-        return self.diffusion.beta_schedule or LinearSchedule()
+        return self.diffusion.timesteps
 
     def valid_range(self) -> tuple[float, float, str]:
         """The noise levels that the denoiser is defined at, and what bounds them."""
-        d = self.diffusion
-        low, high = d.parametrization.sigma_range(self.beta_schedule)
-        by = f"parametrization {d.parametrization.kind!r}"
-        first, last = self.beta_schedule.sigma_range()
-        if (low, high) != (first, last):
-            if d.learned_variance:
-                return max(low, first), min(high, last), "the timesteps of learned_variance"
-            if d.beta_schedule and d.c_noise == "timestep":
-                return max(low, first), min(high, last), "the timesteps of c_noise 'timestep'"
-        return low, high, by
+        return self.diffusion.valid_range()
 
     def sigma_range(self) -> tuple[float, float]:
         """Lowest and highest noise level of the sampling sigma schedule."""
-        start, end = self.sampling.sigmas.sigma_range(self.beta_schedule)
-        low, high, _ = self.valid_range()
-        return (
-            self.sampling.sigma_min or max(start, low),
-            self.sampling.sigma_max or min(end, high),
-        )
+        return self.sampling.sigma_range(self.context())
 
     def output_channels(self, shape: DataShape) -> int:
         """Of the backbone: what it predicts, and a variance if it learns one."""
         return shape.channels * (2 if self.diffusion.learned_variance else 1)
 
+    def context(self) -> Context:
+        """What each setting may follow from."""
+        return Context(
+            shape=self.data_shape(num_classes=0),
+            c_noise=self.model.c_noise,
+            learned_variance=self.diffusion.learned_variance,
+            beta_schedule=self.beta_schedule,
+            valid_range=self.valid_range(),
+        )
+
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out."""
-        shape, d = self.data_shape(num_classes=0), self.diffusion
-        model, label = self.model, "timestep"
-        if isinstance(model, HDiTSpec):
-            model, label = model.resolved(), "log_quarter"
-        timesteps = (
-            isinstance(d.parametrization, EpsVP)
-            or isinstance(d.density, UniformVP)
-            or d.learned_variance
-        )
-        diffusion = _filled(
-            d,
-            c_noise=label,
-            beta_schedule=LinearSchedule() if timesteps else None,
-        )
-        weighting, density, size = d.weighting, d.density, max(shape.height, shape.width)
-        if isinstance(weighting, SoftMinSNR):
-            weighting = _filled(weighting, gamma=shape.sigma_data**-2)
-        if isinstance(density, CosineInterpolated):
-            density = _filled(density, noise_d_low=float(min(32, size)), noise_d_high=float(size))
-        if isinstance(density, LogLogistic):
-            density = _filled(density, loc=math.log(shape.sigma_data))
-        if isinstance(density, WithBounds):
-            low, high, _ = self.model_copy(update={"diffusion": diffusion}).valid_range()
-            start, end = density.usual
-            density = _filled(
-                density,
-                sigma_min=max(start or 0.0, low) or None,
-                sigma_max=None if end is None and high == math.inf else min(end or high, high),
-            )
-        sampler = self.sampling.sampler
-        if isinstance(sampler, DDPM):
-            sampler = _filled(sampler, variance="learned" if d.learned_variance else "lower")
-        update = {"weighting": weighting, "density": density}
+        context = self.context()
         return self.model_copy(
             update={
-                "model": model,
-                "diffusion": diffusion.model_copy(update=update),
-                "training": _filled(self.training, log_every=10 * self.training.batch_size),
-                "sampling": self.sampling.model_copy(update={"sampler": sampler}),
+                "model": self.model.resolved(),
+                "diffusion": self.diffusion.resolved(context),
+                "training": self.training.resolved(context),
+                "sampling": self.sampling.resolved(context),
             }
         )
 
     def check(self) -> None:
         """Raises SpecError with every setting that is well-typed but does not fit the others."""
-        problems = [(f"space.{key}", text) for key, text in self.space.check(*self.data.shape[1:])]
-        try:
-            self.model.check(self.data_shape(num_classes=0))
-        except SpecError as error:
-            problems += [(f"model.{path}", text) for path, text in error.problems]
-        problems += self._check_augmentation()
-        problems += self._check_ranges()
-        problems += self._check_sampling()
-        if isinstance(self.model, HDiTSpec) and self.model.vector_width:
-            problems.append(("model.vector_width", "must be 0: no data brings such vectors yet"))
-        lr, schedule = self.training.optimizer.lr, self.training.optimizer.schedule
-        if not isinstance(schedule, ConstantLR) and schedule.min_lr > lr:
-            problems.append(
-                (
-                    "training.optimizer.schedule.min_lr",
-                    f"must be at most training.optimizer.lr ({lr:g}), got {schedule.min_lr:g}",
-                )
-            )
-        if self.training.gradient_noise_scale and self.training.accumulate == 1:
-            problems.append(
-                (
-                    "training.gradient_noise_scale",
-                    "compares the gradients of parts of a batch: set training.accumulate above 1",
-                )
-            )
-        if self.training.batch_size % self.training.accumulate:
-            problems.append(
-                (
-                    "training.accumulate",
-                    f"must divide training.batch_size ({self.training.batch_size}), "
-                    f"got {self.training.accumulate}",
-                )
-            )
-        if problems:
+        if problems := list(self._problems()):
             raise SpecError(problems)
 
-    def _check_augmentation(self) -> Iterator[tuple[str, str]]:
+    def _problems(self) -> Iterator[Problem]:
+        context = self.context()
+        yield from under("space", self.space.check(*self.data.shape[1:]))
+        try:
+            self.model.check(context.shape)
+        except SpecError as error:
+            yield from under("model", error.problems)
+        yield from self._check_data()
+        if self.diffusion.beta_schedule and not (
+            self.diffusion.by_timesteps
+            or self.diffusion.c_noise == "timestep"
+            or self.sampling.sigmas.by_timesteps
+        ):
+            yield (
+                "diffusion.beta_schedule",
+                "has no effect: nothing here goes by timesteps (parametrization 'eps_vp', density "
+                "'uniform_vp', c_noise 'timestep', learned_variance, sigmas 'linear_t')",
+            )
+        yield from under("diffusion", self.diffusion.check(context))
+        yield from under("sampling", self.sampling.check(context))
+        yield from under("model", self.model.unmet())
+        yield from under("training", self.training.check(context))
+
+    def _check_data(self) -> Iterator[Problem]:
         data = self.data
         if getattr(self.space, "stored", None) is not None:
             if data.augment.probability:
@@ -286,7 +308,7 @@ class RunConfig(Spec):
                 yield "data.cache", "has no effect with space.stored, which reads no pictures"
         if not data.augment.probability:
             return
-        if not isinstance(self.model, HDiTSpec):
+        if not self.model.sees_augmentation:
             yield (
                 "data.augment",
                 f"must be 0: it would leak into the samples of a {self.model.kind}, which is not "
@@ -299,93 +321,9 @@ class RunConfig(Spec):
                 "and tells the model so: samples are not mirrored; leave out one of the two",
             )
 
-    def _check_sampling(self) -> Iterator[tuple[str, str]]:
-        s = self.sampling
-        learned = self.diffusion.learned_variance
-        if isinstance(s.sampler, DDPM) and s.sampler.variance == "learned" and not learned:
-            yield (
-                "sampling.sampler.variance",
-                "must be 'lower' or 'upper', got 'learned': the model learns none "
-                "(diffusion.learned_variance)",
-            )
-        channels = self.data_shape(0).channels
-        if s.guidance.channels is not None and s.guidance.channels > channels:
-            yield (
-                "sampling.guidance.channels",
-                f"must be at most {channels}, the image's channels, got {s.guidance.channels}",
-            )
-        low, high = self.sigma_range()
-        if not low < high:
-            return
-        first, last = self.beta_schedule.sigma_range()
-        if isinstance(s.sigmas, LinearT) and (low < first * (1 - 1e-6) or high > last * (1 + 1e-6)):
-            yield (
-                "sampling.sigmas",
-                f"noise levels {low:.5g} to {high:.5g} leave the timesteps' {first:.5g} to "
-                f"{last:.5g}; leave out sampling.sigma_min and sigma_max, or keep them within",
-            )
-            return
-        try:
-            s.sigmas(s.steps, low, high, self.beta_schedule)
-        except ValueError as error:
-            yield "sampling.sigmas", f"cannot have sampling.steps = {s.steps}: {error}"
-
-    def _check_ranges(self) -> Iterator[tuple[str, str]]:
-        d = self.diffusion
-        if d.beta_schedule and not (
-            isinstance(d.parametrization, EpsVP)
-            or isinstance(d.density, UniformVP)
-            or d.c_noise == "timestep"
-            or d.learned_variance
-            or isinstance(self.sampling.sigmas, LinearT)
-        ):
-            yield (
-                "diffusion.beta_schedule",
-                "has no effect: nothing here goes by timesteps (parametrization 'eps_vp', density "
-                "'uniform_vp', c_noise 'timestep', learned_variance, sigmas 'linear_t')",
-            )
-        low, high, by = self.valid_range()
-        bounded = isinstance(d.density, WithBounds)
-        ranges = {
-            "diffusion.density": (
-                d.density.sigma_range(self.data_shape(0), self.beta_schedule),
-                bounded,
-            ),
-            "sampling": (self.sigma_range(), True),
-        }
-        for path, ((start, end), bounded) in ranges.items():
-            if not start < end:
-                yield path, f"sigma_min must be below sigma_max, got {start:.5g} and {end:.5g}"
-            if start < SMALLEST or end > 1 / SMALLEST:
-                yield (
-                    path,
-                    f"noise levels {start:.5g} to {end:.5g} are beyond float32's reach; set "
-                    "sigma_min and sigma_max",
-                )
-                continue
-            if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
-                fix = "set sigma_min and sigma_max within it" if bounded else "take another density"
-                yield (
-                    path,
-                    f"noise levels {start:.5g} to {end:.5g} leave the range of {by}, "
-                    f"{low:.5g} to {high:.5g}; {fix}",
-                )
-
     def dump(self) -> str:
         """TOML that reads back as this config."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-S = TypeVar("S", bound=Spec)
-
-
-def _filled(spec: S, **defaults: Any) -> S:
-    """The spec with values for those of its settings that are absent."""
-    absent = {key: value for key, value in defaults.items() if getattr(spec, key) is None}
-    return spec.model_copy(update=absent)
-
-
-# ---- reading -------------------------------------------------------------------------------------
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -417,101 +355,3 @@ def parse(raw: dict[str, Any], origin: str) -> RunConfig:
 
 def _report(origin: str, lines: list[str]) -> str:
     return "\n".join([f"{origin}:", *(f"  {line}" for line in lines)])
-
-
-def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A TOML file, merged over those that its `extends` names, relative to itself, in order."""
-    if path.resolve() in above:
-        chain = " -> ".join(str(p) for p in (*above, path.resolve()))
-        raise ConfigError(f"{path}: extends itself: {chain}")
-    try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{_similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    bases = own.pop("extends", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends: must be a list of file names, got {bases!r}")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = merge(merged, read_toml(path.parent / base, (*above, path.resolve())))
-    return merge(merged, own)
-
-
-def _similar_file(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge, all else replaces; so does a table of another `kind`."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            other = "kind" in value and value["kind"] != old.get("kind", value["kind"])
-            result[key] = value if other else merge(old, value)
-        else:
-            result[key] = value
-    return result
-
-
-def apply(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Applies each "a.b=value" in order, but kinds first: they take the place of their tables."""
-    for override in sorted(overrides, key=lambda text: not _KIND.match(text)):
-        set_key(raw, override)
-
-
-_KIND = re.compile(r"[^=]*\.kind\s*=")
-
-
-def set_key(raw: dict[str, Any], override: str) -> None:
-    """Applies "a.b.0.c=value"; the value is read as TOML, or as a string where it is none.
-
-    Another `kind` leaves nothing of the table that it is set in.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override!r}: must read KEY=VALUE, as in training.batch_size=64")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *parents, last = key.strip().split(".")
-    node: Any = raw
-    for i, part in enumerate([*parents, last]):
-        where = ".".join(parents[:i]) or "the config"
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                raise ConfigError(
-                    f"--set {override!r}: {where} has {len(node)} entries, counted from 0; "
-                    f"{part!r} is none of them"
-                )
-        elif not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {where} is a value, not a table")
-        index: Any = int(part) if isinstance(node, list) else part
-        if i == len(parents):
-            if part == "kind" and isinstance(node, dict) and node.get("kind", value) != value:
-                node.clear()
-            old = node.get(index) if isinstance(node, dict) else node[index]
-            node[index] = merge({"": old}, {"": value})[""]
-        else:
-            node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) where two dumped configs differ; None where a key is absent."""
-    keys: Sequence[Any]
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        pairs = [(key, old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [(path, old, new)]
-    return [d for key, a, b in pairs for d in differences(a, b, f"{path}.{key}".lstrip("."))]

@@ -34,10 +34,10 @@ class Augmentation(Spec):
     def __call__(
         self, images: Tensor, seed: int, counters: np.ndarray, compiled: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Images as of `warp` and their counters (b,) -> the same, augmented, and Cond.aug (b 9).
+        """Augments images (b c h w) of 0 to 255 -> (b c h w) float32 of 0 to 255, Cond.aug (b 9).
 
-        What is done to an image follows from seed and its counter alone. With `compiled` torch
-        makes one kernel of the warp, for each shape.
+        What is done to an image follows from `seed` and its counter, in `counters` (b,), alone.
+        With `compiled` torch makes one kernel of the warp, for each shape.
         """
         a = draw(seed, counters, self.probability)
         matrices, conditions = transform(a, *images.shape[-2:])
@@ -154,12 +154,12 @@ def _matrix(*rows: list[Tensor]) -> Tensor:
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Each image with its pixels moved by its matrix (b 3 3): (b c h w) float32.
+    """Moves the pixels of each image (b c h w) by its matrix (b 3 3) -> (b c h w) float32.
 
-    Takes images (b c h w) as uint8 or as float in 0..1, and gives 0..1, but for the overshoot of
-    the interpolation. That is cubic convolution (Keys, 1981), on the image mirrored about its
-    outermost pixels; nothing is smoothed where the image shrinks. All as scikit-image's warp of
-    order 3 with mode "reflect". The identity leaves an image as it was, bit for bit.
+    Values keep their scale, but for the overshoot of the interpolation. That is cubic convolution
+    (Keys, 1981), on the image mirrored about its outermost pixels; nothing is smoothed where the
+    image shrinks. All as scikit-image's warp of order 3 with mode "reflect". The identity leaves
+    an image as it was, bit for bit.
     """
     return resample(images, to_device(_inverse(matrices), images.device))
 
@@ -172,8 +172,7 @@ def _inverse(matrices: Tensor) -> Tensor:
 def resample(images: Tensor, inverse: Tensor) -> Tensor:
     """`warp` by the inverses (b 3 3) float32 of its matrices, on the images' device."""
     h, w = images.shape[-2:]
-    pixels = (images if images.is_floating_point() else images / 255).float()
-    pixels = pixels.flatten(2)  # (b c hw)
+    pixels = images.float().flatten(2)  # (b c hw)
     m = inverse[..., None, None]  # (b 3 3 1 1)
     x = torch.arange(w, dtype=torch.float32, device=images.device)  # (w)
     y = torch.arange(h, dtype=torch.float32, device=images.device)[:, None]  # (h 1)

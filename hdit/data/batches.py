@@ -5,7 +5,6 @@ That is so for any number of processes and workers. A stream has a position besi
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from hdit import randomness
+from hdit.data.loader import load_batches
 from hdit.data.source import (
     CENTER,
     Chance,
-    DataError,
     Drawn,
     Order,
     Sample,
@@ -36,7 +34,7 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def dataset_indices(seed: int, counters: np.ndarray, length: int) -> np.ndarray:
-    """The images that the counters-th draws take: a fresh permutation for each epoch."""
+    """Indices (b,) of the images that the counters-th draws take: each epoch permutes anew."""
     epochs, places = np.divmod(counters, length)
     return np.array(
         [permutation(seed, int(e), length)[p] for e, p in zip(epochs, places, strict=True)]
@@ -104,39 +102,26 @@ class _Draws:
 CHANCES = ("crop size", "crop top", "crop left")
 
 
-class _Guarded:
-    """A source whose DataError is a value: raised in a worker, torch writes a traceback into it."""
+class _Load:
+    """Loads one image of a source. Raises DataError where the source does."""
 
     def __init__(self, source: Source | Stream):
         self.source = source
         self.drawn = source if isinstance(source, Drawn) else None
 
-    def __getitem__(self, draw: _Draw) -> Sample | DataError:
-        try:
-            if self.drawn is not None:
-                return self.drawn.draw(draw.reference, draw.chance)
-            return self.source[draw.reference]
-        except DataError as error:
-            return error.with_traceback(None)
+    def __call__(self, draw: _Draw) -> Sample:
+        if self.drawn is not None:
+            return self.drawn.draw(draw.reference, draw.chance)
+        return self.source[draw.reference]
 
 
-def collate(samples: list[Sample | DataError]) -> tuple[Tensor, Tensor, list[Skipped]] | DataError:
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-        good.append(sample)
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Skipped]]:
+    """Stacks samples -> images (b c h w), labels (b,) int64, and the files they stand in for."""
     return (
-        torch.stack([sample.image for sample in good]),
-        torch.tensor([sample.label for sample in good]),
-        [skipped for sample in good for skipped in sample.skipped],
+        torch.stack([sample.image for sample in samples]),
+        torch.tensor([sample.label for sample in samples]),
+        [skipped for sample in samples for skipped in sample.skipped],
     )
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer needs its workers for one more step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -174,27 +159,21 @@ class Batches:
             def references(counters: np.ndarray) -> list[Any]:
                 return dataset_indices(seed, counters, length).tolist()
 
-        loader: DataLoader[Sample] = DataLoader(
-            _Guarded(source),  # type: ignore[arg-type]
-            batch_sampler=_Draws(references, seed, start, layout),
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_trainer if workers else None,
+        self.loaded = load_batches(
+            _Load(source),
+            _Draws(references, seed, start, layout),
+            collate,
+            workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw from the global one
         )
-        self.loaded = iter(loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        loaded = next(self.loaded)
-        if isinstance(loaded, DataError):
-            del self.loaded  # and its processes with it
-            raise loaded
+        images, labels, skipped = next(self.loaded)
         position = self.layout.positions(self.step)
-        batch = Batch(loaded[0], loaded[1], self.images + position, position, loaded[2])
+        batch = Batch(images, labels, self.images + position, position, skipped)
         self.step += 1
         if self.step == self.layout.accumulate:
             self.step, self.images = 0, self.images + self.layout.batch_size
@@ -204,33 +183,20 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, Any] | None:
-        """Of a stream, behind the whole batches that were handed out; None of other sources."""
+        """Resume state after the last complete batch; None for sources that have an index."""
         return None if self.behind is None else self.behind.state()
 
 
 def in_order(
     source: Source | Stream, parts: Sequence[Sequence[Any]], workers: int = 0
 ) -> Iterator[Batch]:
-    """Batches of these images, as they are without chance, by index or what a stream calls them.
+    """Batches of these images in this order, without chance, by index or a stream's references.
 
     Raises DataError where the source does.
     """
     draws = [[_Draw(reference, CENTER) for reference in part] for part in parts]
-    loader: DataLoader[Sample] = DataLoader(
-        _Guarded(source),  # type: ignore[arg-type]
-        batch_sampler=draws,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
-        generator=torch.Generator(),
-    )
     first = 0
-    for loaded in loader:
-        if isinstance(loaded, DataError):
-            break
-        position = np.arange(first, first + len(loaded[0]))
-        yield Batch(loaded[0], loaded[1], position, position, loaded[2])
+    for images, labels, skipped in load_batches(_Load(source), draws, collate, workers):
+        position = np.arange(first, first + len(images))
+        yield Batch(images, labels, position, position, skipped)
         first += len(position)
-    else:
-        return
-    raise loaded  # out of the loop, where the loader's processes are gone

@@ -1,4 +1,4 @@
-"""Decoded pictures on disk, so that each is decoded once and not once an epoch."""
+"""Decoded images on disk, so that each is decoded once and not once an epoch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ VERSION = 1
 
 
 class Cache:
-    """A file of rows, one for each picture: its checksum, stamp, label and pixels.
+    """A file of rows, one for each image: its checksum, stamp, label and pixels.
 
     Any number of processes may read and fill it at once: a row is taken only if its checksum is
-    right and its stamp that of the picture as it is now.
+    right and its stamp that of the image as it is now.
     """
 
     def __init__(self, folder: str, key: str, shape: tuple[int, int, int]):
-        """`key` names all that makes pixels of pictures. Raises DataError."""
+        """`key` names all that makes pixels of images. Raises DataError."""
         self.arguments = folder, key, shape
         self.shape, self.size = shape, HEADER.size + math.prod(shape)
         home = Path(folder).expanduser()

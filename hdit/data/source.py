@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator
@@ -28,11 +28,11 @@ def printable(text: str) -> str:
 
 
 class Sample(NamedTuple):
-    """An image and what stood in its way."""
+    """An image, its label, and the unreadable files that it stands in for."""
 
     image: Tensor  # (c h w) uint8; or what a space stored of it and of its mirror image
     label: int  # class index; 0 where there are no classes
-    skipped: tuple[Skipped, ...] = ()  # unreadable files that this image stands in for
+    skipped: tuple[Skipped, ...] = ()
 
 
 class Source(Protocol):
@@ -92,6 +92,11 @@ class Stream(Protocol):
 def size_of(source: Source | Stream) -> int | None:
     """How many images there are; None where that is not known."""
     return None if isinstance(source, Stream) else len(source)
+
+
+def references(source: Source | Stream) -> Sequence[Any]:
+    """What `source` is indexed by, for each of its images once, in the order that they lie in."""
+    return source.references() if isinstance(source, Stream) else range(len(source))
 
 
 def first(source: Source | Stream) -> Sample:

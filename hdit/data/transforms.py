@@ -1,4 +1,4 @@
-"""From a picture of any size and mode to the pixels of a training image."""
+"""From an image of any size and mode to the pixels of a training image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODES = {1: "L", 3: "RGB"}
 def to_mode(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
     """Upright, without alpha (what is transparent lies on `background`), grey or RGB, 8 bits each.
 
-    Raises ValueError for a picture of 32-bit numbers, whose white has no fixed value.
+    Raises ValueError for an image of 32-bit numbers, whose white has no fixed value.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)  # else it would copy
@@ -90,7 +90,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """(h w c) uint8 -> a picture that is grey, grey with alpha, RGB or RGBA, by c from 1 to 4."""
+    """(h w c) uint8 -> an image that is grey, grey with alpha, RGB or RGBA, by c from 1 to 4."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4:
         shape = " x ".join(map(str, pixels.shape))
         raise ValueError(f"must be uint8 with 1 to 4 channels, got {pixels.dtype} of {shape}")

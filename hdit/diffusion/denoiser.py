@@ -13,7 +13,7 @@ from hdit.diffusion.broadcast import per_image
 from hdit.diffusion.parametrization import C_NOISES, Parametrization, Scales
 from hdit.diffusion.vlb import vlb
 from hdit.diffusion.weighting import Weighting, mean_square
-from hdit.protocols import Backbone, Cond, Denoise
+from hdit.protocols import Cond, Denoise, Network
 
 
 class Denoiser:
@@ -28,7 +28,7 @@ class Denoiser:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Network,
         parametrization: Parametrization,
         c_noise: str,
         sigma_data: float,

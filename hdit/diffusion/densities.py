@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from hdit.diffusion.beta_schedules import BetaSchedule
+from hdit.diffusion.context import Context, DependentSpec, Problem
 from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
-from hdit.protocols import DataShape, Spec
+from hdit.protocols import DataShape
 
 TAIL = 1e-7  # probability cut off where a density has an end without a bound
 
@@ -24,8 +26,11 @@ def stratify(rand: Tensor, position: Tensor, total: int) -> Tensor:
     return (position + rand) / total
 
 
-class DensitySpec(Spec):
+class DensitySpec(DependentSpec):
     """Base of the densities."""
+
+    by_timesteps: ClassVar[bool] = False  # whether it is defined by a beta schedule
+    fix: ClassVar[str] = "take another density"  # where it leaves the range of the denoiser
 
     def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         """u (b,) in [0, 1] -> sigma (b,) float64, increasing in u."""
@@ -36,6 +41,10 @@ class DensitySpec(Spec):
         low, high = self(torch.tensor([0.0, 1.0]), shape, schedule).tolist()
         return low, high
 
+    def check(self, context: Context) -> Iterator[Problem]:
+        start, end = self.sigma_range(context.shape, context.beta_schedule)
+        yield from (("", text) for text in context.misfits(start, end, self.fix))
+
 
 class WithBounds(DensitySpec):
     """Base of the densities between two noise levels; `usual` are those where none are set."""
@@ -43,10 +52,27 @@ class WithBounds(DensitySpec):
     sigma_min: float | None = Field(None, gt=0, description="the usual one if absent")
     sigma_max: float | None = Field(None, gt=0, description="the usual one if absent")
     usual: ClassVar[tuple[float | None, float | None]]
+    fix = "set sigma_min and sigma_max within it"
 
     def bounds(self) -> tuple[float | None, float | None]:
         """(lowest, highest) noise level, or None where there is no bound."""
         return self.sigma_min or self.usual[0], self.sigma_max or self.usual[1]
+
+    def interval(self) -> tuple[float, float]:
+        """The same, of a density that is never without a bound."""
+        low, high = self.bounds()
+        assert low is not None, f"{type(self).__name__}.usual has no lowest level"
+        assert high is not None, f"{type(self).__name__}.usual has no highest level"
+        return low, high
+
+    def resolved(self, context: Context) -> Self:
+        """With the usual bounds, but those of the denoiser where these are closer."""
+        low, high, _ = context.valid_range
+        start, end = self.usual
+        return self.filled(
+            sigma_min=max(start or 0.0, low) or None,
+            sigma_max=None if end is None and high == math.inf else min(end or high, high),
+        )
 
 
 class Bounded(WithBounds):
@@ -153,6 +179,9 @@ class LogLogistic(Bounded):
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
         return torch.exp(self._loc(sigma_data) + self.scale * (below / above).log())
 
+    def resolved(self, context: Context) -> Self:
+        return super().resolved(context).filled(loc=self._loc(context.shape.sigma_data))
+
     def _loc(self, sigma_data: float) -> float:
         return math.log(sigma_data) if self.loc is None else self.loc
 
@@ -164,8 +193,7 @@ class LogUniform(WithBounds):
     usual = (1e-2, 160.0)
 
     def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
-        sigma_min, sigma_max = self.sigma_min or 1e-2, self.sigma_max or 160.0
-        low, high = math.log(sigma_min), math.log(sigma_max)
+        low, high = (math.log(bound) for bound in self.interval())
         return torch.exp(low + u.double() * (high - low))
 
 
@@ -226,16 +254,23 @@ class CosineInterpolated(WithBounds):
 
     def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         size = max(shape.height, shape.width)
-        low, high = self.noise_d_low or min(32, size), self.noise_d_high or size
+        low, high = self._noise_d(size)
         return shape.sigma_data * torch.exp(
             u * self._log_ratio(u, low / size, shape.sigma_data)
             + (1 - u) * self._log_ratio(u, high / size, shape.sigma_data)
         )
 
+    def resolved(self, context: Context) -> Self:
+        low, high = self._noise_d(max(context.shape.height, context.shape.width))
+        return super().resolved(context).filled(noise_d_low=low, noise_d_high=high)
+
+    def _noise_d(self, size: int) -> tuple[float, float]:
+        """(noise_d_low, noise_d_high) for images of this size."""
+        return self.noise_d_low or float(min(32, size)), self.noise_d_high or float(size)
+
     def _log_ratio(self, u: Tensor, r: float, sigma_data: float) -> Tensor:
         """ln(sigma/sd) of the cosine schedule shifted by r = d/size."""
-        start = math.atan(r * (self.sigma_min or 1e-3) / sigma_data)
-        end = math.atan(r * (self.sigma_max or 1e3) / sigma_data)
+        start, end = (math.atan(r * bound / sigma_data) for bound in self.interval())
         return torch.log(torch.tan(start + u.double() * (end - start)) / r)
 
 
@@ -243,6 +278,7 @@ class UniformVP(DensitySpec):
     """Each timestep of the schedule with equal probability (Ho et al., 2020)."""
 
     kind: Literal["uniform_vp"] = "uniform_vp"
+    by_timesteps = True
 
     def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         t = (u.double() * schedule.steps).long().clamp(max=schedule.steps - 1)

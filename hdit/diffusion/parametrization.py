@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
@@ -29,6 +29,8 @@ class Scales(NamedTuple):
 
 class Predicts(Spec):
     """Base of the parametrizations."""
+
+    by_timesteps: ClassVar[bool] = False  # whether it is defined by a beta schedule
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         """The noise levels at which the parametrization is defined."""
@@ -63,6 +65,7 @@ class EpsVP(Predicts):
     """F predicts the noise from the variance-preserving x / sqrt(1 + sigma^2) (Ho et al., 2020)."""
 
     kind: Literal["eps_vp"] = "eps_vp"
+    by_timesteps = True
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Scales:
         return Scales(sigma.new_ones(sigma.shape), -sigma, 1 / (sigma.square() + 1).sqrt())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +17,8 @@ SIGMA_MIN, SIGMA_MAX = 1e-2, 160.0
 
 class SigmaSchedule(Spec):
     """Base of the sigma schedules."""
+
+    by_timesteps: ClassVar[bool] = False  # whether it is defined by a beta schedule
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         """Lowest and highest noise level, where they are not set."""
@@ -32,6 +34,16 @@ class SigmaSchedule(Spec):
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         """(n,) float64, decreasing."""
         raise NotImplementedError
+
+    def misfit(
+        self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule
+    ) -> str | None:
+        """Why it cannot have n noise levels from sigma_max to sigma_min, or None if it can."""
+        try:
+            self(n, sigma_min, sigma_max, schedule)
+        except ValueError as error:
+            return f"cannot have sampling.steps = {n}: {error}"
+        return None
 
 
 def _down(high: float, low: float, n: int) -> Tensor:
@@ -103,11 +115,23 @@ class LinearT(SigmaSchedule):
     """
 
     kind: Literal["linear_t"] = "linear_t"
+    by_timesteps = True
     sections: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     stride: bool = False
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
         return schedule.sigma_range()
+
+    def misfit(
+        self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule
+    ) -> str | None:
+        first, last = schedule.sigma_range()
+        if sigma_min < first * (1 - 1e-6) or sigma_max > last * (1 + 1e-6):
+            return (
+                f"noise levels {sigma_min:.5g} to {sigma_max:.5g} leave the timesteps' {first:.5g} "
+                f"to {last:.5g}; leave out sampling.sigma_min and sigma_max, or keep them within"
+            )
+        return super().misfit(n, sigma_min, sigma_max, schedule)
 
     @model_validator(mode="after")
     def _one_of_sections_and_stride(self) -> Self:

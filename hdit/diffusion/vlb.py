@@ -129,7 +129,7 @@ class Bits(NamedTuple):
 
 
 @torch.no_grad()
-def bits_per_dim(
+def vlb_bits_per_dim(
     denoise: Denoise,
     x0: Tensor,
     table: BetaSchedule,

@@ -6,16 +6,24 @@ Any weight works with any parametrization: on the network's own error it is lamb
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hdit.protocols import Spec
+from hdit.diffusion.context import Context, DependentSpec
 
 
-class Eps(Spec):
+class WeightSpec(DependentSpec):
+    """Base of the weights."""
+
+    def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        """sigma (b,) -> the weight of each image (b,)."""
+        raise NotImplementedError
+
+
+class EpsWeight(WeightSpec):
     """1/s^2: the error of the predicted noise, L_simple of Ho et al., 2020. k-diffusion: "snr"."""
 
     kind: Literal["eps"] = "eps"
@@ -24,7 +32,7 @@ class Eps(Spec):
         return sigma**-2
 
 
-class EDMWeight(Spec):
+class EDMWeight(WeightSpec):
     """1/s^2 + 1/sd^2: unit weight on EDM's F (Karras et al., 2022). k-diffusion: "karras"."""
 
     kind: Literal["edm"] = "edm"
@@ -33,7 +41,7 @@ class EDMWeight(Spec):
         return sigma**-2 + sigma_data**-2
 
 
-class V(Spec):
+class VWeight(WeightSpec):
     """1/s^2 + 1: the error of the predicted v (Salimans & Ho, 2022)."""
 
     kind: Literal["v"] = "v"
@@ -42,7 +50,7 @@ class V(Spec):
         return sigma**-2 + 1
 
 
-class X0(Spec):
+class X0Weight(WeightSpec):
     """1: the error of the predicted x0."""
 
     kind: Literal["x0"] = "x0"
@@ -51,7 +59,7 @@ class X0(Spec):
         return torch.ones_like(sigma)
 
 
-class MinSNR(Spec):
+class MinSNR(WeightSpec):
     """min(1/s^2, gamma) (Hang et al., 2023)."""
 
     kind: Literal["min_snr"] = "min_snr"
@@ -61,7 +69,7 @@ class MinSNR(Spec):
         return (sigma**-2).clamp(max=self.gamma)
 
 
-class SoftMinSNR(Spec):
+class SoftMinSNR(WeightSpec):
     """1/(s^2 + 1/gamma), gamma 1/sd^2 if absent (Crowson et al., 2024).
 
     k-diffusion: "soft-min-snr".
@@ -71,10 +79,16 @@ class SoftMinSNR(Spec):
     gamma: float | None = Field(None, gt=0, description="SNR at which the weight saturates")
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
-        return 1 / (sigma.square() + (sigma_data**2 if self.gamma is None else 1 / self.gamma))
+        return 1 / (sigma.square() + 1 / self._gamma(sigma_data))
+
+    def resolved(self, context: Context) -> Self:
+        return self.filled(gamma=self._gamma(context.shape.sigma_data))
+
+    def _gamma(self, sigma_data: float) -> float:
+        return sigma_data**-2 if self.gamma is None else self.gamma
 
 
-class Sigmoid(Spec):
+class Sigmoid(WeightSpec):
     """SNR * sigmoid(bias - ln SNR) (Hoogeboom et al., 2024): soft_min_snr with gamma = e^bias."""
 
     kind: Literal["sigmoid"] = "sigmoid"
@@ -84,7 +98,7 @@ class Sigmoid(Spec):
         return 1 / (sigma.square() + math.exp(-self.bias))
 
 
-class Flow(Spec):
+class FlowWeight(WeightSpec):
     """((1 + s)/s)^2: the error of rectified flow's velocity (Liu et al., 2023)."""
 
     kind: Literal["flow"] = "flow"
@@ -126,5 +140,6 @@ def _dct(n: int, like: Tensor) -> Tensor:
 
 
 Weighting = Annotated[
-    Eps | EDMWeight | V | X0 | MinSNR | SoftMinSNR | Sigmoid | Flow, Field(discriminator="kind")
+    EpsWeight | EDMWeight | VWeight | X0Weight | MinSNR | SoftMinSNR | Sigmoid | FlowWeight,
+    Field(discriminator="kind"),
 ]

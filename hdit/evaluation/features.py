@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hdit.errors import UserError
+from hdit.plugins import import_function
 from hdit_kernels.native import cache_folder
 
 AS_IT_IS = "uint8 RGB at its own size"
@@ -188,24 +187,11 @@ def torchscript(path: Path, device: torch.device) -> Extractor:
 
 def hook(name: str, device: torch.device) -> Extractor:
     """A function of a module that is here or installed: uint8 (b 3 h w) -> (b d)."""
-    module_name, _, function_name = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # and there it stays, for what the module imports later
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"--features: importing {module_name!r} (from {here}, or installed) raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--features: {module_name!r} has no function {function_name!r}")
-    file = getattr(module, "__file__", None)
+    function, file = import_function(name, f"--features: {name!r}")
     return Extractor(
         name,
-        sha256(Path(file)) if file else "",
-        f"{AS_IT_IS}, to {function_name}",
+        sha256(file) if file else "",
+        f"{AS_IT_IS}, to {name.partition(':')[2]}",
         None,
         function,
         device,

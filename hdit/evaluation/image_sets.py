@@ -9,27 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from hdit import models
-from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
-from hdit.data.pictures import MAX_PIXELS, open_picture
-from hdit.data.source import DataError, Source, Stream
+from hdit.data.images import MAX_PIXELS, open_image
+from hdit.data.loader import load_batches
+from hdit.data.source import DataError, Source, Stream, references
 from hdit.data.sources.archive import Archive
 from hdit.data.sources.arrays import Arrays
-from hdit.data.sources.listing import is_hidden, is_picture, order
+from hdit.data.sources.listing import is_hidden, is_image, order
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
-from hdit.runs.checkpoint import MANIFEST, Checkpoint, is_export
+from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settled
 
 Prepare = Callable[[Tensor], Tensor] | None
@@ -100,7 +97,7 @@ class FolderFiles:
 
     def __init__(self, root: Path):
         self.root = root
-        names = [name for name in _walk(root) if is_picture(name) and not is_hidden(name)]
+        names = [name for name in _walk(root) if is_image(name) and not is_hidden(name)]
         self.names = sorted(names, key=order)
         record = root / "samples.json"
         if record.is_file():
@@ -117,7 +114,7 @@ class FolderFiles:
         return str(self.root / self.names[index])
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_picture(self.name(index)), 0
+        return open_image(self.name(index)), 0
 
 
 def _sampled(record: Path) -> list[str]:
@@ -166,13 +163,8 @@ class Configured:
     """The data of a config, as training sees them: cropped, but neither mirrored nor augmented."""
 
     def __init__(self, spec: DataSpec, place: str):
-        source = spec.open()
-        self.source: Source | Stream = source
-        self.references: Sequence[Any]
-        if isinstance(source, Stream):
-            self.references = source.references()
-        else:
-            self.references = range(len(source))
+        self.source: Source | Stream = spec.open()
+        self.references = references(self.source)
         self.record = {
             "place": place,
             "kind": "data of a config",
@@ -203,57 +195,30 @@ class _Readable(Protocol):
     def image(self, index: int) -> Tensor: ...
 
 
-class _Reader:
-    """Whose errors are values: raised in a worker, torch writes a traceback into them."""
+class _Read:
+    """Reads one image of a set. Raises DataError, which names it, where it cannot be read."""
 
     def __init__(self, images: _Readable, prepare: Prepare):
         self.images, self.prepare = images, prepare
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Item | DataError:
+    def __call__(self, index: int) -> Item:
         try:
             image = self.images.image(index)
-        except MemoryError:
+        except (MemoryError, DataError):
             raise
-        except DataError as error:
-            return error.with_traceback(None)
         except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
             reason = f"{type(error).__name__}: {error}"
-            return DataError(f"{self.images.name(index)}: {reason}; mend or remove it")
+            raise DataError(f"{self.images.name(index)}: {reason}; mend or remove it") from None
         return item(image, self.prepare)
 
 
-def _collate(items: list[Item | DataError]) -> Part | DataError:
-    good: list[Item] = []
-    for found in items:
-        if isinstance(found, DataError):
-            return found
-        good.append(found)
-    return part(good)
-
-
-def _leave_signals(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def read(images: _Readable, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
-    loader: DataLoader[Any] = DataLoader(
-        _Reader(images, prepare),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_leave_signals if workers else None,
-        generator=torch.Generator(),  # or it would draw from the global one
-    )
-    for found in loader:
-        if isinstance(found, DataError):
-            break
-        yield found
-    else:
-        return
-    raise found  # out of the loop, where the loader's processes are gone
+    """Reads all images of a set in parts of `batch_size`. Raises DataError."""
+    batches = [
+        range(len(images))[first : first + batch_size]
+        for first in range(0, len(images), batch_size)
+    ]
+    return load_batches(_Read(images, prepare), batches, part, workers)
 
 
 # ---- samples of a model --------------------------------------------------------------------------
@@ -264,42 +229,33 @@ class Sampled:
 
     def __init__(
         self,
-        found: Checkpoint,
-        config: RunConfig,
+        trained: Trained,
         n: int,
         seed: int,
         raw: bool,
         device: torch.device,
         warn: Callable[[str], None],
     ):
-        """`config` is the model's, with the sampling that is wanted. Raises UserError."""
-        shape, classes = found.state.shape, found.state.classes
-        check_guidance(config, shape)
-        config = settled(config, device, n, warn)
-        self.config, self.shape, self.device, weights = config, shape, device, found.weights(raw)
+        """`trained` has the settings of sampling that are wanted. Raises UserError."""
+        check_guidance(trained.config, trained.shape)
+        self.trained = trained.configured(settled(trained.config, device, n, warn))
+        config, classes, self.device = self.trained.config, trained.classes, device
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None
-        self.space = config.space.open(device)
-        if found.state.space and self.space.identity != found.state.space:
-            raise UserError(
-                f"space.vae: the model was trained on latents of another VAE: its hash is "
-                f"{found.state.space:.12}, this one's {self.space.identity:.12}"
-            )
-        self.backbone = models.build(config.model, shape, config.output_channels(shape))
-        self.backbone.load_state_dict(found.tensors(weights))
-        self.backbone.to(device)
-        if config.sampling.compile:
-            self.backbone.compile_blocks()
         self.record: dict[str, Any] = {
-            "place": str(found.folder),
+            "place": str(trained.path),
             "kind": "samples",
-            "trained_images": found.state.images,
-            "weights": weights,
+            "trained_images": trained.images,
+            "weights": trained.weights(raw),
             "sampling": config.sampling.model_dump(mode="json", exclude_none=True),
             "sigma_range": config.sigma_range(),
             "seeds": [self.seeds[0], self.seeds[-1]],
             "labels": f"all {len(classes)} in turn" if classes else "none",
         }
+        self.space = self.trained.space(device)
+        self.backbone = self.trained.network(raw).to(device)
+        if config.sampling.compile:
+            self.backbone.compile_blocks()
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -312,8 +268,8 @@ class Sampled:
         evaluations = 0
         for batch in sample(
             self.backbone,
-            self.config,
-            self.shape,
+            self.trained.config,
+            self.trained.shape,
             self.seeds,
             self.labels,
             self.device,
@@ -327,13 +283,8 @@ class Sampled:
 # ---- which of them -------------------------------------------------------------------------------
 
 
-def is_model(path: Path) -> bool:
-    """Whether a folder is a run, a checkpoint or a converted model."""
-    return (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() or is_export(path)
-
-
 def open_set(place: str) -> Listed | Configured:
-    """Pictures by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
+    """Images by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
     path = Path(place).expanduser()
     if not path.exists():
         raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
@@ -347,10 +298,10 @@ def open_set(place: str) -> Listed | Configured:
     except DataError as error:
         raise UserError(str(error).removeprefix("data.path: ")) from None
     if path.suffix == ".toml":
-        from hdit.config.schema import load
+        from hdit.config import load
 
         return Configured(load(path).data, place)
     raise UserError(
         f"{place}: must be a folder of pictures, a .zip of one, a .npz, a config's .toml (its "
-        "data), or as the first of both a run, checkpoint or converted model"
+        "data), or as the first of both a trained model"
     )

@@ -1,6 +1,5 @@
-"""Checkpoints of other projects, read and written: k-diffusion, facebook's DiT, diffusers."""
+"""Formats of other projects, read and written: k-diffusion, facebook's DiT, diffusers."""
 
-from hdit.interop.conversion import KINDS, Converted, convert, load
-from hdit.interop.model import InteropError, Model
+from hdit.interop.contents import Contents, InteropError
 
-__all__ = ["KINDS", "Converted", "InteropError", "Model", "convert", "load"]
+__all__ = ["Contents", "InteropError"]

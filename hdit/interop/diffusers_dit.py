@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.config.schema import RunConfig
+from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
 from hdit.interop.files import Settings, read_json, read_pickle, read_safetensors
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
-from hdit.interop.model import InteropError, Model
 from hdit.models import DiTSpec
 from hdit.nn.embed import sincos_positions
 from hdit.protocols import DataShape
@@ -57,6 +57,7 @@ ENDS = {
 
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    """Where each of our tensors lies in their file."""
     spec = dit_spec(config)
     c, p, depth = data_shape.channels, spec.patch_size, spec.depth
 
@@ -145,7 +146,7 @@ def find_folder(path: Path) -> Path | None:
     return None
 
 
-def read(path: Path) -> Model:
+def read(path: Path) -> Contents:
     """The model of a folder, or of a pipeline's transformer/."""
     folder = find_folder(path)
     assert folder is not None, "detected before"
@@ -159,7 +160,7 @@ def read(path: Path) -> Model:
     ours = gather(weights, layout(config, shape), tensors, config, shape, computed=table)
     classes = _classes(pipeline, shape.num_classes)
     origin = f"{KIND} folder {path.name}"
-    return Model(config, shape, classes, ours, origin, "given", notes=notes)
+    return Contents(config, shape, classes, {"given": ours}, origin, notes=notes)
 
 
 def _weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -185,7 +186,7 @@ def _classes(pipeline: Path, number: int) -> tuple[str, ...]:
     return tuple(n if count[n] == 1 else f"{n} ({i})" for i, n in zip(plain, names, strict=True))
 
 
-def write(model: Model, folder: Path) -> tuple[str, ...]:
+def write(model: Contents, folder: Path) -> tuple[str, ...]:
     """Writes config.json and the weights -> notes."""
     spec = check_dit(KIND, model, {"mlp_ratio": MLP_RATIO})
     shape = model.shape

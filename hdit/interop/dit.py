@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hdit.config.schema import RunConfig, parse
-from hdit.interop.model import InteropError, Model, check_held
+from hdit.config import RunConfig, parse
+from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
 VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-ema", 4
 """Of the published samples; DiT's own checkpoints do not name it."""
+
+
+TRAINING = {
+    "images": 1_800_000_000,
+    "checkpoint_every": 12_800_000,
+    "batch_size": 256,
+    "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0},
+}
+"""The paper's recipe."""
 
 
 def settings(
@@ -26,7 +35,7 @@ def settings(
 ) -> tuple[RunConfig, DataShape]:
     """A DiT of the paper: noise prediction, its timesteps, recipe and sampler.
 
-    `size` is the side of what the backbone sees. That is a picture with 1 or 3 channels, else a
+    `size` is the side of what the backbone sees. That is an image with 1 or 3 channels, else a
     latent of one eight times as large. Raises ConfigError where the model does not fit.
     """
     latent = channels not in (1, 3)
@@ -52,12 +61,7 @@ def settings(
             "beta_schedule": table,
             "learned_variance": learned,
         },
-        "training": {
-            "images": 1_800_000_000,
-            "checkpoint_every": 12_800_000,
-            "batch_size": 256,
-            "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0},
-        },
+        "training": TRAINING,
         "sampling": {
             "sampler": {"kind": "ddpm"},
             "sigmas": {"kind": "linear_t"},
@@ -98,7 +102,7 @@ def dit_spec(config: RunConfig) -> DiTSpec:
     return config.model
 
 
-def check_dit(kind: str, model: Model, hidden: dict[str, Any] | None = None) -> DiTSpec:
+def check_dit(kind: str, model: Contents, hidden: dict[str, Any] | None = None) -> DiTSpec:
     """The DiT of a model, if a square, class-conditional one with adaLN-Zero; else InteropError.
 
     `hidden` are settings that the format prescribes.

@@ -8,7 +8,6 @@ class that is allowed.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hdit.config.schema import RunConfig
-from hdit.interop.dit import check_dit, learns_variance, mlp_ratio, settings, side_of
+from hdit.interop.contents import Contents, InteropError
+from hdit.interop.dit import check_dit, dit_spec, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
-from hdit.interop.model import InteropError, Model
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
@@ -43,7 +42,8 @@ def their_name(name: str) -> str:
 
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
-    c, p = data_shape.channels, config.model.patch_size
+    """Where each of our tensors lies in their file."""
+    c, p = data_shape.channels, dit_spec(config).patch_size
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
         if name == "pos_embed":
@@ -54,6 +54,22 @@ def layout(config: RunConfig, data_shape: DataShape) -> Layout:
         return Place((their_name(name),), shape)
 
     return make_layout(config, data_shape, place)
+
+
+def _heads(
+    facts: dict[str, Any], num_heads: int | None, width: int, depth: int, origin: str
+) -> int:
+    """By what the file or the user says, or by the paper's sizes; else InteropError."""
+    told = facts.get("num_heads")
+    heads = told or num_heads or HEADS.get((width, depth))
+    if told and num_heads and told != num_heads:
+        raise InteropError(f"{origin}: has {told} heads, got num_heads = {num_heads}")
+    if heads is None:
+        raise InteropError(
+            f"{origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, and the "
+            "tensors do not tell the number of heads: give it with --num-heads (of `hdit convert`)"
+        )
+    return heads
 
 
 def from_shapes(
@@ -88,65 +104,58 @@ def from_shapes(
                 f"{origin}: {key} is said to be {facts[key]}, but its tensors give {value}"
                 + (" and a null class" if key == "num_classes" else "")
             )
-    told = facts.get("num_heads")
-    heads = told or num_heads or HEADS.get((width, depth))
-    if told and num_heads and told != num_heads:
-        raise InteropError(f"{origin}: has {told} heads, got num_heads = {num_heads}")
-    if heads is None:
-        raise InteropError(
-            f"{origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, and the "
-            "tensors do not tell the number of heads: give it with --num-heads"
-        )
     model = {
         "patch_size": p,
         "depth": depth,
         "width": width,
-        "num_heads": heads,
+        "num_heads": _heads(facts, num_heads, width, depth, origin),
         "mlp_ratio": mlp_ratio(width, hidden),
     }
     learned = learns_variance(channels, out_channels, origin)
     return settings(model, channels, size, classes, learned, origin)
 
 
-def read_state(
-    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], num_heads: int | None
-) -> Model:
-    """The model of their state dict."""
-    config, shape = from_shapes(tensors, facts, num_heads, str(path))
-    ours = gather(path, layout(config, shape), tensors, config, shape)
+def read_sets(
+    path: Path,
+    sets: dict[str, dict[str, Tensor]],
+    facts: dict[str, Any],
+    num_heads: int | None,
+) -> Contents:
+    """The model of one or more of their state dicts, by name."""
+    config, shape = from_shapes(next(iter(sets.values())), facts, num_heads, str(path))
+    place = layout(config, shape)
+    ours = {name: gather(path, place, theirs, config, shape) for name, theirs in sets.items()}
     classes = tuple(str(i) for i in range(shape.num_classes))
-    return Model(config, shape, classes, ours, f"{KIND} checkpoint {path.name}", "given")
+    return Contents(config, shape, classes, ours, f"{KIND} checkpoint {path.name}")
 
 
 def read_safetensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], num_heads: int | None
-) -> Model:
-    facts = metadata.get("config")
-    return read_state(path, tensors, parse_json(facts, str(path)) if facts else {}, num_heads)
+) -> Contents:
+    """The model of a file's tensors, and of the arguments in its metadata if there are any."""
+    text = metadata.get("config")
+    facts = parse_json(text, str(path)) if text else {}
+    return read_sets(path, {"given": tensors}, facts, num_heads)
 
 
-def read_pickled(path: Path, saved: Any, raw: bool, num_heads: int | None) -> Model:
+def read_pickled(path: Path, saved: Any, num_heads: int | None) -> Contents:
     """The model of what torch.load gave: a state dict, or their trainer's dict of several."""
     facts: dict[str, Any] = {}
-    held = "given"
     if isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "model_ema" in saved:
         raise InteropError(
             f"{path}: is a training checkpoint of k-diffusion; its convert_for_inference.py makes "
             "the .safetensors file that is read here"
         )
+    sets = {"given": saved}
     if isinstance(saved, dict) and not _is_state(saved) and ("ema" in saved or "model" in saved):
         args = saved.get("args")
         facts = dict(vars(args)) if isinstance(args, Namespace) else {}
         facts.pop("num_heads", None)  # not among their arguments
-        held = "model" if raw or "ema" not in saved else "ema"
-        if held not in saved:
-            raise InteropError(f"{path}: has no weights {held!r}, but {', '.join(map(str, saved))}")
-        saved = saved[held]
-    elif raw:
-        raise InteropError(f"{path}: is a bare state dict with one set of weights; leave --raw out")
-    if not _is_state(saved):
-        raise InteropError(f"{path}: is no state dict of tensors, but {type(saved).__name__}")
-    return replace(read_state(path, saved, facts, num_heads), weights=held)
+        sets = {name: saved[name] for name in ("ema", "model") if name in saved}
+    for tensors in sets.values():
+        if not _is_state(tensors):
+            raise InteropError(f"{path}: is no state dict of tensors, but {type(tensors).__name__}")
+    return read_sets(path, sets, facts, num_heads)
 
 
 def _is_state(saved: Any) -> bool:
@@ -155,7 +164,7 @@ def _is_state(saved: Any) -> bool:
     )
 
 
-def write(model: Model, path: Path) -> tuple[str, ...]:
+def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
     torch.save(scatter(layout(model.config, model.shape), model.state_dict), path)

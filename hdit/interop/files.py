@@ -1,14 +1,10 @@
-"""Foreign files, read without executing them, and files and folders written whole or not at all."""
+"""Foreign files, read without executing them, and their settings."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hdit.interop.model import InteropError
+from hdit.interop.contents import InteropError
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -57,6 +53,7 @@ def _reason(error: UnpicklingError) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises InteropError where it is none."""
     return parse_json(path.read_bytes(), str(path))
 
 
@@ -71,45 +68,6 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
     return raw
 
 
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which becomes `out` when the block ends well.
-
-    If it does not, nothing is left. `out` may be an empty folder that a folder takes the place of.
-    """
-    made = [folder for folder in out.parents if not folder.exists()]  # innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    _remove(part)  # of a killed process
-    try:
-        yield part
-        for path in [*part.rglob("*"), part]:
-            _sync(path)
-        os.replace(part, out)
-    except BaseException:
-        _remove(part)
-        for folder in made:
-            folder.rmdir()
-        raise
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's contents, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 class Settings:
     """A table of someone else's settings, which remembers what was read of it; null is absent."""
 
@@ -119,11 +77,13 @@ class Settings:
         self.tables: dict[str, Settings] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a setting, or `default` where it is absent."""
         self.read.add(key)
         value = self.raw.get(key)
         return default if value is None else value
 
     def need(self, key: str) -> Any:
+        """The value of a setting. Raises InteropError where it is absent."""
         value = self.get(key)
         if value is None:
             raise self.error(key, "missing")
@@ -164,6 +124,7 @@ class Settings:
             raise self.error(key, f"{value!r} has no counterpart here, {wanted} has")
 
     def error(self, key: str, text: str) -> InteropError:
+        """An error, to raise, that names the file and the key."""
         return InteropError(f"{self.origin}: {self.path}{key}: {text}")
 
     def unread(self) -> dict[str, Any]:

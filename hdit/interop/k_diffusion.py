@@ -15,8 +15,8 @@ import tomli_w
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hdit.config import RunConfig, parse
 from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
-from hdit.config.schema import RunConfig, parse
 from hdit.diffusion.densities import (
     CosineInterpolated,
     Density,
@@ -26,10 +26,10 @@ from hdit.diffusion.densities import (
     SplitLognormal,
     VDiffusion,
 )
-from hdit.diffusion.weighting import EDMWeight, Eps, SoftMinSNR, Weighting
+from hdit.diffusion.weighting import EDMWeight, EpsWeight, SoftMinSNR, Weighting
+from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
-from hdit.interop.model import InteropError, Model, check_held
 from hdit.models import HDiTSpec
 from hdit.protocols import DataShape, Spec
 
@@ -48,7 +48,7 @@ ATTENTION = {
 WEIGHTINGS: dict[str, Weighting] = {
     "karras": EDMWeight(),
     "soft-min-snr": SoftMinSNR(),
-    "snr": Eps(),
+    "snr": EpsWeight(),
 }
 
 DENSITIES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
@@ -103,14 +103,6 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
     shape = DataShape(channels, height, width, dataset.number("num_classes", 0), sigma_data)
     sigma_min, sigma_max = float(m.number("sigma_min")), float(m.number("sigma_max"))
     notes: list[str] = []
-    diffusion: dict[str, Any] = {
-        "parametrization": {"kind": "edm"},
-        "c_noise": "log_quarter",
-        "weighting": _weighting(m, sigma_data),
-        "loss_scales": m.get("loss_scales", 1),
-    }
-    if m.raw.get("sigma_sample_density") is not None:
-        diffusion["density"] = _density(m, sigma_min, sigma_max, max(height, width), sigma_data)
     config = parse(
         {
             "data": {
@@ -122,7 +114,7 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
             },
             "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
-            "diffusion": diffusion,
+            "diffusion": _diffusion(m, shape, sigma_min, sigma_max),
             "training": _training(top, notes),
             "sampling": {
                 "sampler": {"kind": "dpmpp_2m_sde", "eta": 0.0, "solver": "heun"},
@@ -138,6 +130,19 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
         if path not in INERT or INERT[path] != value:
             notes.append(f"{path} = {json.dumps(value)} has no counterpart, and was left out")
     return config, shape, tuple(notes)
+
+
+def _diffusion(m: Settings, shape: DataShape, sigma_min: float, sigma_max: float) -> dict[str, Any]:
+    diffusion: dict[str, Any] = {
+        "parametrization": {"kind": "edm"},
+        "c_noise": "log_quarter",
+        "weighting": _weighting(m, shape.sigma_data),
+        "loss_scales": m.get("loss_scales", 1),
+    }
+    if m.raw.get("sigma_sample_density") is not None:
+        size = max(shape.height, shape.width)
+        diffusion["density"] = _density(m, sigma_min, sigma_max, size, shape.sigma_data)
+    return diffusion
 
 
 def _model(m: Settings) -> dict[str, Any]:
@@ -288,47 +293,25 @@ def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...
 # ---- our settings -> theirs ----------------------------------------------------------------------
 
 
-def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
+def to_config(model: Contents) -> tuple[dict[str, Any], tuple[str, ...]]:
     """-> (their config, as their loader fills it in; notes on what did not map).
 
     Raises InteropError where their model cannot be ours.
     """
-    spec, d, notes = model.config.model, model.config.diffusion, []
+    spec, d, shape, notes = model.config.model, model.config.diffusion, model.shape, []
     if not isinstance(spec, HDiTSpec):
         raise InteropError(f"{KIND} holds HDiT only, and {model.origin} is a {spec.kind}")
-    mapping, shape = spec.mapping, model.shape
     low, high = model.config.sigma_range()
-    kinds = {ours: (theirs, keys) for theirs, (ours, keys) in ATTENTION.items()}
-    attentions = []
-    for level in spec.levels:
-        attention = level.attention
-        assert attention is not None, "resolved"
-        theirs, keys = kinds[attention.kind]
-        attentions.append({"type": theirs, **{key: getattr(attention, key) for key in keys}})
     raw: dict[str, Any] = {
         "model": {
             "sigma_data": shape.sigma_data,
-            "dropout_rate": [level.dropout for level in spec.levels],
             "augment_prob": model.config.data.augment.probability,
             "loss_config": "karras",
             "loss_weighting": _their_weighting(d.weighting, shape.sigma_data),
             "loss_scales": d.loss_scales,
-            "mapping_width": mapping.width,
-            "mapping_depth": mapping.depth,
-            "mapping_d_ff": mapping.d_ff,
-            "mapping_cond_dim": spec.vector_width,
-            "mapping_dropout_rate": mapping.dropout,
-            "d_ffs": [level.d_ff for level in spec.levels],
-            "self_attns": attentions,
-            "augment_wrapper": False,
-            "skip_stages": 0,
-            "has_variance": False,
-            "type": "image_transformer_v2",
+            **_their_model(spec),
             "input_channels": shape.channels,
             "input_size": [shape.height, shape.width],
-            "patch_size": [spec.patch_size, spec.patch_size],
-            "depths": [level.depth for level in spec.levels],
-            "widths": [level.width for level in spec.levels],
             "sigma_min": low,
             "sigma_max": high,
             "sigma_sample_density": _their_density(d.density),
@@ -348,6 +331,35 @@ def to_config(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
     back, signal_back, _ = from_config(raw, f"{KIND} config of {model.origin}")
     check_held(KIND, model, back, signal_back)
     return raw, tuple(notes)
+
+
+def _their_model(spec: HDiTSpec) -> dict[str, Any]:
+    """What of their model table is the network's alone."""
+    mapping = spec.mapping
+    kinds = {ours: (theirs, keys) for theirs, (ours, keys) in ATTENTION.items()}
+    attentions = []
+    for level in spec.levels:
+        attention = level.attention
+        assert attention is not None, "resolved"
+        theirs, keys = kinds[attention.kind]
+        attentions.append({"type": theirs, **{key: getattr(attention, key) for key in keys}})
+    return {
+        "type": "image_transformer_v2",
+        "patch_size": [spec.patch_size, spec.patch_size],
+        "depths": [level.depth for level in spec.levels],
+        "widths": [level.width for level in spec.levels],
+        "d_ffs": [level.d_ff for level in spec.levels],
+        "self_attns": attentions,
+        "dropout_rate": [level.dropout for level in spec.levels],
+        "mapping_width": mapping.width,
+        "mapping_depth": mapping.depth,
+        "mapping_d_ff": mapping.d_ff,
+        "mapping_cond_dim": spec.vector_width,
+        "mapping_dropout_rate": mapping.dropout,
+        "augment_wrapper": False,
+        "skip_stages": 0,
+        "has_variance": False,
+    }
 
 
 def _their_weighting(weighting: Weighting, sigma_data: float) -> str | None:
@@ -421,10 +433,11 @@ def their_name(name: str) -> str:
 
 
 def layout(config: RunConfig, data_shape: DataShape) -> Layout:
+    """Where each of our tensors lies in their file."""
     return make_layout(config, data_shape, lambda name, shape: Place((their_name(name),), shape))
 
 
-def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Model:
+def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Contents:
     """The model of a .safetensors file."""
     if "config" not in metadata:
         raise InteropError(
@@ -436,7 +449,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Mo
     ours = gather(path, layout(config, shape), tensors, config, shape)
     classes = tuple(str(i) for i in range(shape.num_classes))
     origin = f"{KIND} checkpoint {path.name}"
-    return Model(config, shape, classes, ours, origin, "given", notes=notes)
+    return Contents(config, shape, classes, {"given": ours}, origin, notes=notes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -447,7 +460,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def write(model: Model, path: Path) -> tuple[str, ...]:
+def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a .safetensors file with its config -> notes."""
     raw, notes = to_config(model)
     tensors = scatter(layout(model.config, model.shape), model.state_dict)

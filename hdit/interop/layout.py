@@ -1,4 +1,4 @@
-"""How the tensors of a format lie to ours: names, shapes, splits and copies."""
+"""How the tensors of a format lie to ours, which ours are, and what is wrong with those found."""
 
 from __future__ import annotations
 
@@ -10,10 +10,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hdit import models
 from hdit.config.schema import RunConfig
-from hdit.interop.model import InteropError
+from hdit.interop.contents import InteropError
 from hdit.protocols import DataShape
-from hdit.runs.checkpoint import Shapes, check_shapes, expected_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_shapes(config: RunConfig, shape: DataShape) -> Shapes:
+    """Names and shapes of the model's parameters and buffers, in its own order."""
+    with torch.device("meta"):
+        model = models.build(config.model, shape, config.output_channels(shape))
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def check_shapes(path: Path, found: Shapes, expected: Shapes, limit: int = 12) -> None:
+    """Raises InteropError with each tensor that is missing, unknown or of another shape."""
+    lines = [f"{k}: missing, {list(s)} expected" for k, s in expected.items() if k not in found]
+    lines += [f"{k}: unknown, {list(s)}" for k, s in found.items() if k not in expected]
+    lines += [
+        f"{key}: is {list(found[key])}, {list(shape)} expected"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if lines:
+        more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+        listing = "\n  ".join(lines[:limit] + more)
+        raise InteropError(f"{path}: its tensors are not those of the model:\n  {listing}")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""`hdit encode`: the pictures of a config through its VAE, once, into a folder of posteriors."""
+"""`hdit encode`: the images of a config through its VAE, once, into a folder of posteriors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
-from hdit.data.pictures import MAX_BAD_SHARE, PicturesSpec, too_many
-from hdit.data.source import DataError, Skipped, Source, Stream
+from hdit.data.images import ImagesSpec, too_many
+from hdit.data.source import DataError, Skipped, Source, Stream, references
 from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
@@ -44,7 +45,7 @@ class Encoded(NamedTuple):
 def manifest_of(
     config: RunConfig, space: VAE, images: int, classes: list[str], dtype: str, shard_size: int
 ) -> Manifest:
-    """What latents by these settings are; `dtype` and `shard_size` as `hdit encode` takes them."""
+    """Describes latents by these settings; `dtype` and `shard_size` as `hdit encode` takes them."""
     data, spec = config.data, space.spec
     shape = data.shape
     return Manifest(
@@ -54,8 +55,8 @@ def manifest_of(
         tile=spec.tile if spec.tile and max(shape[1:]) > spec.tile else 0,
         image=list(shape),
         latent=list(spec.shape(*shape)),
-        crop=data.crop if isinstance(data, PicturesSpec) else "",
-        background=data.background if isinstance(data, PicturesSpec) else "",
+        crop=data.crop if isinstance(data, ImagesSpec) else "",
+        background=data.background if isinstance(data, ImagesSpec) else "",
         flips=2 if data.flip else 1,
         dtype=dtype,
         images=images,
@@ -82,13 +83,13 @@ ORIGIN = (
 
 
 def origin_of(data: DataSpec) -> str:
-    """The data in words."""
+    """Names the data in words, as in "kind=folder path=photos"."""
     pairs = ((key, getattr(data, key, None)) for key in ORIGIN)
     return " ".join(f"{key}={value}" for key, value in pairs if value is not None)
 
 
-def open_source(config: RunConfig, space: object) -> Source | Stream:
-    """What training draws from: the pictures, or what is stored of them. Raises DataError."""
+def open_training_source(config: RunConfig, space: object) -> Source | Stream:
+    """Opens what training draws from: the images, or what is stored of them. Raises DataError."""
     if isinstance(space, VAE):
         space.check_channels(config.data.shape[0])
     stored = config.space.stored if isinstance(config.space, LatentSpace) else None
@@ -119,83 +120,96 @@ def encode(
 
     `on_start` is called with the number of its images, `on_images` after each batch of them.
 
-    Raises UserError where the config has no VAE, its pictures cannot be stored, or the folder
+    Raises UserError where the config has no VAE, its images cannot be stored, or the folder
     holds others.
     """
+    space = _open_vae(config)
+    source = config.data.open()
+    refs = references(source)
+    manifest = manifest_of(config, space, len(refs), source.classes, dtype, shard_size)
+    begin(folder, manifest)
+    ours = [i for i in missing(folder, manifest) if i % processes == rank]
+    ranges = [manifest.range_of(shard) for shard in ours]
+    on_start(sum(map(len, ranges)))
+    parts = [
+        [refs[i] for i in r[first : first + batch_size]]
+        for r in ranges
+        for first in range(0, len(r), batch_size)
+    ]
+    batches = in_order(source, parts, workers)
+    bad: set[str] = set()
+    seen = 0
+    for shard, r in zip(ours, ranges, strict=True):
+        posterior: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in islice(batches, -(-len(r) // batch_size)):
+            for file in batch.skipped:
+                bad.add(file.path)
+                on_skipped(file)
+            posterior.append(_posterior(space, batch.images, manifest))
+            labels.append(batch.labels)
+            on_images(len(batch.labels))
+        seen += len(r)
+        _judge(config, len(bad), seen, manifest.images)
+        write_shard(folder, shard, torch.cat(posterior), torch.cat(labels), space.identity)
+    return _summary(folder, manifest, len(ours), space)
+
+
+def _open_vae(config: RunConfig) -> VAE:
+    """Opens the VAE of a config whose images can be stored. Raises UserError for another."""
     data = config.data
     if not isinstance(config.space, LatentSpace):
         raise UserError(f"space.kind: must be 'latent' to encode, got {config.space.kind!r}")
     if data.augment.probability:
         raise UserError("data.augment: must be 0 to encode: its changes are new at each draw")
-    if isinstance(data, PicturesSpec) and data.crop == "random":
+    if isinstance(data, ImagesSpec) and data.crop == "random":
         raise UserError("data.crop: must not be 'random' to encode: its windows are new each time")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    space = config.space.open(device)
-    source = data.open()
-    references = source.references() if isinstance(source, Stream) else list(range(len(source)))
-    manifest = manifest_of(config, space, len(references), source.classes, dtype, shard_size)
-    begin(folder, manifest)
-    ours = [i for i in missing(folder, manifest) if i % processes == rank]
-    on_start(sum(len(manifest.range_of(i)) for i in ours))
-    parts = [
-        [references[i] for i in manifest.range_of(shard)[first : first + batch_size]]
-        for shard in ours
-        for first in range(0, len(manifest.range_of(shard)), batch_size)
-    ]
-    batches = in_order(source, parts, workers)
-    bad: set[str] = set()
-    seen = 0
-    for shard in ours:
-        posterior: list[Tensor] = []
-        labels: list[Tensor] = []
-        while sum(map(len, labels)) < len(manifest.range_of(shard)):
-            batch = next(batches)
-            for file in batch.skipped:
-                bad.add(file.path)
-                on_skipped(file)
-            stored = encode_batch(space, batch.images.to(device), manifest.flips)
-            stored = stored.to("cpu", DTYPES[dtype])
-            if not stored.isfinite().all():
-                raise UserError(
-                    f"space.vae: {config.space.vae!r} gives latents that are not finite in {dtype}"
-                )
-            posterior.append(stored)
-            labels.append(batch.labels)
-            on_images(len(stored))
-        seen += len(manifest.range_of(shard))
-        _judge(config, len(bad), seen, manifest.images)
-        write_shard(folder, shard, torch.cat(posterior), torch.cat(labels), space.identity)
+    return config.space.open(device)
+
+
+def _posterior(space: VAE, images: Tensor, manifest: Manifest) -> Tensor:
+    """What is stored of images (b c h w): (b f 2c h w) on the CPU. Raises UserError."""
+    dtype = manifest.dtype
+    stored = encode_batch(space, images.to(space.device), manifest.flips).to("cpu", DTYPES[dtype])
+    if not stored.isfinite().all():
+        raise UserError(f"space.vae: {space.name!r} gives latents that are not finite in {dtype}")
+    return stored
+
+
+def _summary(folder: Path, manifest: Manifest, shards: int, space: VAE) -> Encoded:
+    """What is there now, after this process wrote `shards`; sigma_data once all is."""
     left = missing(folder, manifest)
     there = (shard_path(folder, i) for i in set(range(manifest.shards)) - set(left))
     size = sum(path.stat().st_size for path in there)
     sigma = None
     if not left:
         remove_parts(folder)
-        sigma = measure(Latents(str(folder)), space)
-    return Encoded(manifest.images, len(ours), len(left), size, sigma)
+        sigma = measure_sigma_data(Latents(str(folder)), space)
+    return Encoded(manifest.images, shards, len(left), size, sigma)
 
 
 def encode_batch(space: VAE, images: Tensor, flips: int) -> Tensor:
-    """(b c h w) -> (b f 2c h w): of the images, and with two flips of their mirror images."""
+    """Encodes images (b c h w) -> (b f 2c h w); with 2 `flips`, their mirror images too."""
     views = [images, images.flip(-1)][:flips]
     return torch.stack([space.encode(view) for view in views], 1)
 
 
 def _judge(config: RunConfig, bad: int, seen: int, images: int) -> None:
-    """Raises DataError where too many pictures are bad, for each worker has seen but its own."""
+    """Raises DataError where too many images are bad, for each worker has seen but its own."""
     data = config.data
-    if not isinstance(data, PicturesSpec):
+    if not isinstance(data, ImagesSpec):
         return
-    share = MAX_BAD_SHARE if data.max_bad_share is None else data.max_bad_share
-    if too_many(bad, seen, images, share):
+    if too_many(bad, seen, images, data.bad_share):
         raise DataError(
-            f"data: {bad} of {seen} pictures so far are bad, beyond data.max_bad_share = {share:g}"
+            f"data: {bad} of {seen} images so far are bad, beyond data.max_bad_share = "
+            f"{data.bad_share:g}"
         )
 
 
-def measure(latents: Latents, space: VAE, limit: int = 4096) -> float:
+def measure_sigma_data(latents: Latents, space: VAE, limit: int = 4096) -> float:
     """Standard deviation of x0 over all elements, from evenly chosen images, in float64.
 
     By the law of total variance, of a posterior with mean m and deviation s: E[m^2 + s^2] - E[m]^2.

@@ -1,4 +1,4 @@
-"""What `hdit encode` writes, and training reads in place of pictures: a VAE's posteriors.
+"""What `hdit encode` writes, and training reads in place of images: a VAE's posteriors.
 
 A folder of `shard-00000.safetensors`, ... and `manifest.json`. A shard has, of its n images,
 `posterior` (n f 2c h w), which is mean and standard deviation of the image and, with f = 2, of its
@@ -8,8 +8,6 @@ mirror image; and `labels` (n,) int64. It is either whole or not there.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.data.source import DataError, Sample
+from hdit.files import whole
 from hdit.protocols import Spec
 
 FORMAT = 1
@@ -147,15 +146,9 @@ def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a name of this process's own, to the disk, then renames."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
+    """Writes a file whole, or not at all, of which other processes may write the same."""
+    with whole(path, shared=True) as part:
         write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- reading -------------------------------------------------------------------------------------

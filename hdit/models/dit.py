@@ -5,9 +5,9 @@ The four ways to condition it (section 3.2) are specs of their own; adaLN-Zero i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import reduce
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hdit.errors import SpecError
+from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
-from hdit.nn.checkpointing import Run, call, recompute
-from hdit.nn.compiling import compile_in_place
+from hdit.nn.checkpointing import Runs
 from hdit.nn.embed import ClassEmbedding, check_labels, sincos_positions, timestep_embedding
 from hdit.nn.mlp import MLP
 from hdit.nn.norm import modulated_norm
 from hdit.nn.residual import gated_residual
-from hdit.protocols import Cond, DataShape, Group, Spec
+from hdit.protocols import Cond, DataShape, Group, PartCost, Spec
 
 TIME_FEATURES = 256
 
@@ -41,6 +41,10 @@ class _Summed(Spec):
     def final_layer(self, width: int, channels: int, p: int) -> FinalLayer:
         return AdaLNFinalLayer(width, channels, p)
 
+    def final_macs(self, width: int) -> int:
+        """MACs of what the final layer regresses."""
+        return 2 * width**2
+
 
 class _Sequence(Spec):
     """The blocks see a sequence of vectors; the final layer sees none."""
@@ -52,6 +56,10 @@ class _Sequence(Spec):
     def final_layer(self, width: int, channels: int, p: int) -> FinalLayer:
         return FinalLayer(width, channels, p)
 
+    def final_macs(self, width: int) -> int:
+        """MACs of what the final layer regresses: nothing."""
+        return 0
+
 
 class AdaLNZero(_Summed):
     """Scales and shifts of norms and gates of branches, all zero at first, come from t + y."""
@@ -61,14 +69,22 @@ class AdaLNZero(_Summed):
     def blocks(self, spec: DiTSpec) -> Blocks:
         return Blocks(AdaLNZeroBlock(spec) for _ in range(spec.depth))
 
+    def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
+        """MACs of a block over the tokens, conditioned on s embeddings."""
+        return vit_macs(spec, tokens) + 6 * spec.width**2
 
-class AdaLN(_Summed):
+
+class AdaLNConditioning(_Summed):
     """Scales and shifts of norms come from t + y."""
 
     kind: Literal["adaln"] = "adaln"
 
     def blocks(self, spec: DiTSpec) -> Blocks:
         return Blocks(AdaLNBlock(spec) for _ in range(spec.depth))
+
+    def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
+        """MACs of a block over the tokens, conditioned on s embeddings."""
+        return vit_macs(spec, tokens) + 4 * spec.width**2
 
 
 class CrossAttention(_Sequence):
@@ -79,6 +95,12 @@ class CrossAttention(_Sequence):
     def blocks(self, spec: DiTSpec) -> Blocks:
         return Blocks(CrossAttentionBlock(spec) for _ in range(spec.depth))
 
+    def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
+        """MACs of a block over the tokens, conditioned on s embeddings."""
+        d = spec.width
+        cross = 2 * tokens * d * d + 2 * s * d * d + 2 * tokens * s * d  # q and out, k and v
+        return vit_macs(spec, tokens) + cross
+
 
 class InContext(_Sequence):
     """t and y are two more tokens, until the last block is done."""
@@ -88,14 +110,26 @@ class InContext(_Sequence):
     def blocks(self, spec: DiTSpec) -> Blocks:
         return InContextBlocks(Block(spec) for _ in range(spec.depth))
 
+    def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
+        """MACs of a block over the tokens, conditioned on s embeddings."""
+        return vit_macs(spec, tokens + s)
+
+
+def vit_macs(spec: DiTSpec, tokens: int) -> int:
+    """MACs of self-attention and MLP of one block, without its conditioning."""
+    d, d_ff = spec.width, int(spec.width * spec.mlp_ratio)
+    return tokens * (4 * d * d + 2 * d * d_ff + 2 * d * tokens)
+
 
 Conditioning = Annotated[
-    AdaLNZero | AdaLN | CrossAttention | InContext, Field(discriminator="kind")
+    AdaLNZero | AdaLNConditioning | CrossAttention | InContext, Field(discriminator="kind")
 ]
 
 
-class DiTSpec(Spec):
+class DiTSpec(BackboneSpec):
     """A DiT; DiT-XL/2 is patch_size 2, depth 28, width 1152, num_heads 16."""
+
+    c_noise: ClassVar[str] = "timestep"
 
     kind: Literal["dit"] = "dit"
     patch_size: int = Field(2, gt=0)
@@ -137,6 +171,10 @@ class DiTSpec(Spec):
             problems.append(("width", f"must be a multiple of 4, got {self.width}"))
         if problems:
             raise SpecError(problems)
+
+    def remarks(self, shape: DataShape, params: int) -> Iterator[str]:
+        h, w = self.grid(shape)
+        yield f"with DiT's fixed position table: {params + h * w * self.width:,} parameters"
 
 
 # ---- ends of the network -------------------------------------------------------------------------
@@ -293,12 +331,8 @@ class CrossAttentionBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-class Blocks(nn.ModuleList):
+class Blocks(nn.ModuleList, Runs):
     """The blocks, one after the other: x (b h w d), c as they take it -> (b h w d)."""
-
-    def __init__(self, blocks: Iterable[nn.Module]):
-        super().__init__(blocks)
-        self.run: Run = call
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self:
@@ -319,7 +353,7 @@ class InContextBlocks(Blocks):
 # ---- the model -----------------------------------------------------------------------------------
 
 
-class DiT(nn.Module):
+class DiT(BackboneModule):
     """x (b c H W), c_noise (b,) in 0..999, cond -> (b out H W); zero everywhere at initialisation.
 
     H and W need not be those of `shape`: any size that the patch divides will do. `out_channels`
@@ -327,11 +361,13 @@ class DiT(nn.Module):
     """
 
     pos_embed: Tensor
+    blocks: Blocks
 
     def __init__(self, spec: DiTSpec, shape: DataShape, out_channels: int | None = None):
         super().__init__()
         spec.check(shape)
         self.spec, self.num_classes = spec, shape.num_classes
+        self.out_channels = out_channels or shape.channels
         self.register_buffer("pos_embed", sincos_positions(*spec.grid(shape), spec.width))
         self._tables: dict[tuple[object, ...], Tensor] = {}  # positions of other grids
         self.x_embedder = PatchEmbed(shape.channels, spec.width, spec.patch_size)
@@ -341,7 +377,7 @@ class DiT(nn.Module):
         )
         self.blocks = spec.conditioning.blocks(spec)
         self.final_layer = spec.conditioning.final_layer(
-            spec.width, out_channels or shape.channels, spec.patch_size
+            spec.width, self.out_channels, spec.patch_size
         )
         self.initialize()
 
@@ -366,18 +402,33 @@ class DiT(nn.Module):
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def checkpoint_blocks(self) -> None:
-        """From now on keeps no activations within a block, but computes them again for backward."""
-        self.blocks.run = recompute
-
-    def compile_blocks(self) -> None:
-        """From now on runs each block as one compiled graph, in place; see compile_in_place."""
-        compile_in_place(self.blocks)
-
     def parameter_group(self, name: str) -> Group:
         """Weight decay, where asked for, is on matrices only: not on biases, norms and classes."""
         matrix = name.endswith("weight") and ".norm" not in name
         return Group(decay=matrix and not name.startswith("y_embedder."))
+
+    def parts(self, shape: DataShape) -> list[PartCost]:
+        d, (h, w) = self.spec.width, self.spec.grid(shape)
+        tokens, s = h * w, 2 if shape.num_classes else 1  # t, and y
+        patch = tokens * self.spec.patch_size**2 * d  # of one channel
+        conditioning = self.spec.conditioning
+        blocks = self.spec.depth * conditioning.block_macs(self.spec, tokens, s)
+        out = patch * self.out_channels + conditioning.final_macs(d)
+        return [
+            PartCost(
+                "conditioning",
+                None,
+                self.count("t_embedder.", "y_embedder."),
+                TIME_FEATURES * d + d * d,
+            ),
+            PartCost("patch in", (h, w), self.count("x_embedder."), patch * shape.channels),
+            PartCost("blocks, global", (h, w), self.count("blocks."), blocks),
+            PartCost("patch out", (h, w), self.count("final_layer."), out),
+        ]
+
+    def stages(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().stages()
+        yield "patch out", self.final_layer
 
     def positions(self, h: int, w: int) -> Tensor:
         """(h w d): `pos_embed` on the grid that the model was built for, else one of its own."""

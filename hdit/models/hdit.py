@@ -5,8 +5,9 @@ Source: Crowson et al., ICML 2024, arXiv 2401.11605.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hdit.errors import SpecError
+from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import (
     Attention,
     CosineQK,
@@ -24,14 +26,13 @@ from hdit.nn.attention import (
     Unrotated,
     WithHeads,
 )
-from hdit.nn.checkpointing import Run, call, recompute
-from hdit.nn.compiling import compile_in_place
+from hdit.nn.checkpointing import Runs
 from hdit.nn.embed import ClassEmbedding, FourierFeatures, check_labels, sincos_positions
 from hdit.nn.mlp import GEGLU, GELU
 from hdit.nn.norm import AdaLN, AdaRMSNorm, RMSNorm
 from hdit.nn.residual import GatedResidual, Residual
 from hdit.nn.rope import AxialRoPE, axial_positions, downscale_positions
-from hdit.protocols import Cond, DataShape, Group, Spec
+from hdit.protocols import Cond, DataShape, Group, PartCost, Spec
 
 AUG_WIDTH = 9  # conditions of the non-leaking augmentation (Karras et al., 2022, appendix F.2)
 
@@ -65,12 +66,15 @@ D_FF = {"geglu": 3, "gelu": 4}
 """Hidden width of a feed-forward core over that of a token, by default."""
 
 
-class HDiTSpec(Spec):
+class HDiTSpec(BackboneSpec):
     """An HDiT: levels from finest to coarsest, each with half the grid of the one before.
 
     The defaults of norm, feed_forward, output_gate, positions and skip are the paper's model; the
     others are the rows of its ablation (table 1).
     """
+
+    c_noise: ClassVar[str] = "log_quarter"
+    sees_augmentation: ClassVar[bool] = True
 
     kind: Literal["hdit"] = "hdit"
     patch_size: int = Field(4, gt=0)
@@ -97,7 +101,7 @@ class HDiTSpec(Spec):
         side = [self.patch_size << i for i in range(len(self.levels))]
         return [(shape.height // s, shape.width // s) for s in side]
 
-    def resolved(self) -> HDiTSpec:
+    def resolved(self) -> Self:
         """With the settings written out that follow from others."""
         local = self.local_attention or Neighborhood()
         last = len(self.levels) - 1
@@ -152,6 +156,10 @@ class HDiTSpec(Spec):
             ]
         if problems:
             raise SpecError(problems)
+
+    def unmet(self) -> Iterator[tuple[str, str]]:
+        if self.vector_width:
+            yield "vector_width", "must be 0: no data brings such vectors yet"
 
     def _check_level(self, level: Level, grid: tuple[int, int]) -> list[tuple[str, str]]:
         problems: list[tuple[str, str]] = []
@@ -223,7 +231,7 @@ class FeedForwardBlock(nn.Module):
         return self.residual(x, self.core(self.norm(x, cond)), cond)
 
 
-class Layer(nn.Module):
+class Layer(Runs):
     """Its blocks in turn; `run` calls each, or checkpoints it."""
 
     def __init__(self, spec: HDiTSpec, level: Level, index: int):
@@ -232,7 +240,6 @@ class Layer(nn.Module):
         if not isinstance(level.attention, NoAttention):
             self.self_attn = AttentionBlock(spec, level, level.attention, index)
         self.ff = FeedForwardBlock(spec, level)
-        self.run: Run = call
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
         for block in self.children():
@@ -261,7 +268,8 @@ class MappingBlock(nn.Module):
     def __init__(self, spec: Mapping):
         super().__init__()
         self.norm = RMSNorm(spec.width)
-        self.core = GEGLU(spec.width, spec.d_ff or 3 * spec.width, spec.dropout)
+        assert spec.d_ff is not None, "resolved"
+        self.core = GEGLU(spec.width, spec.d_ff, spec.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.core(self.norm(x))
@@ -355,7 +363,29 @@ class AdditivePositions(nn.Module):
         return x + self._tables[key]
 
 
-class HDiT(nn.Module):
+def mapping_macs(spec: HDiTSpec) -> int:
+    """MACs of the embeddings and the mapping network, of one image."""
+    m, d_ff = spec.mapping.width, spec.mapping.d_ff
+    assert d_ff is not None, "resolved"
+    features = (1 + AUG_WIDTH) * (m // 2)
+    return features + 2 * m * m + spec.vector_width * m + spec.mapping.depth * 3 * m * d_ff
+
+
+def layer_macs(spec: HDiTSpec, i: int, grid: tuple[int, int]) -> int:
+    """MACs of one layer of the i-th level on its grid."""
+    level, (h, w), m = spec.levels[i], grid, spec.mapping.width
+    d, d_ff = level.width, level.d_ff
+    assert d_ff is not None, "resolved"
+    up = {"geglu": 2, "gelu": 1}[spec.feed_forward]
+    modulation = {"ada_rms_norm": 1, "ada_ln": 2}[spec.norm] + spec.output_gate
+    macs = h * w * (up + 1) * d * d_ff + m * modulation * d
+    if level.attention is None or isinstance(level.attention, NoAttention):
+        return macs
+    attention = 2 * d * level.attention.keys(h, w)  # logits, weighted sum
+    return macs + h * w * (3 * d * d + d * d + attention) + m * modulation * d
+
+
+class HDiT(BackboneModule):
     """x (b c H W), c_noise (b,) = ln(sigma)/4, cond -> (b out H W); zero at initialisation.
 
     H and W need not be those of `shape`: any size that the levels divide will do. `out_channels`
@@ -367,6 +397,7 @@ class HDiT(nn.Module):
         spec.check(shape)
         spec = spec.resolved()
         self.spec, self.num_classes = spec, shape.num_classes
+        self.out_channels = out_channels or shape.channels
         self._positions: list[Tensor] | None = None
         *outer, inner = spec.levels
         m, widths = spec.mapping.width, [level.width for level in spec.levels]
@@ -389,7 +420,7 @@ class HDiT(nn.Module):
         split = SPLITS[spec.skip]
         self.splits = nn.ModuleList(split(coarse, fine) for fine, coarse in steps)
         self.out_norm = RMSNorm(widths[0])
-        self.patch_out = TokenSplit(widths[0], out_channels or shape.channels, spec.patch_size)
+        self.patch_out = TokenSplit(widths[0], self.out_channels, spec.patch_size)
         self.initialize()
 
     @torch.no_grad()
@@ -407,15 +438,48 @@ class HDiT(nn.Module):
                 parameter.zero_()
         self.patch_out.proj.weight.zero_()
 
-    def checkpoint_blocks(self) -> None:
-        """From now on keeps no activations within a block, but computes them again for backward."""
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.run = recompute
+    @property
+    def blocks(self) -> Iterator[nn.Module]:  # type: ignore[override]
+        """The layers, in order of the pass."""
+        for level in (*self.down_levels, self.mid_level, *reversed(self.up_levels)):
+            yield from level
 
-    def compile_blocks(self) -> None:
-        """From now on runs each layer as one compiled graph, in place; see compile_in_place."""
-        compile_in_place(module for module in self.modules() if isinstance(module, Layer))
+    def stages(self) -> Iterator[tuple[str, nn.Module]]:
+        """The levels, both sides of each under one name."""
+        for levels in (self.down_levels, self.up_levels):
+            for i, level in enumerate(levels):
+                yield f"level {i}", level
+        yield f"level {len(self.down_levels)}", self.mid_level
+        yield "patch out", self.patch_out
+
+    def parts(self, shape: DataShape) -> list[PartCost]:
+        spec, grids = self.spec, self.spec.grids(shape)
+        h, w = grids[0]
+        patch = h * w * spec.patch_size**2 * spec.levels[0].width  # of one channel
+        inputs = "time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj.", "mapping."
+        ends = self.count("out_norm.", "patch_out.")
+        return [
+            PartCost("mapping network", None, self.count(*inputs), mapping_macs(spec)),
+            PartCost("patch in", grids[0], self.count("patch_in."), patch * shape.channels),
+            *(part for i, grid in enumerate(grids) for part in self._level_parts(i, grid)),
+            PartCost("patch out", grids[0], ends, patch * self.out_channels),
+        ]
+
+    def _level_parts(self, i: int, grid: tuple[int, int]) -> Iterator[PartCost]:
+        """A level, and the way to the next."""
+        spec, level, (h, w) = self.spec, self.spec.levels[i], grid
+        assert level.attention is not None, "resolved"
+        name, layers = f"level {i}, {level.attention.kind}", level.depth * layer_macs(spec, i, grid)
+        if i == len(spec.levels) - 1:
+            yield PartCost(name, grid, self.count("mid_level."), layers)
+            return
+        both = (f"down_levels.{i}.", f"up_levels.{i}.")
+        yield PartCost(name, grid, self.count(*both), 2 * layers)
+        moves = 2 * h * w * level.width * spec.levels[i + 1].width  # a merge and a split
+        if spec.skip == "concat":
+            moves += h * w * 2 * level.width**2
+        ends = (f"merges.{i}.", f"splits.{i}.")
+        yield PartCost(f"merge and split {i}-{i + 1}", (h // 2, w // 2), self.count(*ends), moves)
 
     def parameter_group(self, name: str) -> Group:
         """The reference's four groups: the mapping network and what it feeds learn at lr/3."""

@@ -25,9 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hdit.models import DiT, HDiT, build
-from hdit.models.dit import DiTSpec
-from hdit.models.hdit import HDiTSpec
+from hdit.models import BackboneModule, BackboneSpec, build
 from hdit.protocols import Cond, DataShape
 from hdit_kernels.fused import Formulas
 
@@ -85,7 +83,7 @@ class _Kept:
     Weights, which are there anyhow, do not count.
     """
 
-    def __init__(self, model: HDiT | DiT):
+    def __init__(self, model: BackboneModule):
         self.model, self.part = model, "conditioning and patch in"
         self.bytes: dict[str, int] = {}
         self.seen = {
@@ -96,7 +94,7 @@ class _Kept:
     def watching(self) -> Iterator[None]:
         handles = [
             module.register_forward_pre_hook(self._enter(name))
-            for name, module in _parts(self.model)
+            for name, module in self.model.stages()
         ]
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
@@ -117,22 +115,8 @@ class _Kept:
         return tensor
 
 
-def _parts(model: HDiT | DiT) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of what runs in turn; both sides of an HDiT's level have one name."""
-    if isinstance(model, HDiT):
-        for levels in (model.down_levels, model.up_levels):
-            for i, level in enumerate(levels):
-                yield f"level {i}", level
-        yield f"level {len(model.down_levels)}", model.mid_level
-        yield "patch out", model.patch_out
-    else:
-        for block in model.blocks:
-            yield "blocks", block
-        yield "patch out", model.final_layer
-
-
 def training_memory(
-    spec: HDiTSpec | DiTSpec,
+    spec: BackboneSpec,
     shape: DataShape,
     batch: int,
     *,

@@ -18,3 +18,24 @@ def call(block: nn.Module, *arguments: Tensor) -> Tensor:
 def recompute(block: nn.Module, *arguments: Tensor) -> Tensor:
     """Dropout repeats its choices: the generator's state is put back."""
     return checkpoint(block, *arguments, use_reentrant=False)
+
+
+class Runs(nn.Module):
+    """Base of modules that call each of their blocks as `self.run(block, ...)`."""
+
+    run: Run = staticmethod(call)
+
+
+def checkpoint_in_place(model: nn.Module) -> None:
+    """From now on the model keeps no activations within a block, but computes them again.
+
+    Raises ValueError if none of its modules is one that `Runs` blocks.
+    """
+    found = [module for module in model.modules() if isinstance(module, Runs)]
+    if not found:
+        raise ValueError(
+            f"gradient_checkpointing has no effect: no module of a {type(model).__name__} calls "
+            "its blocks through hdit.nn.checkpointing.Runs"
+        )
+    for module in found:
+        module.run = recompute

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from hdit.files import whole
 
 SMALL = 64  # images with a shorter side are enlarged in a grid, by a whole factor
 
@@ -23,9 +24,8 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes (c h w) uint8 so that no half-written file is ever seen under this name."""
-    part = path.with_name(f".{path.name}.part")
-    to_picture(image).save(part, format="PNG")
-    os.replace(part, path)
+    with whole(path, durable=False) as part:
+        to_picture(image).save(part, format="PNG")
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

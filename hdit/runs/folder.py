@@ -12,6 +12,7 @@ from typing import Any
 
 from hdit.config.schema import RunConfig
 from hdit.errors import UserError
+from hdit.files import write_text
 from hdit.runs import checkpoint
 
 
@@ -39,14 +40,14 @@ class RunFolder:
 
     def prepare(self, config: RunConfig, images: int, classes: list[str]) -> None:
         """Writes config and classes, and sets aside what came after the checkpoint at `images`."""
-        checkpoint.write_atomically(self.path / "config.toml", config.dump())
+        write_text(self.path / "config.toml", config.dump())
         if classes:
             mapping = {name: label for label, name in enumerate(classes)}
             text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n"
-            checkpoint.write_atomically(self.path / "classes.json", text)
+            write_text(self.path / "classes.json", text)
         if self.metrics.exists():
             lines = [json.dumps(line) for line in read_metrics(self.metrics, images)]
-            checkpoint.write_atomically(self.metrics, "".join(f"{line}\n" for line in lines))
+            write_text(self.metrics, "".join(f"{line}\n" for line in lines))
         if not self.checkpoints.is_dir():
             return
         for part in self.checkpoints.glob(".*.part"):  # of a killed run
@@ -56,13 +57,15 @@ class RunFolder:
             folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
         if later and images:
             newest = checkpoint.folder_name(images)
-            checkpoint.write_atomically(self.checkpoints / "latest", newest + "\n")
+            write_text(self.checkpoints / "latest", newest + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
+        """Appends a line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def grid(self, images: int) -> Path:
+        """The file of the grid of samples after so many images."""
         return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
 
 

@@ -14,7 +14,6 @@ from hdit import randomness
 from hdit.config.schema import RunConfig
 from hdit.device import (
     Precision,
-    autocast_dtype,
     float32_products,
     multiplies_bf16,
     multiplies_tf32,
@@ -22,28 +21,11 @@ from hdit.device import (
     to_device,
 )
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import UserError
 from hdit.nn.compiling import compiles
-from hdit.protocols import Backbone, Cond, DataShape, Space
-
-
-def make_denoiser(
-    backbone: Backbone, config: RunConfig, shape: DataShape, precision: Precision = "fp32"
-) -> Denoiser:
-    """The denoiser that a config makes of a backbone."""
-    d = config.diffusion
-    assert d.c_noise is not None, "the config must be resolved"
-    return Denoiser(
-        backbone,
-        d.parametrization,
-        d.c_noise,
-        shape.sigma_data,
-        table=d.beta_schedule,
-        learned_variance=d.learned_variance,
-        autocast=autocast_dtype(precision),
-    )
+from hdit.protocols import Cond, DataShape, Denoise, Space
+from hdit.runs.building import make_denoiser
 
 
 def settled(
@@ -85,7 +67,7 @@ def check_guidance(config: RunConfig, shape: DataShape) -> None:
 
 
 @dataclass(frozen=True)
-class WeakModel:
+class GuideModel:
     """A worse model of the same images, to be guided away from (Karras et al., 2024)."""
 
     backbone: nn.Module
@@ -111,6 +93,29 @@ class _Counted:
         return self.backbone(x, c_noise, cond)
 
 
+def _guided(
+    networks: list[_Counted],
+    config: RunConfig,
+    shape: DataShape,
+    precision: Precision,
+    guide: GuideModel | None,
+) -> Callable[[Cond], Denoise]:
+    """Conditions -> the denoiser of the first network, guided by the second and by no class."""
+    guidance = config.sampling.guidance
+    options = guidance.model_dump(exclude={"scale", "batched"})
+    options["batching"] = Batching(guidance.batched)  # one, as it remembers what did not fit
+    denoiser = make_denoiser(networks[0], config, shape, precision)
+    worse = guide and make_denoiser(networks[1], guide.config, shape, precision)
+
+    def bind(cond: Cond) -> Denoise:
+        denoise: Denoise = denoiser.bind(cond)
+        if guide and worse:
+            denoise = cfg(denoise, worse.bind(cond), guide.scale, **options)
+        return cfg(denoise, denoiser.bind(cond.null()), guidance.scale, **options)
+
+    return bind
+
+
 def sample(
     backbone: nn.Module,
     config: RunConfig,
@@ -119,7 +124,7 @@ def sample(
     labels: list[int] | None,
     device: torch.device,
     on_step: Callable[[], None] | None = None,
-    weak: WeakModel | None = None,
+    guide: GuideModel | None = None,
     space: Space | None = None,
 ) -> Iterator[Samples]:
     """One image for each seed (and label), by config.sampling, in batches.
@@ -129,16 +134,13 @@ def sample(
     is called after each step of each batch; `space` is config's, opened, if it is at hand.
     """
     spec = settled(config, device, len(seeds), warn=lambda text: None).sampling
-    guidance, precision = spec.guidance, precision_on(device, spec.precision)
+    precision = precision_on(device, spec.precision)
     space = space or config.space.open(device)
-    networks = [_Counted(backbone)]
-    denoiser = make_denoiser(networks[0], config, shape, precision)
-    if weak:
-        networks.append(_Counted(weak.backbone.eval()))
-        weak_denoiser = make_denoiser(networks[1], weak.config, shape, precision)
+    networks = [_Counted(backbone.eval())]
+    if guide:
+        networks.append(_Counted(guide.backbone.eval()))
+    denoise_of = _guided(networks, config, shape, precision, guide)
     sigmas = spec.sigmas(spec.steps, *config.sigma_range(), config.beta_schedule)
-    options = guidance.model_dump(exclude={"scale", "batched"})
-    options["batching"] = Batching(guidance.batched)
     start = config.diffusion.parametrization.start(sigmas[0].item())
 
     @torch.inference_mode()
@@ -147,13 +149,9 @@ def sample(
         x_keys = randomness.keys(0, "sampling", counters, device)
         path_keys = randomness.keys(0, "sampling path", counters, device)
         cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
-        denoise = denoiser.bind(cond)
-        if weak:
-            denoise = cfg(denoise, weak_denoiser.bind(cond), weak.scale, **options)
-        denoise = cfg(denoise, denoiser.bind(cond.null()), guidance.scale, **options)
         before = sum(network.images for network in networks)
         x0 = spec.sampler(
-            denoise,
+            denoise_of(cond),
             start * randomness.normal(x_keys, shape.chw),
             sigmas,
             noise=BrownianPath(
@@ -164,7 +162,6 @@ def sample(
         seen = sum(network.images for network in networks) - before
         return Samples(space.decode(x0).cpu(), seen // len(seeds))
 
-    backbone.eval()
     for first in range(0, len(seeds), spec.batch_size):
         part = slice(first, first + spec.batch_size)
         with float32_products(precision):

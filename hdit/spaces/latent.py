@@ -28,7 +28,7 @@ class LatentSpace(Spec):
     factor: int = Field(8, gt=0, description="pixels along the side of a latent")
     sigma_data: float = Field(1.0, gt=0, description="standard deviation of the scaled latents")
     stored: str | None = Field(
-        None, description="folder of `hdit encode`, to train on in place of the pictures"
+        None, description="folder of `hdit encode`, to train on in place of the images"
     )
     tile: int = Field(
         512, ge=0, description="side of the parts that a larger image is taken in; 0 for none"

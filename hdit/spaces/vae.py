@@ -31,7 +31,7 @@ class VAE:
     """
 
     def __init__(self, spec: LatentSpace, name: str, device: torch.device):
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.device = spec, name, device
         self.model = _load(name).to(device).eval().requires_grad_(False)
         config = self.model.config
         factor = 2 ** (len(config.block_out_channels) - 1)
@@ -166,4 +166,4 @@ COMPUTED = (
     "use_post_quant_conv",
     "use_quant_conv",
 )
-"""Settings that change latents or pictures; others come and go with versions of diffusers."""
+"""Settings that change latents or images; others come and go with versions of diffusers."""

@@ -15,7 +15,7 @@ from hdit.data.batches import Batch
 from hdit.device import precision_on, to_device
 from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
-from hdit.protocols import Backbone, Cond, DataShape, NormalNoise, Space
+from hdit.protocols import Cond, DataShape, Network, NormalNoise, Space
 from hdit.sampling.sample import make_denoiser
 
 
@@ -40,7 +40,7 @@ class Objective:
 
     def __init__(
         self,
-        network: Backbone,
+        network: Network,
         config: RunConfig,
         shape: DataShape,
         space: Space,
@@ -72,7 +72,6 @@ class Objective:
         mirrored = aug = None
         if data.augment.probability:
             images, aug = data.augment(images, seed, counters, self.compiled)
-            images = 255 * images  # as the space takes them
         elif data.flip:
             mirrored = to_device(randomness.uniform(seed, "flip", counters) < 0.5, self.device)
         if self.stored:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hdit.config.schema import EMASpec, OptimizerSpec
-from hdit.models import DiT, HDiT
-from hdit.protocols import Group
+from hdit.protocols import Backbone, Group
 
 
-def parameter_groups(backbone: HDiT | DiT) -> dict[Group, list[str]]:
+def parameter_groups(backbone: Backbone) -> dict[Group, list[str]]:
     """The names of the trainable parameters, by how the optimizer treats them."""
     groups: dict[Group, list[str]] = {}
     for name, parameter in backbone.named_parameters():
@@ -19,9 +18,7 @@ def parameter_groups(backbone: HDiT | DiT) -> dict[Group, list[str]]:
     return groups
 
 
-def adamw(
-    backbone: HDiT | DiT, spec: OptimizerSpec, fused: bool | None = None
-) -> torch.optim.AdamW:
+def adamw(backbone: Backbone, spec: OptimizerSpec, fused: bool | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) over the backbone's groups.
 
     `fused` takes torch's one kernel for all that a step does; on CUDA it is the default.

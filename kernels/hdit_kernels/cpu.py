@@ -6,26 +6,26 @@ and float16 are computed in float32, and rounded once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hdit_kernels import native
+from hdit_kernels.contract import Problem
 from hdit_kernels.flops import backward_flops, forward_flops
-
-if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
 
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def unavailable() -> str | None:
+    """Why the backend can run nowhere on this machine, or None; see `contract.Backend`."""
     return native.unavailable()
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the backend cannot solve `problem`, or None; see `contract.Backend`."""
     if problem.device != "cpu":
         return f"it runs on a CPU, not on {problem.device!r}"
     if problem.dtype not in NAMES and problem.dtype != torch.float16:
@@ -110,4 +110,5 @@ def _(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     return cpu_forward(q, k, v, kernel_size, scale)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
+from hdit_kernels.contract import Problem
 
 Tile = tuple[int, int]
 TILE: Tile = (8, 16)  # of the grid's rows and columns: 128, which each of torch's defaults divides
@@ -36,6 +35,7 @@ ANY_D_HEAD = torch.__version__ >= "2.7"
 
 
 def unavailable() -> str | None:
+    """Why the backend can run nowhere on this machine, or None; see `contract.Backend`."""
     return None
 
 
@@ -44,6 +44,7 @@ def _no_triton() -> bool:
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the backend cannot solve `problem`, or None; see `contract.Backend`."""
     d_head, capability = problem.d_head, problem.capability
     if problem.device not in ("cuda", "cpu"):
         return f"it runs on CUDA, and without gradients on a CPU, not on {problem.device!r}"
@@ -303,4 +304,5 @@ def _compiled(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     return VARIANTS["default"](q, k, v, kernel_size, scale)

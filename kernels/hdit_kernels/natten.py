@@ -12,13 +12,11 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
+from hdit_kernels.contract import Problem
 
 INSTALL = (
     "install it with `pip install --no-build-isolation natten` "
@@ -49,6 +47,7 @@ def _version(natten: ModuleType) -> tuple[int, ...]:
 
 
 def unavailable() -> str | None:
+    """Why the backend can run nowhere on this machine, or None; see `contract.Backend`."""
     found = _load()
     return found if isinstance(found, str) else None
 
@@ -72,6 +71,7 @@ _least_d_head._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the backend cannot solve `problem`, or None; see `contract.Backend`."""
     if reason := unavailable():
         return reason
     d_head = problem.d_head
@@ -97,6 +97,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     if q.numel() == 0:  # NATTEN fails on it
         return q + k + v
     if not torch.is_grad_enabled():  # NATTEN looks at requires_grad alone

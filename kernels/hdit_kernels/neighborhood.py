@@ -1,50 +1,21 @@
-"""The contract of neighborhood attention, its backends and the choice among them.
+"""Neighborhood attention: its backends, the choice among them, and the function that models call.
 
-Semantics are NATTEN's (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023): the query
-at (y, x) attends to the k x k keys from row clamp(y - k//2, 0, h - k) and column
-clamp(x - k//2, 0, w - k) on. At a border the window is shifted to stay inside, so that each query
-has exactly k*k keys.
+hdit_kernels.contract states what a backend computes.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hdit_kernels import cpu, flex, natten, reference, tile, triton
+from hdit_kernels.contract import Backend, Problem
 
 log = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """All that the choice of a backend may depend on: never a timing, so a rerun chooses alike."""
-
-    device: str
-    dtype: torch.dtype
-    height: int
-    width: int
-    kernel_size: int
-    d_head: int
-    grad: bool  # whether gradients will be asked for
-    capability: tuple[int, int] | None = None  # compute capability of a CUDA device
-
-
-class Backend(Protocol):
-    """A module of this package that computes the contract."""
-
-    def unavailable(self) -> str | None:
-        """Why this backend can run nowhere on this machine, or None where it can. It may
-        compile, but does not fail."""
-
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why this backend cannot solve the problem, or None where it can. Covers unavailable()."""
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
-        """The contract, on arguments that are known to be valid."""
 
 
 BACKENDS: dict[str, Backend] = {

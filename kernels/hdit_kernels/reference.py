@@ -5,13 +5,10 @@ It holds k*k copies of the keys and values. Use it to check other backends, or o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
+from hdit_kernels.contract import Problem
 
 
 def window_starts(length: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
@@ -21,14 +18,17 @@ def window_starts(length: int, kernel_size: int, device: torch.device | None = N
 
 
 def unavailable() -> str | None:
+    """Why the backend can run nowhere on this machine, or None; see `contract.Backend`."""
     return None
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the backend cannot solve `problem`, or None; see `contract.Backend`."""
     return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     h, w = q.shape[1:3]
     offset = torch.arange(kernel_size, device=q.device)
     rows = window_starts(h, kernel_size, q.device)[:, None] + offset  # (h k)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hdit_kernels.contract import Problem
 from hdit_kernels.flops import backward_flops, forward_flops
 from hdit_kernels.reference import window_starts
-
-if TYPE_CHECKING:
-    from hdit_kernels.neighborhood import Problem
 
 TILE = 8  # smaller tiles are too little work for one product, larger ones mostly masked keys
 CHUNK = 32  # tiles times heads times batch in one call
@@ -35,10 +33,12 @@ class Axis(NamedTuple):
 
 
 def unavailable() -> str | None:
+    """Why the backend can run nowhere on this machine, or None; see `contract.Backend`."""
     return None
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the backend cannot solve `problem`, or None; see `contract.Backend`."""
     return None
 
 
@@ -187,4 +187,5 @@ def _(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     return tile_forward(q, k, v, kernel_size, scale)

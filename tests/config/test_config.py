@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 import torch
 
-from hdit.config.schema import ConfigError, RunConfig, differences, load, merge, parse, set_key
+from hdit.config import ConfigError, RunConfig, differences, load, merge, parse, set_key
 from hdit.diffusion.densities import Density
 from hdit.diffusion.parametrization import Parametrization
-from hdit.diffusion.samplers import Sampler
+from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import AnySigmas
 from hdit.errors import UserError
 from hdit.protocols import DataShape
@@ -137,12 +137,14 @@ UNIONS = {
     "diffusion.parametrization": Parametrization,
     "diffusion.density": Density,
     "sampling.sigmas": AnySigmas,
-    "sampling.sampler": Sampler,
 }
 KINDS = [
-    (key, spec.model_fields["kind"].default)
-    for key, union in UNIONS.items()
-    for spec in get_args(get_args(union)[0])
+    *(
+        (key, spec.model_fields["kind"].default)
+        for key, union in UNIONS.items()
+        for spec in get_args(get_args(union)[0])
+    ),
+    *(("sampling.sampler", kind) for kind in SamplerSpec.members),
 ]
 
 

@@ -36,7 +36,7 @@ def done(rows, height, width):
     return transform(parameters(*rows), height, width)[0]
 
 
-def picture(height=6, width=6):
+def random_image(height=6, width=6):
     """(1 1 h w): each pixel has another value."""
     return torch.linspace(0, 1, height * width).view(1, 1, height, width)
 
@@ -59,7 +59,7 @@ def test_augmentation_is_that_of_the_reference(case):
         conditions[0], torch.tensor(expected["cond9"]).double(), rtol=0, atol=1e-6
     )
     # A coordinate is off by as much, where the noise changes by up to 3 from pixel to pixel.
-    check_record(warp(images, matrices)[0] * 2 - 1, expected["image"], atol=2e-5)
+    check_record(warp(images, matrices)[0] / 127.5 - 1, expected["image"], atol=2e-5)
 
 
 def test_all_that_is_done_is_in_the_conditions():
@@ -143,19 +143,19 @@ def test_warp_by_the_identity_returns_the_image_bit_for_bit():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (3, 3, 37, 50), np.uint8))
     matrices = done([NOTHING] * 3, 37, 50)
-    assert torch.equal(warp(images, matrices), images / 255)
+    assert torch.equal(warp(images, matrices), images.float())
     floats = torch.from_numpy(rng.random((3, 1, 64, 64), np.float32))
     assert torch.equal(warp(floats, done([NOTHING] * 3, 64, 64)), floats)
 
 
 def test_warp_of_uint8_can_be_stored_again_without_loss():
-    """255 times what the identity gives is the integer: x0 is the same with and without it."""
+    """What the identity gives is the integer: x0 is the same with and without it."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(warp(images, done([NOTHING], 16, 16)) * 255, images.float())
+    assert torch.equal(warp(images, done([NOTHING], 16, 16)), images.float())
 
 
 def test_flips_land_on_the_pixels_bit_for_bit():
-    x = picture(5, 8)
+    x = random_image(5, 8)
     left_right, upside_down, both = (
         warp(x, done([[i, j, *NOTHING[2:]]], 5, 8)) for i, j in ((1, 0), (0, 1), (1, 1))
     )
@@ -166,13 +166,13 @@ def test_flips_land_on_the_pixels_bit_for_bit():
 
 @pytest.mark.parametrize("quarters", [-2, -1, 1, 2])
 def test_a_positive_turn_is_counter_clockwise(quarters):
-    x = picture()
+    x = random_image()
     turned = warp(x, done([[0, 0, 0, quarters * math.pi / 2, 0, 0, 0, 0]], 6, 6))
     torch.testing.assert_close(turned, torch.rot90(x, quarters, (-2, -1)), rtol=0, atol=1e-6)
 
 
 def test_a_shift_is_to_the_right_and_down():
-    x = picture(8, 8)
+    x = random_image(8, 8)
     moved = warp(x, done([[0, 0, 0, 0, 0, 0, 2, 1]], 8, 8))  # 2 and 1 eighths of 8
     torch.testing.assert_close(moved[..., 1:, 2:], x[..., :-1, :-2], rtol=0, atol=1e-6)
     # what comes in is the mirror image
@@ -181,7 +181,7 @@ def test_a_shift_is_to_the_right_and_down():
 
 
 def test_a_positive_scale_grows_the_image_about_its_centre():
-    x = picture(9, 9)
+    x = random_image(9, 9)
     grown = warp(x, done([[0, 0, 5, 0, 0, 0, 0, 0]], 9, 9))  # 2^0.2 to the 5th is 2
     torch.testing.assert_close(grown[..., ::2, ::2], x[..., 2:7, 2:7], rtol=0, atol=1e-6)
 
@@ -215,31 +215,31 @@ def images_of(n):
 def test_augmentation_of_an_image_does_not_depend_on_its_batch():
     images, counters = images_of(6), np.arange(40, 46)
     augment = Augmentation(probability=1.0)
-    pictures, conditions = augment(images, 0, counters)
-    assert pictures.shape == images.shape
-    assert pictures.dtype == conditions.dtype == torch.float32
+    augmented, conditions = augment(images, 0, counters)
+    assert augmented.shape == images.shape
+    assert augmented.dtype == conditions.dtype == torch.float32
     for i in range(6):
         one = slice(i, i + 1)
-        picture, condition = augment(images[one], 0, counters[one])
+        image, condition = augment(images[one], 0, counters[one])
         # The vector units of a CPU may round the end of a row another way.
-        torch.testing.assert_close(picture, pictures[one], rtol=0, atol=1e-6)
+        torch.testing.assert_close(image, augmented[one], rtol=0, atol=255e-6)
         assert torch.equal(condition, conditions[one])
 
 
 def test_augmentation_of_probability_0_does_nothing_and_mirrors_nothing():
     images = images_of(16)
-    pictures, conditions = Augmentation()(images, 0, np.arange(16))
-    assert torch.equal(pictures, images / 255)
+    augmented, conditions = Augmentation()(images, 0, np.arange(16))
+    assert torch.equal(augmented, images.float())
     assert torch.equal(conditions, torch.zeros(16, 9))
 
 
 def test_augmentation_leaves_images_with_conditions_of_zero_as_they_were():
     images = images_of(64)
-    pictures, conditions = Augmentation(probability=0.12)(images, 0, np.arange(64))
+    augmented, conditions = Augmentation(probability=0.12)(images, 0, np.arange(64))
     untouched = (conditions == 0).all(1)
     assert 5 < untouched.sum() < 40
-    assert torch.equal(pictures[untouched], images[untouched] / 255)
-    touched = (pictures != images / 255).flatten(1).any(1)
+    assert torch.equal(augmented[untouched], images[untouched].float())
+    touched = (augmented != images).flatten(1).any(1)
     assert torch.equal(touched, ~untouched)
 
 

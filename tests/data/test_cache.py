@@ -1,4 +1,4 @@
-"""Decoded pictures on disk: the same images as without, whatever became of pictures and rows."""
+"""Decoded images on disk: the same images as without, whatever became of images and rows."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 from hdit.data import FolderSpec, HubSpec, NpzSpec, ZipSpec
 from hdit.data.batches import Batches, Layout
 from hdit.data.cache import Cache
-from hdit.data.pictures import PicturesSpec
+from hdit.data.images import ImagesSpec
 from hdit.data.source import DataError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -82,7 +82,7 @@ def cached(folder, tmp_path) -> FolderSpec:
     return kept(folder, tmp_path)
 
 
-def kept(spec: PicturesSpec, tmp_path, **changes) -> PicturesSpec:
+def kept(spec: ImagesSpec, tmp_path, **changes) -> ImagesSpec:
     return type(spec)(**(dict(spec) | {"cache": str(tmp_path / "cache")} | changes))
 
 
@@ -94,7 +94,7 @@ def contents(source) -> list[tuple[bytes, int, tuple]]:
 
 
 def decoded(source) -> list[int]:
-    """The pictures that a pass over the source decodes."""
+    """The images that a pass over the source decodes."""
     load, seen = source.entries.load, []
     source.entries.load = lambda index: seen.append(index) or load(index)
     contents(source)
@@ -106,7 +106,7 @@ def decoded(source) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_cache_gives_the_images_of_the_pictures_and_decodes_each_once(tmp_path, kind):
+def test_cache_gives_the_images_of_the_images_and_decodes_each_once(tmp_path, kind):
     spec = SOURCES[kind](tmp_path / "data")
     expected = contents(spec.open())
     source = kept(spec, tmp_path).open()
@@ -118,11 +118,11 @@ def test_cache_gives_the_images_of_the_pictures_and_decodes_each_once(tmp_path, 
     assert contents(again) == expected
 
 
-def test_cache_of_a_full_pass_opens_no_picture(cached, monkeypatch):
+def test_cache_of_a_full_pass_opens_no_image(cached, monkeypatch):
     expected = contents(cached.open())
 
     def fail(*arguments):
-        raise AssertionError("Pillow was asked for a picture")
+        raise AssertionError("Pillow was asked for an image")
 
     monkeypatch.setattr(Image, "open", fail)
     assert contents(cached.open()) == expected
@@ -159,10 +159,10 @@ def test_cache_gives_images_of_their_own(cached):
     assert contents(source) == first
 
 
-# ---- pictures that change ------------------------------------------------------------------------
+# ---- images that change ------------------------------------------------------------------------
 
 
-def test_picture_that_was_changed_is_decoded_again(cached, tmp_path):
+def test_image_that_was_changed_is_decoded_again(cached, tmp_path):
     source = cached.open()
     contents(source)
     (tmp_path / "data" / "dog" / "05.png").write_bytes(encoded(255 - pixels()[5]))
@@ -173,7 +173,7 @@ def test_picture_that_was_changed_is_decoded_again(cached, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["time", "size"])
-def test_picture_of_the_same_size_or_the_same_time_is_decoded_again(cached, tmp_path, what):
+def test_image_of_the_same_size_or_the_same_time_is_decoded_again(cached, tmp_path, what):
     path = tmp_path / "data" / "dog" / "05.png"
     path.write_bytes(encoded(pixels()[5], "bmp"))  # the same bytes for any content
     before = path.stat()
@@ -210,7 +210,7 @@ def test_class_that_was_added_moves_labels_and_indices(cached, tmp_path):
 
 
 def test_class_that_took_the_place_of_another_has_its_own_images(cached, tmp_path):
-    """As many pictures as before, and the same names of files, at other indices."""
+    """As many images as before, and the same names of files, at other indices."""
     contents(cached.open())
     (tmp_path / "data" / "cat").rename(tmp_path / "data" / "fox")
     source = cached.open()
@@ -220,7 +220,7 @@ def test_class_that_took_the_place_of_another_has_its_own_images(cached, tmp_pat
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_label_that_a_sheet_changed_is_the_new_one(tmp_path, kind):
-    """Of pictures that stay as they are, under the same indices."""
+    """Of images that stay as they are, under the same indices."""
 
     def write(labels):
         files = {f"{i:02}.png": encoded(image) for i, image in enumerate(pixels())}
@@ -285,7 +285,7 @@ def test_cache_that_is_cut_or_full_of_zeros_is_filled_anew(cached, tmp_path):
 
 
 def test_rows_that_were_swapped_are_decoded_again(cached, tmp_path):
-    """Each is whole, but of another picture."""
+    """Each is whole, but of another image."""
     expected = contents(cached.open())
     path = cache_file(tmp_path)
     rows = [path.read_bytes()[i * ROW : (i + 1) * ROW] for i in range(COUNT)]
@@ -320,10 +320,10 @@ def test_sources_of_other_settings_share_a_folder_and_no_row(folder, tmp_path, c
     assert contents(one.open()) != contents(other.open())
 
 
-# ---- bad pictures --------------------------------------------------------------------------------
+# ---- bad images --------------------------------------------------------------------------------
 
 
-def test_bad_picture_is_named_and_stood_in_for_in_every_run(cached, tmp_path):
+def test_bad_image_is_named_and_stood_in_for_in_every_run(cached, tmp_path):
     (tmp_path / "data" / "dog" / "05.png").write_bytes(b"not an image")
     for _ in range(2):
         source = cached.open()
@@ -333,7 +333,7 @@ def test_bad_picture_is_named_and_stood_in_for_in_every_run(cached, tmp_path):
         assert "no format" in skipped.reason
 
 
-def test_picture_that_went_bad_or_away_after_it_was_kept_is_bad(cached, tmp_path):
+def test_image_that_went_bad_or_away_after_it_was_kept_is_bad(cached, tmp_path):
     contents(cached.open())
     (tmp_path / "data" / "dog" / "05.png").write_bytes(b"not an image")
     source = cached.open()
@@ -342,7 +342,7 @@ def test_picture_that_went_bad_or_away_after_it_was_kept_is_bad(cached, tmp_path
     assert "FileNotFoundError" in source[9].skipped[0].reason
 
 
-def test_bad_pictures_are_judged_as_without_a_cache(tmp_path):
+def test_bad_images_are_judged_as_without_a_cache(tmp_path):
     for i in range(200):
         content = b"not an image" if i % 4 == 0 else b"P5 1 1 255\n" + bytes([i])
         (tmp_path / f"{i:03}.pgm").write_bytes(content)
@@ -389,7 +389,7 @@ def test_full_disk_ends_it_with_its_name(cached, tmp_path, monkeypatch, how, wor
     with pytest.raises(DataError, match=r"data\.cache: .*cache/.*\.pixels: .*; leave it out") as e:
         next(stream)
     assert "Traceback" not in str(e.value)
-    assert source.unreadable == {}, "no picture is blamed"
+    assert source.unreadable == {}, "no image is blamed"
     monkeypatch.undo()
     assert contents(cached.open()) == contents(kept(cached, tmp_path, cache=None).open())
 
@@ -429,7 +429,7 @@ def test_cache_tells_two_folders_of_equal_names_sizes_and_times_apart(tmp_path):
         assert source[0].image.unique().tolist() == [colour]
 
 
-def test_cache_that_cannot_be_read_is_not_blamed_on_pictures(tmp_path, monkeypatch):
+def test_cache_that_cannot_be_read_is_not_blamed_on_images(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     source = FolderSpec(path=str(tmp_path), size=8, cache=str(tmp_path / ".cache")).open()
 

@@ -17,7 +17,19 @@ import pytest
 from PIL import Image
 
 from hdit.data import FolderSpec, HubSpec, check
-from hdit.data.check import RECORD, SHEET_PICTURES, Duplicates, choose, moments, open_source
+from hdit.data.check import open_source, reading
+from hdit.data.check.contact_sheet import SHEET_IMAGES, spread_over_classes
+from hdit.data.check.reading import RECORD
+from hdit.data.check.report import (
+    ASPECTS,
+    Duplicates,
+    FileSize,
+    _aspects,
+    _sizes,
+    duplicates,
+    moments,
+)
+from hdit.data.check.tables import DEFAULT_SIGMA_DATA
 from hdit.data.source import DataError
 from hdit.spaces import PixelSpace
 
@@ -36,20 +48,20 @@ def write(path: Path, image: Image.Image, **options) -> None:
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
-    """8 good pictures in 3 classes, one of them in 4 files, and 2 bad ones; we stand beside them.
+    """8 good images in 3 classes, one of them in 4 files, and 2 bad ones; we stand beside them.
 
-    The picture is stored as PNG and as BMP, in another class as TIFF, and turned with a note that
+    The image is stored as PNG and as BMP, in another class as TIFF, and turned with a note that
     says so.
     """
     folder = tmp_path / "pets"
-    picture = noise(0, 40, 30)
-    write(folder / "cat" / "a.png", picture)
-    write(folder / "cat" / "b.bmp", picture)
-    write(folder / "dog" / "a.tif", picture)
+    image = noise(0, 40, 30)
+    write(folder / "cat" / "a.png", image)
+    write(folder / "cat" / "b.bmp", image)
+    write(folder / "dog" / "a.tif", image)
     exif = Image.Exif()
     exif[274] = 6  # turn by 90 degrees, clockwise
-    write(folder / "cat" / "turned.png", picture.transpose(Image.Transpose.ROTATE_90), exif=exif)
-    pixels = np.array(picture)
+    write(folder / "cat" / "turned.png", image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    pixels = np.array(image)
     pixels[-1, -1, -1] ^= 128  # one colour of one pixel, and seen in grey too
     write(folder / "cat" / "almost.png", Image.fromarray(pixels))
     write(folder / "dog" / "grey.png", noise(1, 8, 50, channels=1))
@@ -87,14 +99,14 @@ def test_moments_do_not_lose_digits_over_a_large_data_set():
     assert deviation == pytest.approx(0.5 / 127.5, rel=1e-14)
 
 
-def test_sizes_are_those_of_the_upright_pictures(pets):
+def test_sizes_are_those_of_the_upright_images(pets):
     report = report_of(pets, size="30")
-    assert (report.pictures, report.readable) == (10, 8)
-    assert report.smallest == check.Size(16, 16, "pets/owl/alpha.png")
+    assert (report.images, report.readable) == (10, 8)
+    assert report.smallest == FileSize(16, 16, "pets/owl/alpha.png")
     assert (report.median.width, report.median.height) == (40, 30)
-    assert report.largest == check.Size(100, 20, "pets/dog/wide.jpg")
+    assert report.largest == FileSize(100, 20, "pets/dog/wide.jpg")
     assert report.enlarged == 3  # 8 x 50, 100 x 20 and 16 x 16; not 40 x 30, nor that one turned
-    assert report.aspects == dict.fromkeys(check.ASPECTS, 0) | {
+    assert report.aspects == dict.fromkeys(ASPECTS, 0) | {
         "narrower than 1:2": 1,
         "1:1": 1,
         "1:1 to 4:3": 5,
@@ -103,12 +115,12 @@ def test_sizes_are_those_of_the_upright_pictures(pets):
 
 
 @pytest.mark.parametrize(("number", "middle"), [(1, 1), (4, 2), (5, 3)])
-def test_median_size_is_that_of_a_picture_in_the_middle_by_area(number, middle):
-    """Pictures of 1 x 100, 2 x 100, ... in another order; of an even number, the smaller."""
+def test_median_size_is_that_of_a_image_in_the_middle_by_area(number, middle):
+    """Images of 1 x 100, 2 x 100, ... in another order; of an even number, the smaller."""
     sides = [4, 1, 3, 5, 2]
     sides = [side for side in sides if side <= number]
     records = np.array([((0, 0), i, 0, side, 100) for i, side in enumerate(sides)], RECORD)
-    smallest, median, largest = check._sizes(records, str)
+    smallest, median, largest = _sizes(records, str)
     assert [size.width for size in (smallest, median, largest)] == [1, middle, number]
     assert median.file == str(sides.index(middle))
 
@@ -129,7 +141,7 @@ def test_median_size_is_that_of_a_picture_in_the_middle_by_area(number, middle):
 )
 def test_aspect_on_a_border_is_counted_nearer_to_square(size, aspect):
     record = np.array([((0, 0), 0, 0, *size)], RECORD)
-    assert [name for name, number in check._aspects(record).items() if number] == [aspect]
+    assert [name for name, number in _aspects(record).items() if number] == [aspect]
 
 
 def test_formats_modes_and_bytes_are_those_of_the_files(pets):
@@ -141,20 +153,21 @@ def test_formats_modes_and_bytes_are_those_of_the_files(pets):
     assert report.stored_bytes == sum(sizes)
 
 
-def test_picture_whose_file_was_closed_is_no_bad_one(tmp_path, monkeypatch):
+def test_image_whose_file_was_closed_is_no_bad_one(tmp_path, monkeypatch):
     """A hook may give such; training takes it."""
     write(tmp_path / "a.gif", Image.new("L", (5, 4)), save_all=True)
     image = Image.open(tmp_path / "a.gif")
     image.load()
     with open(tmp_path / "a.gif") as image.fp:
         pass
-    listed = check.Listed(0, lambda: "it", lambda: (image, 0))
-    part = check.examine([listed], FolderSpec(path=str(tmp_path), size=4))
-    assert part.unreadable == []
-    assert part.stored == 5 * 4
+    source = FolderSpec(path=str(tmp_path), size=4).open()
+    monkeypatch.setattr(source.entries, "load", lambda index: (image, 0))
+    (found,) = reading.read_all(source, 0)
+    assert found.unreadable == []
+    assert found.stored == 5 * 4
 
 
-def test_classes_are_counted_by_the_pictures_that_can_be_read(pets):
+def test_classes_are_counted_by_the_images_that_can_be_read(pets):
     assert report_of(pets).classes == {"cat": 4, "dog": 3, "owl": 1}
 
 
@@ -177,14 +190,14 @@ def test_duplicates_need_the_same_shape_and_not_bytes_alone(tmp_path):
 def test_duplicates_come_in_groups_in_the_order_of_the_listing():
     digests = [(7, 1), (3, 9), (3, 8), (7, 1), (3, 9), (3, 8), (5, 5), (7, 1)]
     records = np.array([(d, i, 0, 1, 1) for i, d in enumerate(digests)], RECORD)
-    groups = [group["index"].tolist() for group in check.duplicates(records)]
+    groups = [group["index"].tolist() for group in duplicates(records)]
     assert groups == [[0, 3, 7], [1, 4], [2, 5]]
-    assert check.duplicates(records[:3]) == check.duplicates(records[:0]) == []
+    assert duplicates(records[:3]) == duplicates(records[:0]) == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_report_is_the_same_for_any_number_of_workers(pets, monkeypatch, workers):
-    monkeypatch.setattr(check, "PART", 2)
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 2)
     counted = []
     found = check.check(open_source(str(pets)), workers, counted.append)
     assert found == check.check(open_source(str(pets)))
@@ -192,13 +205,13 @@ def test_report_is_the_same_for_any_number_of_workers(pets, monkeypatch, workers
 
 
 def test_default_sigma_data_in_print_is_that_of_the_pixel_space():
-    assert PixelSpace().sigma_data == check.DEFAULT_SIGMA_DATA
+    assert PixelSpace().sigma_data == DEFAULT_SIGMA_DATA
 
 
-# ---- bad pictures --------------------------------------------------------------------------------
+# ---- bad images ----------------------------------------------------------------------------------
 
 
-def test_each_unreadable_picture_is_named_with_the_reason_of_training(pets):
+def test_each_unreadable_image_is_named_with_the_reason_of_training(pets):
     report = report_of(pets)
     source = open_source(str(pets))
     told = [skipped for i in range(len(source)) for skipped in source[i].skipped]
@@ -212,7 +225,7 @@ def many(folder: Path, good: int, bad: int) -> Path:
     for i in range(good):
         write(folder / f"{i:03}.png", Image.new("L", (2, 2), i))
     for i in range(bad):
-        (folder / f"bad{i:03}.png").write_bytes(b"no picture")
+        (folder / f"bad{i:03}.png").write_bytes(b"no image")
     return folder
 
 
@@ -255,19 +268,23 @@ def test_data_is_unusable_where_training_ends_once_all_of_it_was_drawn(
     ],
 )
 def test_contact_sheet_is_even_over_classes(counts, expected):
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-    chosen = choose(labels.astype(np.int32)) if counts else choose(np.empty(0, np.int32))
-    assert len(set(chosen.tolist())) == len(chosen) == sum(expected) <= SHEET_PICTURES
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts or 0))
+    chosen = (
+        spread_over_classes(labels.astype(np.int32))
+        if counts
+        else spread_over_classes(np.empty(0, np.int32))
+    )
+    assert len(set(chosen.tolist())) == len(chosen) == sum(expected) <= SHEET_IMAGES
     _, numbers = np.unique(labels[chosen], return_counts=True)
     assert numbers.tolist() == expected
 
 
 def test_contact_sheet_of_one_class_is_spread_over_all_of_it():
-    chosen = choose(np.zeros(1000, np.int32))
+    chosen = spread_over_classes(np.zeros(1000, np.int32))
     assert np.diff(chosen).tolist() == [10] * 99
 
 
-def test_contact_sheet_has_the_pictures_as_training_sees_them(pets, hdit):
+def test_contact_sheet_has_the_images_as_training_sees_them(pets, hdit):
     assert hdit("data", "check", pets, "--size", 64)[0] == 0
     sheet = np.asarray(Image.open("pets-contact-sheet.png"))
     source = open_source(str(pets), size="64")
@@ -276,7 +293,7 @@ def test_contact_sheet_has_the_pictures_as_training_sees_them(pets, hdit):
     assert (first != 255).any()
 
 
-def test_contact_sheet_of_large_pictures_is_made_smaller(pets):
+def test_contact_sheet_of_large_images_is_made_smaller(pets):
     source = open_source(str(pets), size="600x300")
     tiles = check.contact_sheet(source, check.check(source)[1])
     assert tiles.shape == (8, 3, 200, 100)  # by 3, the least factor that makes 600 fit into 256
@@ -290,7 +307,7 @@ def test_check_prints_tables_and_names(pets, hdit):
     assert status == 0, err
     assert "label conflict: pets/cat/a.png (cat) = pets/cat/b.bmp (cat) = " in out
     for row in (
-        r"pictures +│ 10 \(folder\)",
+        r"images +│ 10 \(folder\)",
         r"unreadable +│ 2 \(20.0%\); training takes up to 5%",
         r"smallest +│ 16 x 16  pets/owl/alpha.png",
         r"enlarged +│ 3 \(37.5%\), smaller than 30 x 30",
@@ -301,7 +318,7 @@ def test_check_prints_tables_and_names(pets, hdit):
         r"dog +│ +3 │ 37.5% │ ##",
     ):
         assert re.search(row, out), row
-    assert out.splitlines()[-1] == "8 pictures as training sees them: pets-contact-sheet.png"
+    assert out.splitlines()[-1] == "8 images as training sees them: pets-contact-sheet.png"
     assert sorted(os.listdir()) == ["pets", "pets-contact-sheet.png"]
 
 
@@ -526,7 +543,7 @@ def test_guide_to_ffhq_makes_the_folder_of_the_config(tmp_path, hdit, monkeypatc
     status, out, err = hdit("data", "check", "ffhq1024", "--size", 32, "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert (found["pictures"], found["classes"]) == (3, {})
+    assert (found["images"], found["classes"]) == (3, {})
     assert found["smallest"]["width"] == found["largest"]["height"] == 32
 
 
@@ -538,9 +555,9 @@ def test_guide_names_the_folder_of_each_config(name):
 
 
 def test_check_of_tars_tells_what_that_of_a_folder_tells(pets, hdit):
-    pictures = sorted(path for path in Path("pets").rglob("*") if path.is_file())
+    images = sorted(path for path in Path("pets").rglob("*") if path.is_file())
     for shard in range(2):
-        members = {p.relative_to("pets").as_posix(): p.read_bytes() for p in pictures[shard::2]}
+        members = {p.relative_to("pets").as_posix(): p.read_bytes() for p in images[shard::2]}
         flat = {name.replace("/", "-"): content for name, content in members.items()}
         Path(f"{shard}.tar").write_bytes(tar(flat))
     reports = []
@@ -548,7 +565,7 @@ def test_check_of_tars_tells_what_that_of_a_folder_tells(pets, hdit):
         _, out, _ = hdit("data", "check", path, "--workers", 2, "--json", "--sheet", "sheet.png")
         reports.append(json.loads(out))
     folder, tars = reports
-    for key in ("pictures", "readable", "formats", "modes", "sigma_data", "mean", "aspects"):
+    for key in ("images", "readable", "formats", "modes", "sigma_data", "mean", "aspects"):
         assert tars[key] == folder[key], key
     assert folder["sigma_data"] > 0
 
@@ -565,7 +582,7 @@ training = { images = 1, checkpoint_every = 1, batch_size = 1 }
         _, out, _ = hdit("data", "check", *arguments, "--json", "--workers", 0, "--sheet", "a.png")
         reports.append(json.loads(out))
     assert [report["size"] for report in reports] == [[12, 12]] * 2
-    assert reports[0]["pictures"] == reports[1]["pictures"]
+    assert reports[0]["images"] == reports[1]["images"]
     for arguments in (["it.toml", "--size", "12"], ["pets", "--set", "data.size=12"]):
         status, _, err = hdit("data", "check", *arguments)
         assert status == 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdit.config.schema import merge, parse
+from hdit.config import merge, parse
 from hdit.data import DigitsSpec, FolderSpec, HubSpec, NpzSpec, PythonSpec, ZipSpec
 from hdit.data.batches import Batch, Batches, Layout, dataset_indices
 from hdit.data.source import DataError
@@ -238,7 +238,7 @@ GOOD = 323
 
 
 def write_damaged(path: Path) -> list[str]:
-    """Digits in folders by class, and in some of them what is no picture -> the names of these."""
+    """Digits in folders by class, and in some of them what is no image -> the names of these."""
     step = COUNT / GOOD
     for i in (int(k * step) for k in range(GOOD)):
         write(path, f"{LABELS[i]}/{flat(i)}", encoded(IMAGES[i]))
@@ -249,7 +249,7 @@ def write_damaged(path: Path) -> list[str]:
     (path / "1" / "nowhere.png").symlink_to(path / "removed.png")
     (path / "1" / "loop.png").symlink_to(path / "1" / "loop.png")
     os.mkfifo(path / "3" / "pipe.png")
-    (path / "2" / "folder.png").mkdir()  # a folder by any name is none of the pictures
+    (path / "2" / "folder.png").mkdir()  # a folder by any name is none of the images
     (path / "folder.png").mkdir()
     return [*bad, "1/nowhere.png", "1/loop.png", "3/pipe.png"]
 

@@ -71,7 +71,7 @@ def test_random_crop_of_a_square_is_that_of_adm(height, width, size, min_crop, u
 @example(height=1, width=100, target=(40, 1), min_crop=0.3, u=(BELOW_ONE,) * 3)
 @example(height=100, width=1, target=(1, 40), min_crop=0.3, u=(BELOW_ONE,) * 3)
 @example(height=49, width=35, target=(7, 5), min_crop=0.8, u=(0.6, BELOW_ONE, BELOW_ONE))
-def test_random_crop_has_the_target_shape_and_lies_within_the_picture(
+def test_random_crop_has_the_target_shape_and_lies_within_the_image(
     height, width, target, min_crop, u
 ):
     white = Image.new("RGB", (width, height), "white")
@@ -88,7 +88,7 @@ def ramp(height: int, width: int) -> Image.Image:
 
 
 def window(crop: Image.Image) -> np.ndarray:
-    """[[top, bottom], [left, right]] in the picture, of the centres of the pixels at the edges."""
+    """[[top, bottom], [left, right]] in the image, of the centres of the pixels at the edges."""
     pixels = (np.asarray(crop).astype(float) - 5) / 240
     green, red = pixels[..., 1].mean(1), pixels[..., 0].mean(0)
     return np.array([[green[0], green[-1]], [red[0], red[-1]]])
@@ -125,7 +125,7 @@ def test_random_crop_reaches_all_four_corners(target):
 
 
 def test_random_crop_of_the_whole_is_the_centre_crop():
-    """With min_crop of 1 there is one size, and of a square picture one window."""
+    """With min_crop of 1 there is one size, and of a square image one window."""
     image = noise(40, 40)
     for u in (0.0, 0.5, BELOW_ONE):
         ours = random_crop(image, 16, 16, 1.0, (u, u, u))
@@ -220,7 +220,7 @@ def test_crops_depend_on_seed_and_count_alone(folder, min_crop):
     assert not torch.equal(torch.cat(drawn(source, 6, seed=1)), whole)
 
 
-def test_crops_of_a_picture_differ_from_epoch_to_epoch(tmp_path):
+def test_crops_of_a_image_differ_from_epoch_to_epoch(tmp_path):
     noise(50, 50).save(tmp_path / "a.png")
     crops = torch.cat(drawn(spec(tmp_path, min_crop=0.3).open(), 4))
     # of 20 sizes and up to 400 places: that two of 40 are the same is rare
@@ -243,7 +243,7 @@ def test_image_by_index_is_the_centre_crop(tmp_path, shape):
     assert torch.equal(ours, theirs)
 
 
-def test_bad_picture_is_stood_in_for_by_a_crop_of_the_next(folder):
+def test_bad_image_is_stood_in_for_by_a_crop_of_the_next(folder):
     (folder / "0.png").write_bytes(b"not an image")
     source = spec(folder).open()
     u = (0.7, 0.2, 0.9)

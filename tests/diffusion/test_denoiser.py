@@ -10,15 +10,22 @@ from reference_models import reference_model, reference_name
 from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.denoiser import Denoiser
 from hdit.diffusion.parametrization import EDM, X0, EpsVP, Flow, V
-from hdit.diffusion.weighting import X0 as X0Weight
-from hdit.diffusion.weighting import EDMWeight, Eps, MinSNR, Sigmoid, SoftMinSNR, mean_square
-from hdit.diffusion.weighting import Flow as FlowWeight
-from hdit.diffusion.weighting import V as VWeight
+from hdit.diffusion.weighting import (
+    EDMWeight,
+    EpsWeight,
+    FlowWeight,
+    MinSNR,
+    Sigmoid,
+    SoftMinSNR,
+    VWeight,
+    X0Weight,
+    mean_square,
+)
 from hdit.protocols import Cond, DenoiseWithVariance
 
-REFERENCE_NAMES = {"karras": EDMWeight(), "soft-min-snr": SoftMinSNR(), "snr": Eps()}
+REFERENCE_NAMES = {"karras": EDMWeight(), "soft-min-snr": SoftMinSNR(), "snr": EpsWeight()}
 WEIGHTINGS = [
-    *(Eps(), EDMWeight(), VWeight(), X0Weight(), FlowWeight()),
+    *(EpsWeight(), EDMWeight(), VWeight(), X0Weight(), FlowWeight()),
     *(MinSNR(), SoftMinSNR(gamma=3), SoftMinSNR(), Sigmoid(bias=1)),
 ]
 PARAMETRIZATIONS = [EDM(), V(), EpsVP(), X0(), Flow()]
@@ -59,7 +66,7 @@ def cases(of_scalings):
 @pytest.mark.parametrize("case", cases(of_scalings=False))
 def test_loss_matches_the_reference(case):
     """Its `simple` loss, the error of the noise that D implies, is our Eps weighting."""
-    weighting = Eps() if "loss_config" in case else REFERENCE_NAMES[case["weighting"]]
+    weighting = EpsWeight() if "loss_config" in case else REFERENCE_NAMES[case["weighting"]]
     x0, noise, sigma = reference_inputs(getattr(torch, case["dtype"]))
     model = denoiser(sigma_data=case["sigma_data"])
     loss = model.loss(x0, noise, sigma, Cond(), weighting, case.get("scales", 1))
@@ -75,7 +82,7 @@ def test_coefficients_and_denoised_match_the_reference(case):
     of_network = scales.c_out.square()  # takes lambda to the weight on the network's own error
     actual = scales._asdict() | {
         "w_soft_min_snr": SoftMinSNR()(sigma, case["sigma_data"]) * of_network,
-        "w_snr": Eps()(sigma, case["sigma_data"]) * of_network,
+        "w_snr": EpsWeight()(sigma, case["sigma_data"]) * of_network,
     }
     for name, value in actual.items():
         expected = torch.tensor(case[name], dtype=dtype)
@@ -281,7 +288,7 @@ def test_autocast_wraps_the_backbone_alone():
     model = denoiser(network, autocast=torch.bfloat16)
     out = model(hfill((1, 1, 4, 4), 1), torch.tensor([1.0]), Cond())
     loss = model.loss(
-        hfill((1, 1, 4, 4), 1), hfill((1, 1, 4, 4), 2), torch.tensor([1.0]), Cond(), Eps()
+        hfill((1, 1, 4, 4), 1), hfill((1, 1, 4, 4), 2), torch.tensor([1.0]), Cond(), EpsWeight()
     )
     assert seen == [(True, torch.float32, torch.float32)] * 2
     assert out.dtype == loss.dtype == torch.float32

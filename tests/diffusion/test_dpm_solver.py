@@ -5,7 +5,7 @@ import torch
 from known_answers import check_record, hfill, load
 
 from hdit.diffusion.beta_schedules import LinearSchedule
-from hdit.diffusion.dpm_solver import dpm_adaptive, dpm_fast
+from hdit.diffusion.samplers import dpm_adaptive, dpm_fast
 from hdit.diffusion.sigmas import Exponential, Karras
 from hdit.errors import SolverError
 

@@ -1,38 +1,37 @@
 import math
 from itertools import pairwise
-from typing import get_args
+from typing import Annotated
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_answers import check_record, hfill, load
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hdit.diffusion import samplers
 from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.samplers import (
-    DDIM,
-    DDPM,
-    DPM2,
-    LMS,
-    DPM2Ancestral,
-    DPMpp2M,
-    DPMpp2MSDE,
-    DPMpp2SAncestral,
-    DPMpp3MSDE,
-    DPMppSDE,
-    Euler,
-    EulerAncestral,
-    Heun,
-    UniPC,
-)
+from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import Exponential, Karras
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULE = LinearSchedule()
-EVERY = [kind() for kind in get_args(get_args(samplers.Sampler)[0])]
+DDIM = SamplerSpec.members["ddim"]
+DDPM = SamplerSpec.members["ddpm"]
+DPM2 = SamplerSpec.members["dpm2"]
+LMS = SamplerSpec.members["lms"]
+DPM2Ancestral = SamplerSpec.members["dpm2_ancestral"]
+DPMpp2M = SamplerSpec.members["dpmpp_2m"]
+DPMpp2MSDE = SamplerSpec.members["dpmpp_2m_sde"]
+DPMpp2SAncestral = SamplerSpec.members["dpmpp_2s_ancestral"]
+DPMpp3MSDE = SamplerSpec.members["dpmpp_3m_sde"]
+DPMppSDE = SamplerSpec.members["dpmpp_sde"]
+Euler = SamplerSpec.members["euler"]
+EulerAncestral = SamplerSpec.members["euler_ancestral"]
+Heun = SamplerSpec.members["heun"]
+UniPC = SamplerSpec.members["unipc"]
+EVERY = [kind() for kind in SamplerSpec.members.values()]
 GO_DOWN_THE_LADDER = [s for s in EVERY if s.kind not in ("dpm_fast", "dpm_adaptive")]
 STOCHASTIC = [
     EulerAncestral(),
@@ -53,7 +52,7 @@ STOCHASTIC = [
 
 
 def named(value: object) -> str | None:
-    if not isinstance(value, samplers.SamplerSpec):
+    if not isinstance(value, SamplerSpec):
         return None
     options = value.model_dump(exclude={"kind"}, exclude_defaults=True)
     return "-".join([value.kind, *(f"{k}{v}" for k, v in options.items())])
@@ -260,6 +259,35 @@ def test_spec_passes_each_option_to_its_function(spec, function, options):
         assert not torch.equal(run(function, **rest), direct)
 
 
+def test_sampler_is_registered_by_its_signature_alone():
+    """From outside the project too, and a config can name it at once."""
+
+    def halving(
+        denoise,
+        x,
+        sigmas,
+        *,
+        noise=None,
+        on_step=None,
+        share: Annotated[float, Field(gt=0, description="that is kept")] = 0.5,
+        rounds: int = 1,
+    ):
+        return x * share**rounds
+
+    try:
+        assert samplers.sampler(order=1)(halving) is halving
+        spec = TypeAdapter(samplers.Sampler).validate_python({"kind": "halving", "rounds": 2})
+        assert spec == samplers.spec_of("halving", rounds=2)
+        assert spec.model_dump() == {"kind": "halving", "share": 0.5, "rounds": 2}
+        assert torch.equal(spec(gaussian, start(1.0), karras(3, 0.1, 10)), start(1.0) / 4)
+        with pytest.raises(ValidationError, match="greater than 0"):
+            samplers.spec_of("halving", share=0)
+        with pytest.raises(ValueError, match="there is a sampler of kind 'euler' already"):
+            samplers.sampler(order=1)(samplers.euler)
+    finally:
+        del SamplerSpec.members["halving"]
+
+
 @pytest.mark.parametrize(
     "spec", [s for s in STOCHASTIC if "s_noise" in type(s).model_fields], ids=named
 )
@@ -458,14 +486,14 @@ DETERMINISTIC = [
 ]
 
 
-def nominal_order(spec: samplers.SamplerSpec) -> int:
+def nominal_order(spec: SamplerSpec) -> int:
     """Of the settings, where those decide it."""
     if isinstance(spec, UniPC):
         return spec.order + 1
     return spec.order if isinstance(spec, LMS) else spec.nominal_order
 
 
-def observed_order(spec: samplers.SamplerSpec, coarse: torch.Tensor, fine: torch.Tensor) -> float:
+def observed_order(spec: SamplerSpec, coarse: torch.Tensor, fine: torch.Tensor) -> float:
     """Slope of the largest error on the Gaussian denoiser, where fine steps are half as long."""
 
     def error(sigmas: torch.Tensor) -> float:

@@ -20,15 +20,14 @@ from hdit.diffusion.samplers import ddim, ddpm, euler
 from hdit.diffusion.sigmas import LinearT
 from hdit.diffusion.vlb import (
     FLOOR,
-    bits_per_dim,
     bounds_in_table,
     discretized_log_likelihood,
     learned_log_variance,
     posterior_variances,
     vlb,
+    vlb_bits_per_dim,
 )
-from hdit.diffusion.weighting import X0 as X0Weight
-from hdit.diffusion.weighting import Eps
+from hdit.diffusion.weighting import EpsWeight, X0Weight
 from hdit.protocols import Cond
 
 TABLE = LinearSchedule()
@@ -199,11 +198,11 @@ def test_fixed_variances_match_the_reference(name, which, dtype):
 @pytest.mark.parametrize(
     ("name", "model", "weighting"),
     [
-        ("default_mse", denoiser(), Eps()),
-        ("rescaled_mse", denoiser(), Eps()),
+        ("default_mse", denoiser(), EpsWeight()),
+        ("rescaled_mse", denoiser(), EpsWeight()),
         ("pred_x0", denoiser(X0()), X0Weight()),
-        ("fixed_large", denoiser(network=eps_alone), Eps()),
-        ("fixed_small", denoiser(network=eps_alone), Eps()),
+        ("fixed_large", denoiser(network=eps_alone), EpsWeight()),
+        ("fixed_small", denoiser(network=eps_alone), EpsWeight()),
     ],
 )
 def test_loss_matches_the_reference(name, model, weighting, dtype):
@@ -233,7 +232,7 @@ def test_vlb_matches_the_reference(name, dtype):
 @DTYPES
 def test_bits_per_dim_match_the_reference(dtype):
     r = Reference(dtype)
-    bits = bits_per_dim(denoiser().bind(Cond()), r.x0, TABLE, lambda t: r.noise)
+    bits = vlb_bits_per_dim(denoiser().bind(Cond()), r.x0, TABLE, lambda t: r.noise)
     assert bits.terms.shape == (1000, 5)
     r.close(bits.terms[T].diagonal(), r.record["vb_terms_bpd_unfrozen"])
     r.close(bits.prior, r.record["prior_bpd"], atol=1e-8)  # 1e-5 bits are left of numbers near 1
@@ -459,7 +458,7 @@ def test_bound_moves_the_variance_alone_and_the_error_the_mean_alone(t):
 
     def loss(network, learned):
         model = Denoiser(network, EpsVP(), "timestep", 1.0, TABLE, learned)
-        return model.loss(x0, noise, sigma, Cond(), Eps())
+        return model.loss(x0, noise, sigma, Cond(), EpsWeight())
 
     both, plain = loss(lambda *_: torch.cat([f, v], 1), True), loss(lambda *_: f, False)
     gradient_f, gradient_v = torch.autograd.grad(both.sum(), (f, v))
@@ -497,7 +496,7 @@ def information(s, sigma):
 def divergences(s, table, variance):
     """Expected terms of the bound without the decoder's, (T - 1,)."""
     x0, noise = gaussian(s)
-    return bits_per_dim(exact(s), x0, table, lambda t: noise, variance).terms[1:].mean(1)
+    return vlb_bits_per_dim(exact(s), x0, table, lambda t: noise, variance).terms[1:].mean(1)
 
 
 def test_upper_variance_is_the_best_for_data_of_unit_variance():
@@ -514,7 +513,7 @@ def test_lower_variance_is_the_best_for_data_without_variance():
     noise = hfill((2, 1, 2, 2), 2, 1.7).double()
     table = LinearSchedule(steps=100)
     lower, upper = (
-        bits_per_dim(lambda x, sigma: x0, x0, table, lambda t: noise, variance).terms[1:]
+        vlb_bits_per_dim(lambda x, sigma: x0, x0, table, lambda t: noise, variance).terms[1:]
         for variance in ("lower", "upper")
     )
     assert lower.abs().max() < 1e-12
@@ -543,7 +542,7 @@ class Optimal:
 def test_learned_variance_of_gaussian_data_makes_the_bound_tight(s):
     table = LinearSchedule(steps=100)
     (x0, noise), (low, high) = gaussian(s), table.sigma_range()
-    bits = bits_per_dim(Optimal(s, table), x0, table, lambda t: noise)
+    bits = vlb_bits_per_dim(Optimal(s, table), x0, table, lambda t: noise)
     best = information(s, low) - information(s, high)
     assert bits.terms[1:].mean(1).sum().item() == pytest.approx(best, rel=1e-9)
     for variance in ("lower", "upper"):
@@ -580,7 +579,7 @@ def test_bits_per_dim_are_just_above_the_entropy_of_the_data():
         return torch.cat([one, -one])
 
     def total(denoise, variance):
-        return bits_per_dim(denoise, x0, table, noise, variance).total.mean().item()
+        return vlb_bits_per_dim(denoise, x0, table, noise, variance).total.mean().item()
 
     assert entropy < total(Optimal(s, table), "learned") < entropy + 0.02
     assert entropy + 0.1 < total(exact(s), "upper") < total(exact(s), "lower")
@@ -593,7 +592,7 @@ def test_prior_is_the_divergence_of_the_highest_noise_level_from_the_standard_no
     q = torch.distributions.Normal(bar.sqrt() * x0, (1 - bar).sqrt())
     p = torch.distributions.Normal(torch.zeros_like(x0), 1.0)
     expected = torch.distributions.kl_divergence(q, p).mean((1, 2, 3)) / math.log(2)
-    bits = bits_per_dim(exact(0.5), x0, table, lambda t: torch.zeros_like(x0), "lower")
+    bits = vlb_bits_per_dim(exact(0.5), x0, table, lambda t: torch.zeros_like(x0), "lower")
     torch.testing.assert_close(bits.prior, expected, rtol=1e-12, atol=0)
     assert bits.terms.shape == (50, 2)
     torch.testing.assert_close(bits.total, expected + bits.terms.sum(0), rtol=1e-12, atol=0)
@@ -606,11 +605,11 @@ def test_bits_per_dim_draw_the_noise_of_each_timestep_once():
         drawn.append(t)
         return torch.ones_like(x0)
 
-    bits_per_dim(exact(0.5), x0, LinearSchedule(steps=30), noise, "upper")
+    vlb_bits_per_dim(exact(0.5), x0, LinearSchedule(steps=30), noise, "upper")
     assert sorted(drawn) == list(range(30))
 
 
 def test_bits_per_dim_with_learned_variance_need_a_denoiser_that_has_one():
     x0 = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="'lower' or 'upper'"):
-        bits_per_dim(exact(0.5), x0, TABLE, lambda t: x0)
+        vlb_bits_per_dim(exact(0.5), x0, TABLE, lambda t: x0)

@@ -5,14 +5,14 @@ import torch
 from known_answers import load
 
 from hdit.diffusion.weighting import (
-    X0,
     EDMWeight,
-    Eps,
-    Flow,
+    EpsWeight,
+    FlowWeight,
     MinSNR,
     Sigmoid,
     SoftMinSNR,
-    V,
+    VWeight,
+    X0Weight,
     frequency_weight,
     mean_square,
 )
@@ -21,16 +21,16 @@ from hdit.diffusion.weighting import (
 @pytest.mark.parametrize(
     ("weighting", "formula"),
     [
-        (Eps(), lambda s, sd: 1 / s**2),
+        (EpsWeight(), lambda s, sd: 1 / s**2),
         (EDMWeight(), lambda s, sd: (s**2 + sd**2) / (s * sd) ** 2),
-        (V(), lambda s, sd: (1 + s**2) / s**2),
-        (X0(), lambda s, sd: 1.0),
+        (VWeight(), lambda s, sd: (1 + s**2) / s**2),
+        (X0Weight(), lambda s, sd: 1.0),
         (MinSNR(), lambda s, sd: min(1 / s**2, 5)),
         (MinSNR(gamma=4), lambda s, sd: min(1 / s**2, 4)),
         (SoftMinSNR(), lambda s, sd: 1 / (s**2 + sd**2)),
         (SoftMinSNR(gamma=2), lambda s, sd: (1 / s**2) * 2 / (1 / s**2 + 2)),
         (Sigmoid(bias=2), lambda s, sd: (1 / s**2) / (1 + (1 / s**2) / math.e**2)),
-        (Flow(), lambda s, sd: ((1 + s) / s) ** 2),
+        (FlowWeight(), lambda s, sd: ((1 + s) / s) ** 2),
     ],
 )
 def test_weighting_is_the_formula_of_its_paper(weighting, formula):

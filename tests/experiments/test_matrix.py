@@ -12,23 +12,15 @@ import pytest
 import torch
 
 from hdit import randomness
-from hdit.config.schema import ConfigError
+from hdit.config import ConfigError
 from hdit.data import DigitsSpec
 from hdit.errors import UserError
-from hdit.experiments import matrix as ablation
-from hdit.experiments.matrix import (
-    MatrixError,
-    check,
-    finished,
-    read_matrix,
-    run_cell,
-    trained_seconds,
-)
-from hdit.interop import load
+from hdit.experiments.cell import check_cells, finished, record_path, run_cell, trained_seconds
+from hdit.experiments.matrix import MatrixError, read_matrix
 from hdit.models.cost import cost
 from hdit.protocols import Cond
 from hdit.report.pages import bins, markdown, page, plot, table
-from hdit.sampling.sample import make_denoiser
+from hdit.runs.trained import Trained
 from hdit.training.trainer import Trainer
 from scripts import ablate_backbones
 
@@ -170,7 +162,7 @@ def test_script_measures_each_cell_and_writes_the_report(done):
         assert len(record["x0_loss"]) == 3
         assert record["held_out"] == 32
         assert np.isfinite(record["x0_loss"]).all()
-        model = load(str(out / "runs" / cell.run))
+        model = Trained.open(out / "runs" / cell.run)
         assert record["parameters"] == sum(p.numel() for p in model.network().parameters())
     assert finished(out, broken) is None
     assert "| HDiT |" in (out / "table.md").read_text()
@@ -209,7 +201,7 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
     out, matrix = done
     cell = read_matrix(matrix)[1][0]
     record = finished(out, cell)
-    model = load(str(out / "runs" / cell.run))
+    model = Trained.open(out / "runs" / cell.run)
     source = DigitsSpec(split="test").open()
     places = np.linspace(0, len(source) - 1, 32).astype(int)
     x0 = torch.stack([source[i].image for i in places]) / 127.5 - 1
@@ -218,7 +210,7 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
     keys = randomness.keys(0, "held-out noise", counters, torch.device("cpu"))
     noise = randomness.normal(keys, (1, 8, 8))
     u = randomness.uniform(0, "held-out sigma", counters)
-    denoiser = make_denoiser(model.network(), model.config, model.shape)
+    denoiser = model.denoiser()
     edges = torch.logspace(np.log10(0.02), np.log10(80), 4, dtype=torch.float64)
     for i in range(3):
         sigma = (edges[i].log() * (1 - u) + edges[i + 1].log() * u).exp()
@@ -258,7 +250,7 @@ def test_cell_that_was_killed_goes_on_from_its_checkpoint_alone(tmp_path, saved)
         file.write(json.dumps({"images": images + 16, "images_per_second": 1e-3}) + '\n{"imag')
     record = run_cell(cell, folder)
     assert record["seconds"] >= 0.3 * (1 - 1e-9)
-    assert record["images"] == load(str(folder)).images > images
+    assert record["images"] == Trained.open(folder).images > images
 
 
 @pytest.mark.parametrize(
@@ -281,7 +273,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path, old, new, me
         path.write_text(path.read_text().replace("log_every", "label_dropout = 0.0, log_every"))
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=message):
-        check(read_matrix(path)[1])
+        check_cells(read_matrix(path)[1])
 
 
 def test_measures_do_not_train_a_cell_again(tmp_path):
@@ -333,7 +325,7 @@ def test_plot_places_points_on_its_axes():
 
 def test_record_that_is_damaged_is_made_anew(done, tmp_path):
     cell = read_matrix(done[1])[1][0]
-    path = ablation.record_path(tmp_path, cell)
+    path = record_path(tmp_path, cell)
     path.parent.mkdir(parents=True)
     path.write_text("{")
     assert finished(tmp_path, cell) is None

@@ -6,16 +6,17 @@ import pytest
 import torch
 from known_answers import FOLDER, load
 
-from hdit import interop
 from hdit.diffusion.guidance import cfg
-from hdit.diffusion.samplers import DPMpp2MSDE, ddim
+from hdit.diffusion.samplers import ddim
 from hdit.diffusion.sigmas import LinearT
 from hdit.interop import facebook_dit, k_diffusion
 from hdit.interop.layout import foreign_shapes
 from hdit.nn.attention import Global, SelfAttention
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import NULL_LABEL, Cond
-from hdit.sampling.sample import make_denoiser
+from hdit.runs.building import make_denoiser
+from hdit.runs.conversion import convert
+from hdit.runs.trained import Trained
 
 
 def close(actual, expected, atol, rtol=0.0):
@@ -36,7 +37,7 @@ def in_float32(rope):
 
 def hdit_tiny(name, dtype=torch.float32):
     """-> (model, network, denoiser) of a checkpoint, as the reference computes in this dtype."""
-    model = interop.load(FOLDER / f"hdit_tiny_{name}.safetensors")
+    model = Trained.open(FOLDER / f"hdit_tiny_{name}.safetensors")
     network = model.network().to(dtype)
     if dtype == torch.float64:  # the reference has float32 angles there too, but for global ones
         for module in network.modules():
@@ -68,7 +69,7 @@ def test_k_diffusion_buffers_are_those_of_the_file_and_matter():
     model, network, _ = hdit_tiny("fp16")
     _, exact, _ = hdit_tiny("fp32")
     name = "down_levels.0.0.self_attn.core.rope.freqs"
-    assert model.state_dict[name].dtype == torch.float16
+    assert model.tensors()[name].dtype == torch.float16
     freqs, computed = network.state_dict()[name], exact.state_dict()[name]
     assert torch.equal(freqs, computed.half().float())
     assert not torch.equal(freqs, computed)
@@ -84,7 +85,7 @@ def test_k_diffusion_checkpoint_gives_the_reference_samples(key, scale):
     close(sigmas, io["sample.sigmas"], 0, rtol=2e-6)  # theirs are float32
     cond = Cond(labels(io["class_cond"], model))
     denoise = cfg(denoiser.bind(cond), denoiser.bind(cond.null()), scale)
-    assert isinstance(sampling.sampler, DPMpp2MSDE)
+    assert sampling.sampler.kind == "dpmpp_2m_sde"
     with torch.no_grad():
         x = sampling.sampler(denoise, io["sample.x_init"], io["sample.sigmas"].double())
     # float32, from noise of standard deviation 160
@@ -92,7 +93,7 @@ def test_k_diffusion_checkpoint_gives_the_reference_samples(key, scale):
 
 
 def test_k_diffusion_settings_map_to_ours():
-    model = interop.load(FOLDER / "hdit_tiny_fp32.safetensors")
+    model = Trained.open(FOLDER / "hdit_tiny_fp32.safetensors")
     config, shape = model.config, model.shape
     assert shape.chw == (3, 32, 32)
     assert (shape.num_classes, shape.sigma_data) == (7, 0.5)
@@ -126,7 +127,7 @@ def test_k_diffusion_config_reads_alike_as_written_and_as_filled_in():
 @pytest.fixture(scope="module")
 def dit():
     """-> (model, network, denoiser, the known answers)."""
-    model = interop.load(FOLDER / "dit_tiny.safetensors")
+    model = Trained.open(FOLDER / "dit_tiny.safetensors")
     network = model.network()
     denoiser = make_denoiser(network, model.config, model.shape)
     return model, network, denoiser, load("dit_tiny_io.safetensors")
@@ -231,7 +232,7 @@ def dit_of_diffusers(folder):
 def test_diffusers_with_our_weights_gives_our_outputs_at_dits_frequencies(dit, tmp_path):
     """As it comes, diffusers takes other frequencies of the timestep than DiT was trained with."""
     io = dit[3]
-    interop.convert(FOLDER / "dit_tiny.safetensors", tmp_path / "theirs", "diffusers")
+    convert(FOLDER / "dit_tiny.safetensors", tmp_path / "theirs", "diffusers")
     theirs = dit_of_diffusers(tmp_path / "theirs")
     with torch.no_grad():
         stock = theirs(io["x"], io["t"], io["y"]).sample

@@ -9,9 +9,10 @@ from known_answers import FOLDER, load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdit import config, interop
-from hdit.interop import k_diffusion
-from hdit.interop.model import Model
+from hdit import config
+from hdit.interop import Contents, InteropError, k_diffusion
+from hdit.runs.conversion import convert
+from hdit.runs.trained import Trained
 
 HEADS = 5  # of dit_tiny, which is none of the paper's sizes
 
@@ -31,14 +32,14 @@ def metadata(path):
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_k_diffusion_round_trip_is_bitwise(name, tmp_path):
     source = FOLDER / f"hdit_tiny_{name}.safetensors"
-    interop.convert(source, tmp_path / "ours")
-    back = interop.convert(tmp_path / "ours", tmp_path / "back.safetensors", "k-diffusion")
+    convert(source, tmp_path / "ours")
+    back = convert(tmp_path / "ours", tmp_path / "back.safetensors", "k-diffusion")
     assert_bitwise(load_file(back.path), load_file(source))
     theirs, again = metadata(source), metadata(back.path)
     again["model"].pop("sigma_sample_density"), theirs["model"].pop("sigma_sample_density")
     assert again["ema_sched"].pop("inv_gamma") == 1
     assert again == theirs
-    assert interop.load(back.path).config == interop.load(source).config
+    assert Trained.open(back.path).config == Trained.open(source).config
 
 
 def dit_tiny(dtype=torch.float32):
@@ -52,8 +53,8 @@ ORDER = ["pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final
 def test_facebook_round_trip_is_bitwise(dtype, tmp_path):
     theirs = dit_tiny(dtype)
     torch.save(theirs, tmp_path / "dit.pt")
-    interop.convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
-    done = interop.convert(tmp_path / "ours", tmp_path / "back.pt", "facebook-dit")
+    convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
+    done = convert(tmp_path / "ours", tmp_path / "back.pt", "facebook-dit")
     back = torch.load(done.path, weights_only=True)
     assert_bitwise(back, theirs)
     assert list(dict.fromkeys(name.split(".")[0] for name in back)) == ORDER
@@ -66,7 +67,7 @@ def test_facebook_training_checkpoint_gives_its_ema_or_raw_weights(raw, tmp_path
     args = Namespace(model="DiT-S/2", image_size=64, num_classes=7, results_dir="results")
     saved = {"model": trained, "ema": ema, "opt": {"state": {}}, "args": args}
     torch.save(saved, tmp_path / "0050000.pt")
-    model = interop.load(tmp_path / "0050000.pt", raw=raw, num_heads=HEADS)
+    model = Trained.open(tmp_path / "0050000.pt", num_heads=HEADS).contents(raw)
     assert model.weights == ("model" if raw else "ema")
     name = "final_layer.linear.weight"
     assert torch.equal(model.state_dict[name], (trained if raw else ema)[name])
@@ -101,8 +102,8 @@ def diffusers_weights(folder):
 
 
 def test_diffusers_round_trip_is_bitwise(diffusers_folder, tmp_path):
-    interop.convert(diffusers_folder, tmp_path / "ours")
-    interop.convert(tmp_path / "ours", tmp_path / "back", "diffusers")
+    convert(diffusers_folder, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", "diffusers")
     assert_bitwise(
         diffusers_weights(tmp_path / "back"), diffusers_weights(diffusers_folder / "transformer")
     )
@@ -119,11 +120,11 @@ def test_diffusers_pipeline_gives_its_classes_names_and_schedule(diffusers_folde
     scheduler |= {"beta_schedule": "linear", "prediction_type": "epsilon"}
     (diffusers_folder / "scheduler").mkdir()
     (diffusers_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    model = interop.load(diffusers_folder)
+    model = Trained.open(diffusers_folder)
     assert model.classes == ("crane (0)", "tench", "crane (2)")
     expected = torch.linspace(2e-4, 0.01, 500, dtype=torch.float64)
     torch.testing.assert_close(model.config.beta_schedule.betas(), expected)
-    assert interop.load(diffusers_folder / "transformer").classes == model.classes
+    assert Trained.open(diffusers_folder / "transformer").classes == model.classes
 
 
 def test_diffusers_blocks_that_do_not_share_embedders_are_refused(diffusers_folder):
@@ -132,14 +133,14 @@ def test_diffusers_blocks_that_do_not_share_embedders_are_refused(diffusers_fold
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     tensors[name] = tensors[name] + 1
     save_file(tensors, path)
-    with pytest.raises(interop.InteropError, match=rf"{name} differs from transformer_blocks\.0"):
-        interop.load(diffusers_folder)
+    with pytest.raises(InteropError, match=rf"{name} differs from transformer_blocks\.0"):
+        Trained.open(diffusers_folder)
 
 
 def test_facebook_to_diffusers_and_back_is_bitwise(tmp_path):
     """But for the table of positions, which diffusers computes: ours is theirs to float32."""
-    interop.convert(FOLDER / "dit_tiny.safetensors", tmp_path / "folder", "diffusers")
-    interop.convert(tmp_path / "folder", tmp_path / "back.pt", "facebook-dit")
+    convert(FOLDER / "dit_tiny.safetensors", tmp_path / "folder", "diffusers")
+    convert(tmp_path / "folder", tmp_path / "back.pt", "facebook-dit")
     theirs, back = dit_tiny(), torch.load(tmp_path / "back.pt", weights_only=True)
     torch.testing.assert_close(back.pop("pos_embed"), theirs.pop("pos_embed"), atol=1e-6, rtol=0)
     assert_bitwise(back, theirs)
@@ -165,14 +166,14 @@ SCHEDULES = [
 
 def changed(**diffusion):
     """The tiny model with other settings of the diffusion."""
-    model = interop.load(FOLDER / "hdit_tiny_fp32.safetensors")
+    model = Trained.open(FOLDER / "hdit_tiny_fp32.safetensors")
     raw = model.config.model_dump(mode="json", exclude_none=True)
     schedule = diffusion.pop("lr_schedule", None)
     raw["diffusion"] |= diffusion
     if schedule:
         raw["training"]["optimizer"]["schedule"] = schedule
     settings = config.parse(raw, "changed")
-    return Model(settings, model.shape, model.classes, model.state_dict, "the tiny model")
+    return Contents(settings, model.shape, model.classes, {"given": model.tensors()}, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -206,9 +207,9 @@ def test_k_diffusion_config_alone_becomes_a_config_of_ours(tmp_path):
     raw = load("hdit_tiny_config_input.json") | {"optimizer": {"type": "sgd", "lr": 0.1}}
     raw["model"] = raw["model"] | {"augment_prob": 0.12}
     (tmp_path / "theirs.json").write_text(json.dumps(raw))
-    done = interop.convert(tmp_path / "theirs.json", tmp_path / "ours.toml")
+    done = convert(tmp_path / "theirs.json", tmp_path / "ours.toml")
     settings = config.load(tmp_path / "ours.toml")
-    assert settings.model == interop.load(FOLDER / "hdit_tiny_fp32.safetensors").config.model
+    assert settings.model == Trained.open(FOLDER / "hdit_tiny_fp32.safetensors").config.model
     text = (tmp_path / "ours.toml").read_text()
     for named in ("optimizer.type = 'sgd'", "optimizer.lr = 0.1"):
         assert any(note.startswith(named) for note in done.notes), named

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hdit_kernels import flex, neighborhood_attention
-from hdit_kernels.neighborhood import BACKENDS, Problem
+from hdit_kernels.contract import Problem
+from hdit_kernels.neighborhood import BACKENDS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")

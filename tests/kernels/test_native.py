@@ -13,7 +13,7 @@ from test_neighborhood import dense, draw, value_and_gradients
 from test_philox import KEYS, LONG, close_to_exact
 
 from hdit_kernels import cpu, fused, native, philox, select_backend
-from hdit_kernels.neighborhood import Problem
+from hdit_kernels.contract import Problem
 
 LIBRARY = native.library
 ORDER = ["DEFAULT", "AVX2", "AVX512"]  # each processor has those before its own too

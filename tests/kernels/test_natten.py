@@ -6,7 +6,8 @@ import torch
 from definition import dense, draw, value_and_gradients
 
 from hdit_kernels import natten, neighborhood_attention
-from hdit_kernels.neighborhood import BACKENDS, Problem
+from hdit_kernels.contract import Problem
+from hdit_kernels.neighborhood import BACKENDS
 
 REASON = natten.unavailable()
 HAS_LIBNATTEN = natten.has_libnatten()

@@ -12,7 +12,8 @@ from known_answers import check_record, hfill, load
 from torch.utils.flop_counter import FlopCounterMode
 
 from hdit_kernels import BACKENDS, neighborhood, neighborhood_attention, select_backend
-from hdit_kernels.neighborhood import AUTO, Choice, Problem
+from hdit_kernels.contract import Problem
+from hdit_kernels.neighborhood import AUTO, Choice
 from hdit_kernels.reference import window_starts
 
 each_backend = pytest.mark.parametrize("backend", ["reference", "tile", "cpu"])

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdit.config.schema import RunConfig, load, merge, parse
+from hdit.config import RunConfig, load, merge, parse
 from hdit.data.source import DataError
 from hdit.errors import UserError
-from hdit.latents.encode import encode, measure
+from hdit.latents.encode import encode, measure_sigma_data
 from hdit.latents.store import Latents
 from hdit.training.trainer import Trainer
 
-SIZES = [(20, 16), (16, 24), (40, 33), (16, 16), (50, 17)] * 2  # of the pictures
+SIZES = [(20, 16), (16, 24), (40, 33), (16, 16), (50, 17)] * 2  # of the images
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Ten pictures in two classes."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """Ten images in two classes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i, (height, width) in enumerate(SIZES):
         path = folder / ("cat" if i < 4 else "dog") / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
@@ -40,9 +40,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def settings(pictures, vae, **changes) -> RunConfig:
+def settings(images, vae, **changes) -> RunConfig:
     raw = {
-        "data": {"kind": "folder", "path": str(pictures), "size": 16},
+        "data": {"kind": "folder", "path": str(images), "size": 16},
         "space": {"kind": "latent", "vae": str(vae), "factor": tiny_vae.FACTOR},
         "model": {"kind": "dit", "patch_size": 2, "width": 32, "depth": 1, "num_heads": 2},
         "training": {"images": 48, "checkpoint_every": 24, "batch_size": 8},
@@ -51,8 +51,8 @@ def settings(pictures, vae, **changes) -> RunConfig:
 
 
 @pytest.fixture
-def config(pictures, vae):
-    return settings(pictures, vae)
+def config(images, vae):
+    return settings(images, vae)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -89,10 +89,10 @@ def test_encode_stores_the_posterior_of_each_image_and_of_its_mirror_image(
     assert (stored[:, 0] - stored[:, 1]).abs().amax((1, 2, 3)).min() > 0.01, "the sides differ"
 
 
-def test_encode_without_flip_stores_one_side(pictures, vae, tmp_path):
-    config = settings(pictures, vae, data={"flip": False})
+def test_encode_without_flip_stores_one_side(images, vae, tmp_path):
+    config = settings(images, vae, data={"flip": False})
     encode(config, tmp_path / "one", **OF_FOUR)
-    encode(settings(pictures, vae), tmp_path / "two", **OF_FOUR)
+    encode(settings(images, vae), tmp_path / "two", **OF_FOUR)
     for name in SHARDS:
         one, two = (load_file(tmp_path / n / name)["posterior"] for n in ("one", "two"))
         assert one.shape[1] == 1
@@ -112,7 +112,7 @@ def test_encode_in_half_precision_rounds_what_it_would_store(config, tmp_path):
     assert half.sigma_data == pytest.approx(whole.sigma_data, rel=1e-4)
 
 
-def test_encode_says_in_its_manifest_what_the_latents_are_of(config, pictures, tmp_path):
+def test_encode_says_in_its_manifest_what_the_latents_are_of(config, images, tmp_path):
     encode(config, tmp_path / "out", **OF_FOUR)
     found = json.loads((tmp_path / "out" / "manifest.json").read_text())
     vae = found.pop("vae")
@@ -131,7 +131,7 @@ def test_encode_says_in_its_manifest_what_the_latents_are_of(config, pictures, t
         "images": 10,
         "shard_size": 4,
         "classes": ["cat", "dog"],
-        "origin": f"kind=folder path={pictures}",
+        "origin": f"kind=folder path={images}",
     }
     for name in SHARDS:
         with safe_open(tmp_path / "out" / name, "pt") as file:
@@ -153,8 +153,8 @@ def test_encode_reports_what_it_does(config, tmp_path):
     assert done.bytes == sum((tmp_path / "out" / name).stat().st_size for name in SHARDS)
 
 
-def test_encode_names_a_bad_picture_and_stores_the_next_in_its_place(pictures, vae, tmp_path):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_encode_names_a_bad_image_and_stores_the_next_in_its_place(images, vae, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
     (data / "cat" / "3.png").write_bytes(b"not an image")  # its next one is of the other class
     skipped = []
     config = settings(data, vae)
@@ -166,7 +166,7 @@ def test_encode_names_a_bad_picture_and_stores_the_next_in_its_place(pictures, v
     torch.testing.assert_close(latents[3].image, latents[4].image, rtol=1e-5, atol=1e-6)
 
 
-def test_encode_of_too_many_bad_pictures_ends_as_training_does(vae, tmp_path):
+def test_encode_of_too_many_bad_images_ends_as_training_does(vae, tmp_path):
     for i in range(120):
         (tmp_path / f"{i}.png").write_bytes(b"not an image")
     Image.new("RGB", (16, 16)).save(tmp_path / "z.png")
@@ -175,12 +175,12 @@ def test_encode_of_too_many_bad_pictures_ends_as_training_does(vae, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
-def test_encode_of_a_vae_that_gives_nan_stores_nothing(pictures, tmp_path):
+def test_encode_of_a_vae_that_gives_nan_stores_nothing(images, tmp_path):
     broken = tiny_vae.model()
     broken.quant_conv.bias[0] = float("nan")
     broken.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"space\.vae: .* gives latents that are not finite"):
-        encode(settings(pictures, tmp_path / "vae"), tmp_path / "out", **OF_FOUR)
+        encode(settings(images, tmp_path / "vae"), tmp_path / "out", **OF_FOUR)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
@@ -281,32 +281,32 @@ def test_encode_of_two_processes_at_once_writes_what_one_writes(config, tmp_path
     ],
 )
 def test_encode_refuses_a_folder_of_latents_by_other_settings(
-    pictures, vae, tmp_path, whole, changes, options, named
+    images, vae, tmp_path, whole, changes, options, named
 ):
     with pytest.raises(DataError) as error:
-        encode(settings(pictures, vae, **changes), tmp_path / "whole", **(OF_FOUR | options))
+        encode(settings(images, vae, **changes), tmp_path / "whole", **(OF_FOUR | options))
     assert "holds latents of other settings" in str(error.value)
     assert named in str(error.value)
     assert files(tmp_path / "whole") == whole
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"scaling_factor": 0.5}])
-def test_encode_refuses_a_folder_of_another_vaes_latents(pictures, tmp_path, whole, changes):
+def test_encode_refuses_a_folder_of_another_vaes_latents(images, tmp_path, whole, changes):
     other = tiny_vae.save(tmp_path / "other", **changes)
     with pytest.raises(DataError, match=r"space\.vae \(hash\): '"):
-        encode(settings(pictures, other), tmp_path / "whole", **OF_FOUR)
+        encode(settings(images, other), tmp_path / "whole", **OF_FOUR)
     assert files(tmp_path / "whole") == whole
 
 
-def test_encode_goes_on_with_the_same_vae_from_elsewhere(pictures, vae, tmp_path, whole):
+def test_encode_goes_on_with_the_same_vae_from_elsewhere(images, vae, tmp_path, whole):
     moved = shutil.copytree(vae, tmp_path / "moved")
     (tmp_path / "whole" / SHARDS[1]).unlink()
-    encode(settings(pictures, moved), tmp_path / "whole", **OF_FOUR)
+    encode(settings(images, moved), tmp_path / "whole", **OF_FOUR)
     assert files(tmp_path / "whole") == whole
 
 
-def test_encode_refuses_a_folder_of_other_pictures(pictures, vae, tmp_path, whole):
-    more = shutil.copytree(pictures, tmp_path / "more")
+def test_encode_refuses_a_folder_of_other_images(images, vae, tmp_path, whole):
+    more = shutil.copytree(images, tmp_path / "more")
     shutil.copy(more / "cat" / "0.png", more / "cat" / "again.png")
     with pytest.raises(DataError, match="number of images: 10 there, 11 here"):
         encode(settings(more, vae), tmp_path / "whole", **OF_FOUR)
@@ -348,15 +348,15 @@ HDIT = {
         ({"data": {"path": "nowhere"}}, r"data\.path: 'nowhere' does not exist"),
     ],
 )
-def test_encode_refuses_what_cannot_be_stored(pictures, vae, tmp_path, changes, message):
-    config = settings(pictures, vae).model_dump(mode="json", exclude_none=True)
+def test_encode_refuses_what_cannot_be_stored(images, vae, tmp_path, changes, message):
+    config = settings(images, vae).model_dump(mode="json", exclude_none=True)
     config = parse(merge(config, changes) | {"model": HDIT}, "it")
     with pytest.raises(UserError, match=message):
         encode(config, tmp_path / "out")
 
 
-def test_encode_refuses_pixels(pictures, vae, tmp_path):
-    raw = settings(pictures, vae).model_dump(mode="json", exclude_none=True)
+def test_encode_refuses_pixels(images, vae, tmp_path):
+    raw = settings(images, vae).model_dump(mode="json", exclude_none=True)
     config = parse(raw | {"space": {"kind": "pixel"}}, "it")
     with pytest.raises(UserError, match=r"space\.kind: must be 'latent' to encode, got 'pixel'"):
         encode(config, tmp_path / "out")
@@ -386,8 +386,8 @@ def test_measure_takes_images_evenly_where_there_are_many(config, tmp_path):
     taken = torch.stack([latents[i].image for i in (0, 4, 9)]).double().numpy()  # of 0..9, evenly
     mean, std = taken[:, :, :4], taken[:, :, 4:]
     exact = 0.4 * np.sqrt(np.mean(std**2) + np.var(mean))
-    assert measure(latents, space, limit=3) == pytest.approx(exact, rel=1e-6)
-    assert measure(latents, space, limit=10) != pytest.approx(exact, rel=1e-3)
+    assert measure_sigma_data(latents, space, limit=3) == pytest.approx(exact, rel=1e-6)
+    assert measure_sigma_data(latents, space, limit=10) != pytest.approx(exact, rel=1e-3)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -423,8 +423,8 @@ def test_encode_of_the_command_line_goes_to_the_folder_of_the_config(toml, hdit,
     assert files(out) == whole
 
 
-def test_encode_of_the_command_line_names_a_bad_picture_once(pictures, vae, hdit, tmp_path):
-    data = shutil.copytree(pictures, tmp_path / "data")
+def test_encode_of_the_command_line_names_a_bad_image_once(images, vae, hdit, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
     bad = data / "dog" / "5.png"
     bad.write_bytes(b"not an image")
     (tmp_path / "it.toml").write_text(settings(data, vae).dump())
@@ -509,7 +509,7 @@ def test_encode_removes_what_a_killed_process_left(config, tmp_path, whole):
     assert files(tmp_path / "whole") == whole
 
 
-def test_encode_with_workers_judges_the_share_of_bad_pictures(vae, tmp_path):
+def test_encode_with_workers_judges_the_share_of_bad_images(vae, tmp_path):
     for i in range(120):
         (tmp_path / f"{i}.png").write_bytes(b"not an image")
     Image.new("RGB", (16, 16)).save(tmp_path / "z.png")
@@ -517,12 +517,12 @@ def test_encode_with_workers_judges_the_share_of_bad_pictures(vae, tmp_path):
         encode(settings(tmp_path, vae), tmp_path / "out", workers=2, shard_size=121)
 
 
-def test_encode_refuses_what_float16_cannot_hold(pictures, tmp_path):
+def test_encode_refuses_what_float16_cannot_hold(images, tmp_path):
     model = tiny_vae.model()
     model.quant_conv.bias[0] = 1e5
     model.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="not finite in float16"):
-        encode(settings(pictures, tmp_path / "vae"), tmp_path / "out", dtype="float16", **OF_FOUR)
+        encode(settings(images, tmp_path / "vae"), tmp_path / "out", dtype="float16", **OF_FOUR)
 
 
 @pytest.mark.parametrize(("key", "value"), [("shard_size", 0), ("images", "x"), ("latent", [4])])
@@ -543,7 +543,7 @@ def test_manifest_with_wrong_values_is_named(tmp_path, whole, key, value):
         ({"cache": "c"}, r"data\.cache: has no effect with space\.stored"),
     ],
 )
-def test_config_of_stored_latents_refuses_what_needs_pictures(config, overlay, message):
+def test_config_of_stored_latents_refuses_what_needs_images(config, overlay, message):
     raw = config.model_dump(mode="json", exclude_none=True)
     with pytest.raises(UserError, match=message):
         parse(merge(raw, {"data": overlay, "space": {"stored": "latents"}}), "it")
@@ -562,11 +562,11 @@ def test_encode_and_info_take_a_path_in_the_home_folder(config, tmp_path, monkey
     assert "2 classes" in out
 
 
-def test_sample_refuses_a_weak_model_of_another_vae(pictures, vae, tmp_path, hdit):
+def test_sample_refuses_a_guide_model_of_another_vae(images, vae, tmp_path, hdit):
     for name, folder in (("a", vae), ("b", tiny_vae.save(tmp_path / "other", seed=1))):
-        raw = settings(pictures, folder).model_dump(mode="json", exclude_none=True)
+        raw = settings(images, folder).model_dump(mode="json", exclude_none=True)
         raw = merge(raw, {"sampling": {"grid": 0, "steps": 2}})
         Trainer(parse(raw, name), tmp_path / name).fit()
-    status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--weak", tmp_path / "b")
+    status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--guide", tmp_path / "b")
     assert status == 1
     assert "has other latents, by the hash of their VAE" in err

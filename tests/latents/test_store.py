@@ -1,4 +1,4 @@
-"""Stored latents: how they are read, and that training on them is training on the pictures."""
+"""Stored latents: how they are read, and that training on them is training on the images."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdit.config.schema import RunConfig, merge, parse
+from hdit.config import RunConfig, merge, parse
 from hdit.data.batches import Batches, Layout
 from hdit.data.source import DataError
 from hdit.errors import UserError
@@ -32,9 +32,9 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Ten pictures in two classes; none is like another, nor symmetric."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """Ten images in two classes; none is like another, nor symmetric."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(COUNT):
         path = folder / ("cat" if i < 4 else "dog") / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
@@ -44,11 +44,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def live(pictures, vae) -> RunConfig:
-    """Trains on the pictures: 6 steps of 8, nearly 5 epochs."""
+def live(images, vae) -> RunConfig:
+    """Trains on the images: 6 steps of 8, nearly 5 epochs."""
     return parse(
         {
-            "data": {"kind": "folder", "path": str(pictures), "size": 16},
+            "data": {"kind": "folder", "path": str(images), "size": 16},
             "space": {"kind": "latent", "vae": vae, "factor": tiny_vae.FACTOR},
             "model": {"kind": "dit", "patch_size": 2, "width": 32, "depth": 1, "num_heads": 2},
             "training": {
@@ -120,7 +120,7 @@ def test_latents_survive_a_pickle_as_workers_that_are_no_forks_need(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_latents_come_in_the_batches_of_the_pictures(live, folder, workers):
+def test_latents_come_in_the_batches_of_the_images(live, folder, workers):
     latents, source = Latents(str(folder)), live.data.open()
     place = {source[i].image.numpy().tobytes(): i for i in range(COUNT)}
     ours, theirs = (
@@ -248,14 +248,14 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(live, tmp_path_factory):
-    """A run on the pictures."""
+    """A run on the images."""
     run = tmp_path_factory.mktemp("trained") / "run"
     assert Trainer(live, run).fit()
     return run
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_on_latents_has_the_losses_of_training_on_pictures(
+def test_training_on_latents_has_the_losses_of_training_on_images(
     stored, trained, tmp_path, workers
 ):
     """Flips, labels, sigmas and posteriors are drawn alike."""
@@ -325,7 +325,7 @@ def test_training_refuses_latents_of_another_vae(stored, tmp_path):
         Trainer(changed(stored, space={"vae": other}), tmp_path / "run")
 
 
-def test_training_on_latents_needs_no_pictures(stored, tmp_path):
+def test_training_on_latents_needs_no_images(stored, tmp_path):
     config = changed(stored, data={"path": str(tmp_path / "removed")}, training={"images": 8})
     assert Trainer(config, tmp_path / "run").fit()
 
@@ -338,7 +338,7 @@ HDIT = {
 }
 
 
-def test_augmented_pictures_are_augmented_before_they_are_encoded(live, tmp_path):
+def test_augmented_images_are_augmented_before_they_are_encoded(live, tmp_path):
     """Those that were mirrored, or nothing at all, are encoded as without; the others are not."""
     raw = live.model_dump(mode="json", exclude_none=True) | {"model": HDIT}
     seen = []
@@ -368,7 +368,7 @@ def drawn(config: RunConfig, tmp_path, layout: Layout, n: int = 1, start: int = 
 
 
 def test_posterior_is_drawn_afresh_in_each_epoch(live, tmp_path):
-    """Of one picture, so that nothing but the draw differs."""
+    """Of one image, so that nothing but the draw differs."""
     one = tmp_path / "one"
     one.mkdir()
     shutil.copy(next(Path(live.data.path).rglob("*.png")), one)
@@ -407,7 +407,7 @@ def half_way(live, tmp_path_factory):
 
 @pytest.fixture
 def run(half_way, tmp_path) -> Path:
-    """A run on the pictures that is half way there."""
+    """A run on the images that is half way there."""
     return shutil.copytree(half_way, tmp_path / "run")
 
 
@@ -431,13 +431,13 @@ def test_resume_with_the_same_vae_from_elsewhere_goes_on(live, vae, run, trained
     assert losses(run) == losses(trained)
 
 
-def test_resume_from_pictures_to_their_latents_goes_on(stored, run, trained, capfd):
+def test_resume_from_images_to_their_latents_goes_on(stored, run, trained, capfd):
     assert Trainer(stored, run).fit()
     assert "resuming with another setting: space.stored: None in the run" in capfd.readouterr().err
     assert losses(run) == pytest.approx(losses(trained), rel=1e-5)  # as above
 
 
-def test_resume_from_latents_to_their_pictures_goes_on(live, stored, trained, tmp_path):
+def test_resume_from_latents_to_their_images_goes_on(live, stored, trained, tmp_path):
     Trainer(changed(stored, training={"images": 24}), tmp_path).fit()
     assert Trainer(live, tmp_path).fit()
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-5)
@@ -452,7 +452,7 @@ def test_run_keeps_the_identity_of_its_vae_and_its_classes(live, trained):
     assert json.loads((trained / "classes.json").read_text()) == {"cat": 0, "dog": 1}
 
 
-def test_grid_of_a_latent_run_is_of_pictures(stored, tmp_path):
+def test_grid_of_a_latent_run_is_of_images(stored, tmp_path):
     config = changed(stored, sampling={"grid": 4}, training={"images": 24})
     Trainer(config, tmp_path).fit()
     [grid] = (tmp_path / "samples").iterdir()
@@ -470,7 +470,7 @@ def sampled(hdit, run, out, *options) -> dict[str, np.ndarray]:
     return images
 
 
-def test_sample_of_a_latent_run_gives_pictures(trained, hdit, tmp_path):
+def test_sample_of_a_latent_run_gives_images(trained, hdit, tmp_path):
     images = sampled(hdit, trained, tmp_path / "out")
     assert sorted(images) == ["000000.png", "000001.png", "000002.png"]
     assert {image.shape for image in images.values()} == {(16, 16, 3)}

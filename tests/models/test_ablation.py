@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hdit.config.schema import RunConfig, merge, parse, read_toml
+from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.models.cost import cost
 
 ROWS = Path(__file__).parents[2] / "configs" / "ablation"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdit.config.schema import load
+from hdit.config import load
 from hdit.models import build
 from hdit.nn.attention import Neighborhood
 from hdit.protocols import Cond, DataShape

@@ -11,7 +11,7 @@ import torch
 from known_answers import load
 from test_cost import shown, total
 
-from hdit.config.schema import load as load_config
+from hdit.config import load as load_config
 from hdit.errors import UserError
 from hdit.models import DiT, DiTSpec, build, zoo
 from hdit.models.cost import cost

@@ -174,5 +174,5 @@ def test_a_compiled_warp_is_the_warp():
     images = torch.randint(0, 256, (3, 1, 12, 10), dtype=torch.uint8)
     setting = augmentation.Augmentation(probability=0.8)
     plain, compiled = (setting(images, 0, np.arange(3), on) for on in (False, True))
-    torch.testing.assert_close(compiled[0], plain[0], atol=1e-5, rtol=0)  # sums of 16 products
+    torch.testing.assert_close(compiled[0], plain[0], atol=255e-5, rtol=0)  # sums of 16 products
     assert torch.equal(compiled[1], plain[1])

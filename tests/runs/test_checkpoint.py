@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hdit import config
+from hdit.files import fingerprint
 from hdit.protocols import DataShape
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError, State
@@ -129,7 +130,7 @@ def test_checkpoint_of_another_version_is_refused(save):
     for changed in (state | {"more": 1}, {k: v for k, v in state.items() if k != "classes"}):
         (folder / "state.json").write_text(json.dumps(changed))
         manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-        manifest["files"]["state.json"] = checkpoint._fingerprint(folder / "state.json")
+        manifest["files"]["state.json"] = fingerprint(folder / "state.json")
         (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match=r"state\.json: of another version"):
             checkpoint.open_checkpoint(folder)

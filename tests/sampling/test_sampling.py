@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from typing import get_args
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from hdit import config
 from hdit.config.schema import RunConfig
 from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
-from hdit.diffusion.samplers import Sampler
+from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import LinearT
 from hdit.protocols import Cond
-from hdit.sampling.sample import Samples, WeakModel, sample
+from hdit.sampling.sample import GuideModel, Samples, sample
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -111,7 +110,7 @@ KINDS = {  # network evaluations of n steps, the last of them to 0
 
 def test_every_sampler_is_sampled_from():
     """dpm_adaptive chooses its evaluations itself."""
-    kinds = {spec.model_fields["kind"].default for spec in get_args(get_args(Sampler)[0])}
+    kinds = SamplerSpec.members.keys()
     assert kinds == {*KINDS, "dpm_adaptive"}
 
 
@@ -229,12 +228,12 @@ def test_sample_counts_fewer_evaluations_of_guidance_in_an_interval(settings, in
     assert evaluations(Normal(), settings(*SOME, by("heun"), guidance)) == expected
 
 
-def test_sample_counts_the_evaluations_of_a_weak_model(settings):
+def test_sample_counts_the_evaluations_of_a_guide_model(settings):
     run = settings(*SOME, by("euler"))
-    assert evaluations(Normal(), run, weak=WeakModel(Normal(), run, 2)) == 2 * 6
-    assert evaluations(Normal(), run, weak=WeakModel(Normal(), run, 1)) == 6
+    assert evaluations(Normal(), run, guide=GuideModel(Normal(), run, 2)) == 2 * 6
+    assert evaluations(Normal(), run, guide=GuideModel(Normal(), run, 1)) == 6
     guided = settings(*SOME, by("euler"), f"{GUIDANCE}.scale=2")
-    assert evaluations(Normal(), guided, weak=WeakModel(Normal(), run, 2)) == 3 * 6
+    assert evaluations(Normal(), guided, guide=GuideModel(Normal(), run, 2)) == 3 * 6
 
 
 # ---- guidance ------------------------------------------------------------------------------------
@@ -281,35 +280,37 @@ def test_sample_guides_the_first_channels_alone_where_told(settings):
     assert not close(all_[:, 1:], plain[:, 1:])
 
 
-def test_sample_with_a_weak_model_is_that_of_the_mean_away_from_it(settings):
+def test_sample_with_a_guide_model_is_that_of_the_mean_away_from_it(settings):
     run = settings("sampling.steps=8")
-    strong, weak = Normal(slope=0.1), Normal(slope=0.04)
-    expected = images(Shifted(lambda y: 2 * strong.mean(y) - weak.mean(y)), run)
-    assert close(images(strong, run, weak=WeakModel(weak, run, 2)), expected)
+    strong, guide = Normal(slope=0.1), Normal(slope=0.04)
+    expected = images(Shifted(lambda y: 2 * strong.mean(y) - guide.mean(y)), run)
+    assert close(images(strong, run, guide=GuideModel(guide, run, 2)), expected)
 
 
-def test_sample_with_a_weak_model_at_scale_1_is_that_without(settings):
+def test_sample_with_a_guide_model_at_scale_1_is_that_without(settings):
     run = settings("sampling.steps=4")
-    weak = Normal(slope=-1)
-    assert torch.equal(images(Normal(), run, weak=WeakModel(weak, run, 1)), images(Normal(), run))
-    assert not weak.seen
+    guide = Normal(slope=-1)
+    assert torch.equal(
+        images(Normal(), run, guide=GuideModel(guide, run, 1)), images(Normal(), run)
+    )
+    assert not guide.seen
 
 
-def test_sample_takes_the_weak_model_by_its_own_config(settings):
+def test_sample_takes_the_guide_model_by_its_own_config(settings):
     """v is EDM's F with its sign turned."""
     run = settings("sampling.steps=4")
     other = settings("diffusion.parametrization={kind='v'}", "sampling.steps=9")
-    same = images(Normal(), run, weak=WeakModel(Normal(slope=0.05), run, 2))
-    turned = WeakModel(Normal(slope=0.05, sign=-1), other, 2)
-    assert torch.equal(images(Normal(), run, weak=turned), same)
+    same = images(Normal(), run, guide=GuideModel(Normal(slope=0.05), run, 2))
+    turned = GuideModel(Normal(slope=0.05, sign=-1), other, 2)
+    assert torch.equal(images(Normal(), run, guide=turned), same)
 
 
-def test_sample_with_a_weak_model_and_guidance_guides_what_the_weak_one_gave(settings):
+def test_sample_with_a_guide_model_and_guidance_guides_what_the_guide_gave(settings):
     run = settings("sampling.steps=6", f"{GUIDANCE}.scale=1.5")
-    strong, weak = Normal(), Normal(slope=0.05)
-    guided = Shifted(lambda y: -0.2 + 1.5 * (2 * strong.mean(y) - weak.mean(y) + 0.2))
+    strong, guide = Normal(), Normal(slope=0.05)
+    guided = Shifted(lambda y: -0.2 + 1.5 * (2 * strong.mean(y) - guide.mean(y) + 0.2))
     expected = images(guided, settings("sampling.steps=6"))
-    assert close(images(strong, run, weak=WeakModel(weak, run, 2)), expected)
+    assert close(images(strong, run, guide=GuideModel(guide, run, 2)), expected)
 
 
 # ---- learned variance ----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def opened(folder: str, **settings) -> VAE:
     return spec(folder, **settings).open(CPU)
 
 
-def pictures(n: int = 3, height: int = 24, width: int = 32) -> torch.Tensor:
+def random_images(n: int = 3, height: int = 24, width: int = 32) -> torch.Tensor:
     pixels = np.random.default_rng(n).integers(0, 256, (n, 3, height, width), np.uint8)
     return torch.from_numpy(pixels)
 
@@ -58,7 +58,7 @@ def rounded(x: torch.Tensor) -> np.ndarray:
 
 
 def test_encode_gives_mean_and_deviation_of_diffusers_posterior(folder, oracle):
-    images = pictures()
+    images = random_images()
     stored = opened(folder).encode(images)
     theirs = oracle.encode(images / 127.5 - 1).latent_dist
     assert stored.shape == (3, 8, 6, 8)
@@ -122,7 +122,7 @@ def test_decode_hands_the_model_what_was_scaled(scaled, monkeypatch):
     assert (grey == 128).all()
 
 
-def test_decode_gives_diffusers_picture_rounded_to_bytes(folder, oracle):
+def test_decode_gives_diffusers_image_rounded_to_bytes(folder, oracle):
     x0 = normal(2, 4, 8, 8)
     images = opened(folder).decode(x0)
     expected = rounded(oracle.decode(x0 / SCALING + SHIFT).sample)
@@ -147,7 +147,7 @@ def test_latents_neither_train_the_vae_nor_keep_its_graph(folder):
     assert not any(p.requires_grad for p in space.model.parameters())
     x0 = normal(1, 4, 4, 4).requires_grad_()
     assert not space.decode(x0).requires_grad
-    assert not space.encode(pictures(1)).requires_grad
+    assert not space.encode(random_images(1)).requires_grad
 
 
 # ---- tiles and parts -----------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def tiling():
 def test_image_larger_than_a_tile_is_encoded_as_diffusers_does_in_tiles(
     folder, oracle, tiling, size
 ):
-    images = pictures(2, *size)
+    images = random_images(2, *size)
     ours = opened(folder, tile=32).encode(images)
     theirs = tiling.encode(images / 127.5 - 1).latent_dist
     torch.testing.assert_close(ours, torch.cat([theirs.mean, theirs.std], 1), rtol=1e-6, atol=1e-7)
@@ -188,7 +188,7 @@ def test_latents_larger_than_a_tile_are_decoded_as_diffusers_does_in_tiles(folde
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 32)])
 def test_image_within_a_tile_is_taken_whole(folder, oracle, size):
-    images = pictures(2, *size)
+    images = random_images(2, *size)
     tiled, plain = opened(folder, tile=32), opened(folder, tile=0)
     stored = tiled.encode(images)
     assert torch.equal(stored, plain.encode(images))
@@ -197,7 +197,7 @@ def test_image_within_a_tile_is_taken_whole(folder, oracle, size):
 
 
 def test_large_batch_goes_through_the_model_in_parts_that_equal_one_by_one(folder, monkeypatch):
-    space, images = opened(folder), pictures(5, 32, 32)
+    space, images = opened(folder), random_images(5, 32, 32)
     stored, x0 = space.encode(images), normal(5, 4, 8, 8)
     decoded = space.decode(x0)
     monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 2 * 32 * 32)
@@ -219,8 +219,8 @@ def test_large_batch_goes_through_the_model_in_parts_that_equal_one_by_one(folde
         )
 
 
-def test_picture_larger_than_a_part_goes_through_alone(folder, monkeypatch):
-    space, images = opened(folder), pictures(3, 32, 32)
+def test_image_larger_than_a_part_goes_through_alone(folder, monkeypatch):
+    space, images = opened(folder), random_images(3, 32, 32)
     stored = space.encode(images)
     monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 100)
     torch.testing.assert_close(space.encode(images), stored, rtol=1e-5, atol=1e-6)
@@ -345,7 +345,7 @@ def test_latents_of_other_channels_or_factor_are_refused_with_both_numbers(folde
 
 def test_grey_images_are_refused_by_a_vae_of_colours(folder):
     with pytest.raises(UserError, match=r"data\.channels: images have 1, .*set data\.channels = 3"):
-        opened(folder).encode(pictures()[:, :1])
+        opened(folder).encode(random_images()[:, :1])
 
 
 def test_diffusers_that_is_not_installed_is_named_with_what_has_it(folder, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hdit import config
-from hdit.config.schema import ConfigError
+from hdit.config import ConfigError
 from hdit.training.trainer import Trainer
 
 

@@ -17,7 +17,9 @@ from hdit.errors import UserError
 from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError
-from hdit.training.trainer import AGREE_EVERY, Trainer, TrainingError
+from hdit.training.interrupts import AGREE_EVERY, Interrupts
+from hdit.training.metrics import TrainingError
+from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 LAST = "000000000096"
@@ -125,18 +127,18 @@ def test_run_whose_time_is_up_leaves_a_checkpoint_and_a_grid(tiny, tmp_path, cap
     assert "time is up" not in capfd.readouterr().err, "it was the end, too"
 
 
-def test_processes_agree_to_stop_though_a_signal_comes_while_they_ask(tiny, tmp_path, monkeypatch):
-    trainer = Trainer(config.load(tiny), tmp_path / "run")
-    trainer.layout = Layout(16, processes=2)
-    trainer.step = AGREE_EVERY
+def test_processes_agree_to_stop_though_a_signal_comes_while_they_ask(monkeypatch):
+    interrupts = Interrupts(hosts=object())
 
     def reduce(said, group):
-        trainer.signalled = True  # as its handler does, after the others have got their answer
+        assert group is interrupts.hosts
+        interrupts.signalled = True  # as its handler does, after the others have got their answer
 
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
-    assert not trainer._agreed_to_stop()
-    assert trainer.signalled, "for the next time"
-    assert trainer._agreed_to_stop()
+    assert not interrupts.agreed(AGREE_EVERY)
+    assert interrupts.signalled, "for the next time"
+    assert not interrupts.agreed(AGREE_EVERY + 1), "nobody asks"
+    assert interrupts.agreed(2 * AGREE_EVERY)
 
 
 def test_resumed_run_equals_the_uninterrupted_one_after_a_stop_in_between(tiny, tmp_path):
@@ -413,7 +415,7 @@ def test_signal_at_any_moment_of_a_step_leaves_a_checkpoint(tiny, tmp_path):
     log = trainer._log
 
     def signalled(*arguments):
-        trainer.signalled = trainer.signalled or trainer.images == 48
+        trainer.interrupts.signalled |= trainer.images == 48
         return log(*arguments)
 
     trainer._log = signalled

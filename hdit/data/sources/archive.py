@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, Literal
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.pictures import Pictures, PicturesSpec, open_picture, refuse_path
+from hdit.data.images import Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import arrange, is_hidden
 
 
-class ZipSpec(PicturesSpec):
+class ZipSpec(ImagesSpec):
     """Images in an archive: flat, in a sub-folder for each class, or with a sheet of labels.
 
     `dataset.json` as StyleGAN and EDM write it, `metadata.jsonl` or `metadata.csv` has the labels,
@@ -28,9 +28,9 @@ class ZipSpec(PicturesSpec):
     kind: Literal["zip"] = "zip"
     path: str = Field(description="the archive, relative to where the command runs")
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Lists the archive. Raises DataError where it is empty, unsafe, or of mixed layout."""
-        return Pictures(self, Archive(self.path, self.max_pixels))
+        return Images(self, Archive(self.path, self.max_pixels))
 
 
 class OwnHandle(io.RawIOBase):
@@ -122,7 +122,7 @@ class Archive:
                 f"unpacks to {member.file_size} bytes, more than data.max_pixels = "
                 f"{self.max_pixels} can take"
             )
-        return open_picture(self._read(member)), self.labels[index]
+        return open_image(self._read(member)), self.labels[index]
 
     def stamp(self, index: int) -> str:
         member = self.members[index]

@@ -12,20 +12,20 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.pictures import Pictures, PicturesSpec, file_stamp, numbered, refuse_path
+from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 
 
-class NpzSpec(PicturesSpec):
+class NpzSpec(ImagesSpec):
     """`arr_0`, (n h w c) uint8, and `arr_1` or `labels`, (n,) class indices, if it is there."""
 
     kind: Literal["npz"] = "npz"
     path: str = Field(description="the file, relative to where the command runs")
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Opens the file. Raises DataError where its arrays are missing, or not of these shapes."""
-        return Pictures(self, Arrays(self.path))
+        return Images(self, Arrays(self.path))
 
 
 class Arrays:

@@ -10,12 +10,12 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.pictures import Pictures, PicturesSpec, file_stamp, open_picture, refuse_path
+from hdit.data.images import Images, ImagesSpec, file_stamp, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import arrange
 
 
-class FolderSpec(PicturesSpec):
+class FolderSpec(ImagesSpec):
     """Images of any format that Pillow decodes.
 
     `metadata.jsonl`, `metadata.csv` or `dataset.json` in the folder has the labels, if it is there.
@@ -24,9 +24,9 @@ class FolderSpec(PicturesSpec):
     kind: Literal["folder"] = "folder"
     path: str = Field(description="the folder, relative to where the command runs")
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Lists the folder. Raises DataError where it is missing, empty or of mixed layout."""
-        return Pictures(self, Folder(self.path))
+        return Images(self, Folder(self.path))
 
 
 class Folder:
@@ -54,7 +54,7 @@ class Folder:
         return f"{self.prefix}{self.names[index]}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_picture(self.name(index)), self.labels[index]
+        return open_image(self.name(index)), self.labels[index]
 
     def stamp(self, index: int) -> str:
         return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"

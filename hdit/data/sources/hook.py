@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
-from hdit.data.pictures import Pictures, PicturesSpec
+from hdit.data.images import Images, ImagesSpec
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
+from hdit.plugins import import_function
 
 
 def _is_hook(text: str) -> str:
@@ -25,7 +22,7 @@ def _is_hook(text: str) -> str:
     return text
 
 
-class PythonSpec(PicturesSpec):
+class PythonSpec(ImagesSpec):
     """What a function without arguments returns: an object with `__len__` and `__getitem__`.
 
     `__getitem__(index)` gives a PIL image, or a uint8 tensor (c h w), and its class index, or None.
@@ -44,9 +41,9 @@ class PythonSpec(PicturesSpec):
             raise ValueError("cannot be used with kind = 'python': its images may be new each time")
         return folder
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Calls the hook. Raises DataError for what is wrong with it, or with what it returned."""
-        return Pictures(self, Hooked(self.hook))
+        return Images(self, Hooked(self.hook))
 
 
 class Hooked:
@@ -55,7 +52,7 @@ class Hooked:
     def __init__(self, hook: str):
         self.place = hook
         where = f"data.hook: {hook!r}"
-        function = _find(hook, where)
+        function, _ = import_function(hook, where, DataError)
         try:
             self.images = function()
         except Exception as error:
@@ -123,25 +120,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-def _find(hook: str, where: str) -> Callable[[], Any]:
-    module, _, name = hook.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # and there it stays, for what the hook imports later
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise DataError(
-            f"{where}: importing {module!r} (from {here}, or installed) raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    try:
-        found = operator.attrgetter(name)(found)
-    except AttributeError:
-        at = getattr(found, "__file__", "built in")
-        raise DataError(f"{where}: {module!r} has no {name!r} ({at})") from None
-    if not callable(found):
-        raise DataError(f"{where} is a {type(found).__name__}, not a function")
-    return found

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 
-from hdit.data.pictures import Pictures, PicturesSpec, kind_of, open_picture, refuse_path
+from hdit.data.images import Images, ImagesSpec, kind_of, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import by_name
 
 
-class HubSpec(PicturesSpec):
+class HubSpec(ImagesSpec):
     """Needs the package datasets: pip install 'hdit[data]'."""
 
     kind: Literal["hub"] = "hub"
@@ -45,9 +45,9 @@ class HubSpec(PicturesSpec):
             raise ValueError("has no effect on a folder; it chooses among those on the hub")
         return config
 
-    def open(self) -> Pictures:
+    def open(self) -> Images:
         """Opens or downloads it. Raises DataError for a column or split that is not there."""
-        return Pictures(self, Hub(self))
+        return Images(self, Hub(self))
 
 
 class Hub:
@@ -155,7 +155,7 @@ class Hub:
         if stored is None:
             raise ValueError("there is no image")
         content = stored["bytes"]
-        return open_picture(stored["path"] if content is None else content), self.labels[index]
+        return open_image(stored["path"] if content is None else content), self.labels[index]
 
     def stamp(self, index: int) -> str:
         return f"{index} {self.labels[index]} {self.images._fingerprint}"

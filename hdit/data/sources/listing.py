@@ -1,4 +1,4 @@
-"""Which of some files are pictures, in which order, and what their labels are."""
+"""Which of some files are images, in which order, and what their labels are."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from hdit.data.pictures import extensions, numbered
+from hdit.data.images import extensions, numbered
 from hdit.data.source import DataError
 
 SHEETS = ("metadata.jsonl", "metadata.csv", "dataset.json")
 
 
 class Listing(NamedTuple):
-    """The pictures under a folder, by name relative to it, with "/" between the parts."""
+    """The images under a folder, by name relative to it, with "/" between the parts."""
 
     names: list[str]
     labels: list[int]  # 0 where there are no classes
@@ -29,7 +29,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX/")) or "/." in name
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in extensions()
 
 
@@ -40,35 +40,35 @@ def order(name: str) -> list[tuple[bool, str]]:
 
 
 def arrange(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Listing:
-    """The pictures among `names`, flat or in a sub-folder for each class, or labelled by a sheet.
+    """The images among `names`, flat or in a sub-folder for each class, or labelled by a sheet.
 
     A sheet is a file at the top that has the labels: `metadata.jsonl` or `metadata.csv` as for
     datasets' imagefolder, with `file_name` and, where there are labels, `label`; or the
-    `dataset.json` of StyleGAN and EDM. It must name each picture that is there, and no other.
+    `dataset.json` of StyleGAN and EDM. It must name each image that is there, and no other.
     `read` gives the content of a file, and `where` is what errors begin with.
     """
     known = {name for name in names if not is_hidden(name)}
-    pictures = sorted(filter(is_picture, known), key=order)
+    images = sorted(filter(is_image, known), key=order)
     sheets = {
         name: text for name in SHEETS if name in known and (text := _sheet(name, read, where))
     }
     if len(sheets) > 1:
         raise DataError(f"{where} has {' and '.join(sheets)}; keep the one that has the labels")
     for name, rows in sheets.items():
-        return _by_sheet(known, pictures, rows, f"{where} has a {name} that")
-    if not pictures:
+        return _by_sheet(known, images, rows, f"{where} has a {name} that")
+    if not images:
         raise DataError(f"{where} has no image files that Pillow can read")
-    folders = [name.partition("/")[0] if "/" in name else "" for name in pictures]
+    folders = [name.partition("/")[0] if "/" in name else "" for name in images]
     classes = sorted(set(folders))
     if classes == [""]:
-        return Listing(pictures, [0] * len(pictures), [])
+        return Listing(images, [0] * len(images), [])
     if "" in classes:
         raise DataError(
             f"{where} has images beside sub-folders with images ({classes[1]}/...); give it either "
             "images or a sub-folder for each class"
         )
     index = {name: i for i, name in enumerate(classes)}
-    return Listing(pictures, [index[folder] for folder in folders], classes)
+    return Listing(images, [index[folder] for folder in folders], classes)
 
 
 # ---- sheets --------------------------------------------------------------------------------------
@@ -160,15 +160,15 @@ def _dataset_json(text: str, where: str) -> _Rows | None:
     return _Rows([row[0] for row in rows], [row[1] for row in rows], True)
 
 
-def _by_sheet(known: set[str], pictures: list[str], rows: _Rows, where: str) -> Listing:
+def _by_sheet(known: set[str], images: list[str], rows: _Rows, where: str) -> Listing:
     if rows.labels is None and not rows.files:
-        files = pictures
-        labels: Sequence[Any] = [0] * len(pictures)
+        files = images
+        labels: Sequence[Any] = [0] * len(images)
     else:
         named = _resolved(rows.files, known, where)
-        if rest := [name for name in pictures if name not in named]:
+        if rest := [name for name in images if name not in named]:
             raise DataError(
-                f"{where} does not name {len(rest)} of the {len(pictures)} images, as "
+                f"{where} does not name {len(rest)} of the {len(images)} images, as "
                 f"{rest[0]!r}; add or remove them"
             )
         files = sorted(named, key=order)

@@ -88,7 +88,7 @@ def test_shapes_come_at_any_resolution(size):
     assert image.dtype == torch.uint8
 
 
-def test_shapes_show_the_same_picture_at_every_resolution():
+def test_shapes_show_the_same_image_at_every_resolution():
     small, large = (ShapesSpec(size=size).open()[3] for size in (32, 256))
     pooled = torch.nn.functional.avg_pool2d(large.image.float(), 8)
     assert small.label == large.label
@@ -254,12 +254,12 @@ def test_folder_that_is_a_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("names", [[], ["notes.txt"], [".hidden.png"], ["sub/notes.txt"]])
 def test_folder_without_images_is_named(tmp_path, names):
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     for name in names:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("")
-    with pytest.raises(DataError, match=r"data\.path: .*/pictures' has no image files"):
+    with pytest.raises(DataError, match=r"data\.path: .*/images' has no image files"):
         open_folder(root)
 
 

@@ -24,11 +24,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from hdit import config, randomness
-from hdit.config.schema import ConfigError, parse
+from hdit.config import ConfigError, parse
 from hdit.data import DataSpec, DigitsSpec, FolderSpec, TarSpec
 from hdit.data.batches import Batches, Layout, in_order
 from hdit.data.source import DataError, Drawn, Skipped, Stream, first
-from hdit.data.sources import tars
+from hdit.data.sources import tar_members, tar_samples
+from hdit.data.sources.shard_paths import expand
 from hdit.training.trainer import Trainer
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -39,16 +40,16 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def digits() -> list[tuple[bytes, int]]:
     """The first 500 digits, as PNG files of 8 x 8 pixels, and their classes."""
     source = DigitsSpec(split="all").open()
-    pictures = []
+    images = []
     for i in range(500):
         file = io.BytesIO()
         Image.fromarray(source[i].image[0].numpy()).save(file, "png")
-        pictures.append((file.getvalue(), source[i].label))
-    return pictures
+        images.append((file.getvalue(), source[i].label))
+    return images
 
 
 def png(value: int) -> bytes:
-    """A picture of which each pixel is `value`."""
+    """An image of which each pixel is `value`."""
     file = io.BytesIO()
     Image.new("L", (2, 2), value).save(file, "png")
     return file.getvalue()
@@ -74,9 +75,9 @@ def write_digits(folder, number=500, shards=3, prefix=""):
     ends = np.linspace(0, 1, shards + 1) ** 1.5 * number
     for shard, (low, high) in enumerate(itertools.pairwise(ends.round().astype(int).tolist())):
         files = []
-        for i, (picture, label) in list(enumerate(digits()))[low:high]:
+        for i, (image, label) in list(enumerate(digits()))[low:high]:
             name = prefix + name_of(i, label)
-            files += [(f"{name}.png", picture), (f"{name}.cls", str(label).encode())]
+            files += [(f"{name}.png", image), (f"{name}.cls", str(label).encode())]
         write_tar(folder / f"digits-{shard}.tar", files)
     return f"{folder}/digits-{{0..{shards - 1}}}.tar"
 
@@ -86,7 +87,7 @@ def open_tars(path, size=8, channels=1, **settings):
 
 
 def grey(tmp_path, shards, **settings):
-    """Of shards of pictures that are their number, without labels."""
+    """Of shards of images that are their number, without labels."""
     numbers = iter(range(256))
     for i, length in enumerate(shards):
         write_tar(tmp_path / f"{i}.tar", [(f"{n:03}.png", png(n)) for n in islice(numbers, length)])
@@ -110,7 +111,7 @@ def assert_same(ours, theirs):
         assert a.skipped == b.skipped
 
 
-# ---- the same pictures in another place ----------------------------------------------------------
+# ---- the same images in another place ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("workers", "shuffle_buffer"), [(0, 500), (2, 10_000)])
@@ -120,10 +121,10 @@ def test_tars_that_fit_in_the_buffer_give_the_batches_of_a_folder(
     pattern = write_digits(tmp_path, prefix="./")
     classes = sorted(NAMES)
     tree = tmp_path / "tree"
-    for i, (picture, label) in enumerate(digits()):
+    for i, (image, label) in enumerate(digits()):
         path = tree / f"{name_of(i, label)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture)
+        path.write_bytes(image)
     theirs = FolderSpec(path=str(tree), size=8, channels=1).open()
     assert theirs.classes == classes
     ours = open_tars(pattern, classes=NAMES, shuffle_buffer=shuffle_buffer)
@@ -134,9 +135,9 @@ def test_tars_that_fit_in_the_buffer_give_the_batches_of_a_folder(
 
 
 def test_tars_give_the_pixels_of_a_folder_also_by_random_crops(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     (tmp_path / "tree").mkdir()
-    picture.save(tmp_path / "tree" / "a.png")
+    image.save(tmp_path / "tree" / "a.png")
     write_tar(tmp_path / "a.tar", [("a.png", (tmp_path / "tree" / "a.png").read_bytes())])
     same = {"size": 16, "crop": "random"}
     ours = TarSpec(path=str(tmp_path / "a.tar"), **same).open()
@@ -245,7 +246,7 @@ FULL = {i for i in range(16) if (7 * i + 3) % 10}
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Sixteen shards of 0 to 9 pictures, of which FULL have some."""
+    """Sixteen shards of 0 to 9 images, of which FULL have some."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(16):
         files = [(f"{i}/{n}.png", png(10 * i + n)) for n in range((7 * i + 3) % 10)]
@@ -301,14 +302,14 @@ def test_order_goes_on_without_reading_what_was_before(tmp_path, monkeypatch):
     list(islice(order, 33))
     state, expected = order.state(), list(islice(order, 12))
     opened, headers = [], []
-    shard, header = tars.Tars._open_shard, tars._header
-    monkeypatch.setattr(tars, "_header", lambda block: headers.append(1) or header(block))
+    shard, header = tar_samples.Shards._open_shard, tar_members._header
+    monkeypatch.setattr(tar_members, "_header", lambda block: headers.append(1) or header(block))
     monkeypatch.setattr(
-        tars.Tars, "_open_shard", lambda self, i: opened.append(i) or shard(self, i)
+        tar_samples.Shards, "_open_shard", lambda self, i: opened.append(i) or shard(self, i)
     )
     again = open_tars(source.place, size=1, shuffle_buffer=4)
     del opened[:], headers[:]
-    again._open.cache_clear()
+    again.shards._open.cache_clear()
     resumed = again.order(1, state)
     assert next(resumed) == expected[0]
     assert len(headers) <= 2
@@ -425,13 +426,13 @@ def test_members_are_those_that_tarfile_reads(tmp_path_factory, names, fmt):
                 assert fmt == tarfile.USTAR_FORMAT, "ustar alone has no room for a long name"
     with tarfile.open(path) as tar:
         expected = [(m.name, m.size, m.offset, m.offset_data, m.isdir()) for m in tar.getmembers()]
-    file = tars.File(os.open(path, os.O_RDONLY))
-    found = list(tars.members(file, 0))
+    file = tar_members.TarFile(os.open(path, os.O_RDONLY))
+    found = list(tar_members.members(file, 0))
     assert [
-        (m.name.rstrip("/"), m.size, m.start, m.data, m.kind == tars.FOLDER) for m in found
+        (m.name.rstrip("/"), m.size, m.start, m.data, m.kind == tar_members.FOLDER) for m in found
     ] == [(name.rstrip("/"), *rest) for name, *rest in expected]
     for i, member in enumerate(found):
-        assert list(tars.members(file, member.start)) == found[i:]
+        assert list(tar_members.members(file, member.start)) == found[i:]
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:])
@@ -443,7 +444,7 @@ def test_member_of_more_than_eight_gigabytes_is_passed_over(tmp_path, fmt):
         file.write(huge.tobuf(fmt))
         file.seek(huge.size, os.SEEK_CUR)
         file.write(small.tobuf(fmt) + png(7))
-    found = list(tars.members(tars.File(os.open(path, os.O_RDONLY)), 0))
+    found = list(tar_members.members(tar_members.TarFile(os.open(path, os.O_RDONLY)), 0))
     assert [(m.name, m.size) for m in found] == [("a.bin", 9 << 30), ("b.png", small.size)]
     source = open_tars(path, size=1, max_bad_share=1.0)
     assert values(source, source.references()) == [7, 7]  # which stands in for a.bin, no image
@@ -547,7 +548,7 @@ def test_label_that_cannot_be_read_makes_a_bad_sample(tmp_path, content, key, re
 # ---- bad files -----------------------------------------------------------------------------------
 
 
-def test_next_good_picture_of_the_shard_stands_in_for_a_bad_one(tmp_path):
+def test_next_good_image_of_the_shard_stands_in_for_a_bad_one(tmp_path):
     write_tar(tmp_path / "0.tar", [("x.png", png(50))])
     files = [(f"{i}.png", png(i)) for i in range(6)]
     files[3] = ("3.txt", b"no image")
@@ -567,14 +568,14 @@ def test_next_good_picture_of_the_shard_stands_in_for_a_bad_one(tmp_path):
     assert "the file is empty" in reasons[2]
 
 
-def test_picture_of_another_shard_stands_in_where_none_of_its_own_can(tmp_path):
+def test_image_of_another_shard_stands_in_where_none_of_its_own_can(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", b"torn")])
     write_tar(tmp_path / "b.tar", [("b.png", png(9))])
     source = open_tars(f"{tmp_path}/*.tar", size=1)
     assert values(source, source.references()) == [9, 9]
 
 
-def test_bad_pictures_end_it_by_the_rules_of_other_sources(tmp_path):
+def test_bad_images_end_it_by_the_rules_of_other_sources(tmp_path):
     files = [(f"{i}.png", b"torn" if i % 4 == 0 else png(i % 200)) for i in range(400)]
     path = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(DataError, match=r"files drawn from .* beyond data\.max_bad_share = 0\.05"):
@@ -589,7 +590,7 @@ def test_bad_pictures_end_it_by_the_rules_of_other_sources(tmp_path):
         take(open_tars(tmp_path / "b.tar", size=1), 1)
 
 
-def test_few_bad_pictures_count_once_a_pass_and_not_once_a_draw(tmp_path):
+def test_few_bad_images_count_once_a_pass_and_not_once_a_draw(tmp_path):
     files = [(f"{i}.png", b"torn" if i < 5 else png(i)) for i in range(50)]
     source = open_tars(write_tar(tmp_path / "a.tar", files), size=1, shuffle_buffer=10)
     assert len(take(source, 100, layout=Layout(25))) == 100  # fifty passes
@@ -599,7 +600,7 @@ def bit_flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-BLOCKS = 512 * 2  # a header and a picture of less than 512 bytes
+BLOCKS = 512 * 2  # a header and an image of less than 512 bytes
 DAMAGE = {
     "header": (lambda data: bit_flipped(data, 3 * BLOCKS + 100), 3, "no header of a tar at byte"),
     "header number": (lambda d: d[: 3 * BLOCKS + 124] + b"xx" + d[3 * BLOCKS + 126 :], 3, "checks"),
@@ -664,10 +665,10 @@ def test_tars_of_which_none_can_be_read_are_an_error(tmp_path):
 
 
 def test_file_that_goes_away_ends_training_and_is_named(tmp_path):
-    """It is no damage of the picture's: the rest of the shard would be lost without an error."""
+    """It is no damage of the image's: the rest of the shard would be lost without an error."""
     source = grey(tmp_path, [4, 4], shuffle_buffer=1)
     (tmp_path / "1.tar").unlink()
-    source._open.cache_clear()
+    source.shards._open.cache_clear()
     with pytest.raises(DataError, match=r"1\.tar: cannot be read: .*the same command goes on"):
         list(islice(source.order(seed=0), 10))
 
@@ -693,7 +694,7 @@ def test_header_with_a_size_that_is_none_is_damage(tmp_path, size):
     data[1024 + 148 : 1024 + 155] = b"%06o\0" % sum(data[1024 : 1024 + 512])
     path.write_bytes(data)
     source = open_tars(path, size=1)
-    assert len(source.references()) == 2, "the first picture, and the damage"
+    assert len(source.references()) == 2, "the first image, and the damage"
     assert "no header of a tar at byte 1024" in source[source.references()[1]].skipped[0].reason
 
 
@@ -707,7 +708,7 @@ def test_pax_header_with_a_negative_size_is_damage(tmp_path):
     )
 
 
-def test_few_tars_are_judged_by_their_share_of_bad_pictures(tmp_path):
+def test_few_tars_are_judged_by_their_share_of_bad_images(tmp_path):
     """Also where a pass is shorter than what the share is judged by."""
     files = [(f"{n:03}.png", png(n) if n % 2 else b"rubbish") for n in range(60)]
     source = open_tars(write_tar(tmp_path / "a.tar", files), size=1)
@@ -727,7 +728,7 @@ def test_resumed_pass_keeps_its_seed(tmp_path):
 
 def test_first_image_is_found_without_filling_the_buffer(tmp_path, monkeypatch):
     source = grey(tmp_path, [3, 3])
-    monkeypatch.setattr("hdit.data.sources.tars.TarOrder.__init__", None)
+    monkeypatch.setattr("hdit.data.sources.tar_order.TarOrder.__init__", None)
     assert first(source).image.unique().tolist() == [0]
 
 
@@ -806,7 +807,7 @@ def test_member_that_would_escape_or_is_no_file_is_refused(tmp_path, name, worke
     ],
 )
 def test_braces_expand_as_in_a_shell(text, expected):
-    assert list(tars.expand(text)) == expected
+    assert list(expand(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -944,4 +945,4 @@ def test_no_more_files_are_open_than_a_process_may_have(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     source = grey(tmp_path, [1] * 100, shuffle_buffer=1)
     assert sorted(values(source, islice(source.order(seed=0), 100))) == list(range(100))
-    assert len(os.listdir("/proc/self/fd")) - before <= tars.OPEN_SHARDS
+    assert len(os.listdir("/proc/self/fd")) - before <= tar_samples.OPEN_SHARDS

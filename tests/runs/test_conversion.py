@@ -16,12 +16,16 @@ from known_answers import FOLDER, load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hdit import config, interop, models
+from hdit import config, models
 from hdit.errors import UserError
 from hdit.interop import InteropError, k_diffusion
+from hdit.interop.files import read_safetensors
+from hdit.interop.formats import FORMATS
 from hdit.protocols import Cond
-from hdit.runs import checkpoint
+from hdit.runs import checkpoint, export
 from hdit.runs.checkpoint import State
+from hdit.runs.conversion import convert
+from hdit.runs.trained import Trained
 from hdit.training.trainer import Trainer
 
 HDIT_FILE = FOLDER / "hdit_tiny_fp32.safetensors"
@@ -97,9 +101,9 @@ def test_converted_run_samples_the_pictures_of_the_run(raw, trained, hdit, tmp_p
 
 
 def test_card_says_what_it_is_and_leaves_the_licence_open(trained, tmp_path):
-    interop.convert(trained, tmp_path / "digits-model")
+    convert(trained, tmp_path / "digits-model")
     card = (tmp_path / "digits-model" / "README.md").read_text()
-    model = interop.load(tmp_path / "digits-model")
+    model = Trained.open(tmp_path / "digits-model")
     number = sum(p.numel() for p in model.network().parameters())
     for text in (
         "# digits-model\n",
@@ -114,7 +118,7 @@ def test_card_says_what_it_is_and_leaves_the_licence_open(trained, tmp_path):
 
 
 def test_sample_of_a_converted_folder_writes_beside_it(trained, hdit, tmp_path):
-    interop.convert(trained, tmp_path / "mine")
+    convert(trained, tmp_path / "mine")
     status, _, err = hdit("sample", tmp_path / "mine", "-n", 2)
     assert status == 0, err
     (folder,) = (tmp_path / "mine-samples").iterdir()
@@ -123,10 +127,10 @@ def test_sample_of_a_converted_folder_writes_beside_it(trained, hdit, tmp_path):
 
 
 def test_sample_of_raw_weights_that_were_left_behind_is_refused(trained, hdit, tmp_path):
-    interop.convert(trained, tmp_path / "mine")
+    convert(trained, tmp_path / "mine")
     status, _, err = hdit("sample", tmp_path / "mine", "--raw")
     assert status == 1
-    assert "converted with one set of weights, 'ema'; leave --raw out" in err
+    assert "has one set of weights, 'ema'; leave --raw out" in err
 
 
 def test_converted_k_diffusion_model_samples_in_its_range(hdit, tmp_path):
@@ -142,7 +146,7 @@ def test_converted_k_diffusion_model_samples_in_its_range(hdit, tmp_path):
 
 
 def test_sample_of_latents_without_a_vae_is_refused_before_anything_is_written(hdit, tmp_path):
-    interop.convert(DIT_FILE, tmp_path / "theirs")
+    convert(DIT_FILE, tmp_path / "theirs")
     vae = f"space.vae={tmp_path}/nowhere"
     status, _, err = hdit("sample", tmp_path / "theirs", "--out", tmp_path / "out", "--set", vae)
     assert status == 1
@@ -175,8 +179,8 @@ def same_outputs(first, second):
 
 def test_our_hdit_comes_back_from_k_diffusion(untrained, tmp_path):
     source = untrained(TINY)
-    done = interop.convert(source, tmp_path / "mine.safetensors", "k-diffusion")
-    back, ours = interop.load(done.path), interop.load(source)
+    done = convert(source, tmp_path / "mine.safetensors", "k-diffusion")
+    back, ours = Trained.open(done.path), Trained.open(source)
     same_outputs(ours, back)
     assert back.config.diffusion == ours.config.diffusion
 
@@ -185,9 +189,9 @@ def test_our_hdit_comes_back_from_k_diffusion(untrained, tmp_path):
 @pytest.mark.parametrize("learned", ["true", "false"])
 def test_our_dit_of_pixels_comes_back_from_others(kind, name, learned, untrained, tmp_path):
     source = untrained(DIGITS_DIT, f"diffusion.learned_variance={learned}")
-    done = interop.convert(source, tmp_path / name, kind)
-    back = interop.load(done.path, num_heads=2 if kind == "facebook-dit" else None)
-    ours = interop.load(source)
+    done = convert(source, tmp_path / name, kind)
+    back = Trained.open(done.path, num_heads=2 if kind == "facebook-dit" else None)
+    ours = Trained.open(source)
     same_outputs(ours, back)
     assert back.shape == ours.shape
 
@@ -214,9 +218,9 @@ def test_model_that_a_format_cannot_hold_is_refused_by_its_settings(
     text, overrides, kind, named, untrained, tmp_path
 ):
     source = untrained(text, *overrides)
-    out = tmp_path / f"out{interop.KINDS[kind].suffix or ''}"
+    out = tmp_path / f"out{FORMATS[kind].suffix or ''}"
     with pytest.raises(InteropError) as caught:
-        interop.convert(source, out, kind)
+        convert(source, out, kind)
     assert named in str(caught.value)
     assert not list(tmp_path.glob("*out*")), "nothing is left"
 
@@ -224,22 +228,22 @@ def test_model_that_a_format_cannot_hold_is_refused_by_its_settings(
 def test_dit_without_classes_is_refused(untrained, tmp_path):
     source = untrained(DIGITS_DIT, classes=())
     with pytest.raises(InteropError, match="class-conditional DiT only"):
-        interop.convert(source, tmp_path / "out.pt", "facebook-dit")
+        convert(source, tmp_path / "out.pt", "facebook-dit")
 
 
 def test_dit_of_oblong_images_is_refused(untrained, tmp_path):
     size = 'data={kind="shapes", size=[8, 16]}'
     source = untrained(DIGITS_DIT, size, classes=tuple("abcde"))
     with pytest.raises(InteropError, match="width = 16: it has 8 only"):
-        interop.convert(source, tmp_path / "out.pt", "facebook-dit")
+        convert(source, tmp_path / "out.pt", "facebook-dit")
 
 
 def test_positions_that_diffusers_would_not_compute_are_refused(tmp_path):
     tensors = load("dit_tiny.safetensors")
     torch.save(tensors | {"pos_embed": tensors["pos_embed"] + 0.1}, tmp_path / "dit.pt")
-    interop.convert(tmp_path / "dit.pt", tmp_path / "back.pt", "facebook-dit", num_heads=5)
+    convert(tmp_path / "dit.pt", tmp_path / "back.pt", "facebook-dit", num_heads=5)
     with pytest.raises(InteropError, match="pos_embed is not the table"):
-        interop.convert(tmp_path / "dit.pt", tmp_path / "out", "diffusers", num_heads=5)
+        convert(tmp_path / "dit.pt", tmp_path / "out", "diffusers", num_heads=5)
     assert not (tmp_path / "out").exists()
 
 
@@ -248,25 +252,25 @@ def test_positions_that_diffusers_would_not_compute_are_refused(tmp_path):
 
 def test_out_that_is_taken_is_refused_and_an_empty_folder_is_not(tmp_path):
     (tmp_path / "out").mkdir()
-    interop.convert(HDIT_FILE, tmp_path / "out")
+    convert(HDIT_FILE, tmp_path / "out")
     with pytest.raises(InteropError, match="is there already; hdit needs a new or an empty"):
-        interop.convert(HDIT_FILE, tmp_path / "out")
+        convert(HDIT_FILE, tmp_path / "out")
     with pytest.raises(InteropError, match=r"ends in \.safetensors"):
-        interop.convert(HDIT_FILE, tmp_path / "out2", "k-diffusion")
+        convert(HDIT_FILE, tmp_path / "out2", "k-diffusion")
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(InteropError, match="name a new file"):
-        interop.convert(HDIT_FILE, tmp_path / "a.safetensors", "k-diffusion")
+        convert(HDIT_FILE, tmp_path / "a.safetensors", "k-diffusion")
 
 
 def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(interop.hub, "card", full)
+    monkeypatch.setattr(export, "card", full)
     with pytest.raises(OSError, match="No space left"):
-        interop.convert(HDIT_FILE, tmp_path / "out")
+        convert(HDIT_FILE, tmp_path / "out")
     with pytest.raises(OSError, match="No space left"):
-        interop.convert(HDIT_FILE, tmp_path / "new" / "folders" / "out")
+        convert(HDIT_FILE, tmp_path / "new" / "folders" / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +281,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ([HDIT_FILE, "out", "--num-heads", 4], "tells the number of heads"),
         ([HDIT_FILE, "out", "--raw"], "has one set of weights"),
         ([FOLDER / "README.md", "out"], "no checkpoint that is known"),
-        ([FOLDER / "none.pt", "out"], "no such file or folder"),
+        ([FOLDER / "none.pt", "out"], "no such run or checkpoint"),
         ([FOLDER / "hdit_tiny_io.safetensors", "out"], "holds no model that is known"),
         ([FOLDER / "dit_tiny_io.safetensors", "out"], "holds no model that is known"),
         ([FOLDER / "hdit_tiny_config_input.json", "a.toml", "--to", "hdit"], "without weights"),
@@ -300,7 +304,7 @@ def refused(source, tmp_path, **options):
     """The message that converting gives, once nothing was left."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        interop.convert(source, tmp_path / "out", **options)
+        convert(source, tmp_path / "out", **options)
     assert sorted(tmp_path.rglob("*")) == before
     return str(caught.value)
 
@@ -372,13 +376,13 @@ def test_tensors_that_do_not_fit_are_named_with_their_shapes(kind, how, tmp_path
         torch.save(damaged(load("dit_tiny.safetensors"), how, name), source)
         path, options = None, {"num_heads": 5}
     else:
-        interop.convert(DIT_FILE, source, kind)
+        convert(DIT_FILE, source, kind)
         names = ("model", "blocks.1.attn.qkv_proj.weight")
         if kind == "diffusers":
             names = ("diffusion_pytorch_model", "transformer_blocks.1.attn1.to_k.weight")
         path, name = source / f"{names[0]}.safetensors", names[1]
     if path is not None:
-        tensors, metadata = interop.files.read_safetensors(path)
+        tensors, metadata = read_safetensors(path)
         shape = list(tensors[name].shape)
         save_file(damaged(tensors, how, name), path, metadata=metadata)
     else:
@@ -388,7 +392,7 @@ def test_tensors_that_do_not_fit_are_named_with_their_shapes(kind, how, tmp_path
 
 
 def test_sample_of_a_folder_that_lost_a_tensor_names_it(trained, hdit, tmp_path):
-    interop.convert(trained, tmp_path / "mine")
+    convert(trained, tmp_path / "mine")
     path = tmp_path / "mine" / "model.safetensors"
     tensors = load_file(path)
     del tensors["out_norm.scale"]
@@ -401,7 +405,7 @@ def test_sample_of_a_folder_that_lost_a_tensor_names_it(trained, hdit, tmp_path)
 
 @pytest.mark.parametrize("keep", [0, 300])
 def test_sample_of_a_folder_with_a_cut_config_names_it(keep, trained, hdit, tmp_path):
-    interop.convert(trained, tmp_path / "mine")
+    convert(trained, tmp_path / "mine")
     path = tmp_path / "mine" / "config.json"
     path.write_text(path.read_text()[:keep])
     for command in (("sample", tmp_path / "mine"), ("convert", tmp_path / "mine", tmp_path / "b")):

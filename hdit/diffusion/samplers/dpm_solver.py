@@ -6,10 +6,15 @@ of their own.
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hdit.diffusion.broadcast import per_image
+from hdit.diffusion.samplers.common import report
+from hdit.diffusion.samplers.registry import sampler
 from hdit.errors import SolverError
 from hdit.protocols import Denoise, NoiseSource, OnStep
 
@@ -70,6 +75,7 @@ def _ends(sigmas: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
+@sampler(order=3)
 def dpm_fast(
     denoise: Denoise,
     x: Tensor,
@@ -92,13 +98,13 @@ def dpm_fast(
     for i, order in enumerate(orders if (h > 0).all() else []):
         sigma = (-lam).exp()
         eps = _eps(denoise, x, sigma)
-        if on_step:
-            on_step(i, x, x - per_image(sigma, x) * eps)
+        report(on_step, i, x, x - per_image(sigma, x) * eps)
         x, _ = _solver_step(denoise, x, eps, lam, h, order, 1 / 3 if order == 3 else 0.5)
         lam = lam + h
     return denoise(x, (-lam).exp().to(x.dtype)) if to_zero else x
 
 
+@sampler(order=3)
 def dpm_adaptive(
     denoise: Denoise,
     x: Tensor,
@@ -106,14 +112,15 @@ def dpm_adaptive(
     *,
     noise: NoiseSource | None = None,
     on_step: OnStep | None = None,
-    order: int = 3,
-    rtol: float = 0.05,
-    atol: float = 0.0078,
-    h_init: float = 0.05,
+    order: Literal[2, 3] = 3,
+    rtol: Annotated[float, Field(gt=0)] = 0.05,
+    atol: Annotated[float, Field(gt=0)] = 0.0078,
+    h_init: Annotated[float, Field(gt=0, description="first step, of ln sigma")] = 0.05,
 ) -> Tensor:
     """DPM-Solver-12 or -23 with steps of adaptive length (Lu et al., 2022, appendix C).
 
     Of the sigma schedule it takes both ends; one that ends in 0 is left by one more evaluation.
+    Its tolerances choose the steps: sampling.steps and the schedule's shape do not matter.
     rtol and atol bound the difference of the two orders in a step, its root mean square over an
     image; each image has steps of its own, so that it does not depend on the others in its batch.
     k-diffusion takes them over the whole batch. Raises SolverError where steps shrink to nothing.
@@ -134,8 +141,7 @@ def dpm_adaptive(
         step = torch.where(going, step, 1e-3)  # of those at their end nothing is kept
         sigma = (-lam).exp()
         eps = _eps(denoise, x, sigma)
-        if on_step:
-            on_step(i, x, x - per_image(sigma, x) * eps)
+        report(on_step, i, x, x - per_image(sigma, x) * eps)
         r = 0.5 if order == 2 else 1 / 3
         x_low, eps_r = _solver_step(denoise, x, eps, lam, step, order - 1, r)
         if order == 2:

@@ -1,4 +1,4 @@
-"""What all sources of picture files share: settings, pixels, and what happens to a bad one."""
+"""What all sources of image files share: settings, pixels, and what happens to a bad one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped, p
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
-MAX_PIXELS = 178_956_970  # Pillow opens no picture that has more
+MAX_PIXELS = 178_956_970  # Pillow opens no image that has more
 MAX_BAD_SHARE = 0.05
 MIN_CROP = 0.8
-MIN_DRAWN = 100  # before the share of bad pictures says anything
+MIN_DRAWN = 100  # before the share of bad images says anything
 
 UNREADABLE = {
     "EPS": "is a program that another program has to run",
@@ -53,8 +53,8 @@ def _colour(name: str) -> str:
     raise ValueError("must be an opaque colour, as in 'white' or '#808080'")
 
 
-class PicturesSpec(Spec):
-    """Pictures of any size and mode, made one size."""
+class ImagesSpec(Spec):
+    """Images of any size and mode, made one size."""
 
     kind: str
     size: Size = Field(description="side in pixels, or [height, width]")
@@ -78,7 +78,7 @@ class PicturesSpec(Spec):
         "white", description="colour that what is transparent lies on"
     )
     max_pixels: int = Field(
-        MAX_PIXELS, gt=0, le=MAX_PIXELS, description="a picture of more is bad, and not decoded"
+        MAX_PIXELS, gt=0, le=MAX_PIXELS, description="an image of more is bad, and not decoded"
     )
     bad_files: Literal["skip", "fail"] = Field(
         "skip", description="name one that cannot be read and take the next, or end there"
@@ -87,7 +87,7 @@ class PicturesSpec(Spec):
         None,
         ge=0,
         le=1,
-        description=f"of the pictures, or training ends; {MAX_BAD_SHARE} if absent",
+        description=f"of the images, or training ends; {MAX_BAD_SHARE} if absent",
     )
 
     cache: str | None = Field(
@@ -121,18 +121,24 @@ class PicturesSpec(Spec):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image that training sees."""
         return self.channels, *self.size
+
+    @property
+    def bad_share(self) -> float:
+        """The share of images that may be bad, by `max_bad_share`."""
+        return MAX_BAD_SHARE if self.max_bad_share is None else self.max_bad_share
 
 
 # ---- the source ----------------------------------------------------------------------------------
 
 
 class Entries(Protocol):
-    """Pictures and their labels by index, listed but not read.
+    """Images and their labels by index, listed but not read.
 
     `setting` and `place` say in errors where they come from; `classes` is empty without labels.
-    `load` may raise anything where a picture is bad, and DataError where more is wrong than that.
-    `stamp` changes when the picture does.
+    `load` may raise anything where an image is bad, and DataError where more is wrong than that.
+    `stamp` changes when the image does.
     """
 
     setting: str
@@ -148,10 +154,10 @@ class Entries(Protocol):
     def stamp(self, index: int) -> str: ...
 
 
-class Pictures:
-    """A source of labelled images, in which the next good picture stands in for a bad one."""
+class Images:
+    """A source of labelled images, in which the next good image stands in for a bad one."""
 
-    def __init__(self, spec: PicturesSpec, entries: Entries):
+    def __init__(self, spec: ImagesSpec, entries: Entries):
         self.spec, self.entries = spec, entries
         self.classes = entries.classes
         self.bad: BadFiles[int] = BadFiles(spec, entries.setting, entries.place, len(entries))
@@ -160,7 +166,7 @@ class Pictures:
         self.cache = None if spec.cache is None else Cache(spec.cache, self._key(), spec.shape)
 
     def _key(self) -> str:
-        """Of what makes pixels of pictures, and of how many."""
+        """Of what makes pixels of images, and of how many."""
         s = self.spec
         origin = s.kind, self.entries.place, PIL.__version__
         return repr(
@@ -171,7 +177,7 @@ class Pictures:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
-        """The image at `index`; where that picture cannot be read, the next one that can.
+        """The image at `index`; where that image cannot be read, the next one that can.
 
         Raises DataError where too many are bad: all of them, more than their share, or one where
         none may be.
@@ -206,14 +212,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class BadFiles(Generic[Key]):
-    """The pictures of a source that cannot be read, and whether they are too many.
+    """The images of a source that cannot be read, and whether they are too many.
 
-    A known bad picture is not tried again. How many there are is judged by those that were drawn,
+    A known bad image is not tried again. How many there are is judged by those that were drawn,
     which are a fair choice; those that were tried as a stand-in are often neighbours.
     """
 
-    def __init__(self, spec: PicturesSpec, setting: str, place: str, length: int | None = None):
-        """`setting`, `place` as in Entries; `length` is how many pictures there are, if known."""
+    def __init__(self, spec: ImagesSpec, setting: str, place: str, length: int | None = None):
+        """`setting`, `place` as in Entries; `length` is how many images there are, if known."""
         self.spec, self.setting, self.place, self.length = spec, setting, place, length
         self.known: dict[Key, Skipped] = {}
         self.count_anew()
@@ -224,19 +230,19 @@ class BadFiles(Generic[Key]):
 
     def draw(
         self,
-        pictures: Iterable[Key],
+        images: Iterable[Key],
         load: Callable[[Key], tuple[Tensor, int]],
         name: Callable[[Key], str],
         is_new: bool = True,
     ) -> Sample:
-        """The first of these pictures, or where that is bad, the next that is not.
+        """The first of these images, or where that is bad, the next that is not.
 
         The first is what was drawn; it is counted where it `is_new`. Raises DataError where too
         many are bad.
         """
         skipped: list[Skipped] = []
-        for picture in pictures:
-            found = self._read(picture, load, name)
+        for image in images:
+            found = self._read(image, load, name)
             if not skipped:
                 self._judge(found if isinstance(found, Skipped) else None, is_new)
             if not isinstance(found, Skipped):
@@ -249,32 +255,32 @@ class BadFiles(Generic[Key]):
 
     def _read(
         self,
-        picture: Key,
+        image: Key,
         load: Callable[[Key], tuple[Tensor, int]],
         name: Callable[[Key], str],
     ) -> tuple[Tensor, int] | Skipped:
-        if (known := self.known.get(picture)) is not None:
+        if (known := self.known.get(image)) is not None:
             return known
         try:
-            return load(picture)
+            return load(image)
         except (MemoryError, DataError):
             raise
         except Exception as error:  # Pillow's plug-ins raise many kinds on a damaged file
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 raise
             reason = printable(f"{type(error).__name__}: {error}")
-            self.known[picture] = Skipped(printable(name(picture)), reason)
-            return self.known[picture]
+            self.known[image] = Skipped(printable(name(image)), reason)
+            return self.known[image]
 
     def _judge(self, bad: Skipped | None, is_new: bool) -> None:
-        """Counts a picture that was drawn. Raises DataError where too many of them are bad."""
+        """Counts an image that was drawn. Raises DataError where too many of them are bad."""
         if bad and self.spec.bad_files == "fail":
             raise DataError(
                 f"{bad.path}: {bad.reason}; mend or remove it, or set data.bad_files = 'skip'"
             )
         self.num_drawn += is_new
         self.num_bad += is_new and bad is not None
-        share = MAX_BAD_SHARE if self.spec.max_bad_share is None else self.spec.max_bad_share
+        share = self.spec.bad_share
         if too_many(self.num_bad, self.num_drawn, self.length, share):
             file = next(reversed(self.known.values()))
             raise DataError(
@@ -300,8 +306,8 @@ def too_many(bad: int, drawn: int, length: int | None, share: float) -> bool:
 # ---- pixels --------------------------------------------------------------------------------------
 
 
-def to_pixels(image: Image.Image, spec: PicturesSpec, chance: Chance = CENTER) -> Tensor:
-    """(c h w) uint8, by the settings. Raises ValueError, before decoding, for a huge picture."""
+def to_pixels(image: Image.Image, spec: ImagesSpec, chance: Chance = CENTER) -> Tensor:
+    """(c h w) uint8, by the settings. Raises ValueError, before decoding, for a huge image."""
     _, height, width = spec.shape
     size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > spec.max_pixels:
@@ -338,8 +344,8 @@ def extensions() -> frozenset[str]:
     return frozenset(ext for ext, name in known if name in formats())
 
 
-def open_picture(file: str | bytes) -> Image.Image:
-    """A picture, by path or content, of which no more than the header is read."""
+def open_image(file: str | bytes) -> Image.Image:
+    """An image, by path or content, of which no more than the header is read."""
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("is not a regular file")  # a pipe would be waited for
     with warnings.catch_warnings(action="ignore"):  # of many pixels: they are counted in to_pixels
@@ -358,7 +364,7 @@ def file_stamp(path: str | Path) -> str:
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
-# ---- words for those who list pictures -----------------------------------------------------------
+# ---- words for those who list images -------------------------------------------------------------
 
 
 def kind_of(path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What all sources of pictures share: the same images, their settings, and bad files."""
+"""What all sources of images share: the same images, their settings, and bad files."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from hdit.config.schema import ConfigError, parse
+from hdit.config import ConfigError, parse
 from hdit.data import (
     DataSpec,
     FolderSpec,
@@ -27,7 +27,7 @@ from hdit.data import (
     ZipSpec,
 )
 from hdit.data.batches import Batches, Layout
-from hdit.data.pictures import MAX_PIXELS, MIN_DRAWN, Pictures, PicturesSpec, too_many
+from hdit.data.images import MAX_PIXELS, MIN_DRAWN, Images, ImagesSpec, too_many
 from hdit.data.source import DataError, Skipped
 from hdit.data.transforms import to_image
 
@@ -35,13 +35,13 @@ CLASSES = ["cross", "disc", "ring", "square", "triangle"]  # sorted
 
 
 def drawn() -> list[tuple[np.ndarray, int]]:
-    """60 pictures (h w c) that are larger than they are wanted, by class."""
+    """60 images (h w c) that are larger than they are wanted, by class."""
     source = ShapesSpec(size=(24, 30), num_images=60).open()
-    pictures = [
+    images = [
         (sample.image.permute(1, 2, 0).numpy(), CLASSES.index(source.classes[sample.label]))
         for sample in (source[i] for i in range(60))
     ]
-    return sorted(pictures, key=lambda picture: picture[1])
+    return sorted(images, key=lambda image: image[1])
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -56,13 +56,13 @@ class Hooked:
     classes = tuple(CLASSES)
 
     def __init__(self, tensors: bool):
-        self.pictures, self.tensors = drawn(), tensors
+        self.images, self.tensors = drawn(), tensors
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int):
-        pixels, label = self.pictures[index]
+        pixels, label = self.images[index]
         if self.tensors:
             return torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.tensor(label)
         return Image.fromarray(pixels), label
@@ -77,7 +77,7 @@ def open_tensors() -> Hooked:
 
 
 def write_tree(write, sheet: str | None) -> None:
-    """The pictures through `write(name, content)`: in folders, or flat beside a sheet of labels."""
+    """The images through `write(name, content)`: in folders, or flat beside a sheet of labels."""
     names = []
     for i, (pixels, label) in enumerate(drawn()):
         names.append((f"{i:02}.png" if sheet else f"{CLASSES[label]}/{i:02}.png", label))
@@ -119,10 +119,10 @@ def write_hub(path, strings: bool) -> HubSpec:
     label = datasets.Value("string") if strings else datasets.ClassLabel(names=CLASSES)
     table = datasets.Dataset.from_dict(
         {
-            "picture": [{"bytes": png(pixels), "path": None} for pixels in images],
+            "image": [{"bytes": png(pixels), "path": None} for pixels in images],
             "label": [CLASSES[y] for y in labels] if strings else list(labels),
         },
-        features=datasets.Features({"picture": datasets.Image(), "label": label}),
+        features=datasets.Features({"image": datasets.Image(), "label": label}),
     )
     table.save_to_disk(str(path))
     return HubSpec(path=str(path), size=16)
@@ -161,7 +161,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_source_of_the_same_pictures_gives_the_same_batches(tmp_path, folder, kind):
+def test_every_source_of_the_same_images_gives_the_same_batches(tmp_path, folder, kind):
     ours, theirs = SOURCES[kind](tmp_path / "it").open(), folder.open()
     assert theirs.classes == CLASSES
     assert ours.classes == (list("01234") if kind in NUMBERED else CLASSES)
@@ -202,7 +202,7 @@ def test_every_source_refuses_an_index_beyond_its_end(tmp_path, kind):
 # ---- the kind that a path tells ------------------------------------------------------------------
 
 
-def validate(**table) -> PicturesSpec:
+def validate(**table) -> ImagesSpec:
     return TypeAdapter(DataSpec).validate_python(table)
 
 
@@ -336,7 +336,7 @@ def test_background_is_what_alpha_lies_on(tmp_path, background, expected):
     assert source[0].image[:, 0, 0].tolist() == expected
 
 
-# ---- picture modes -------------------------------------------------------------------------------
+# ---- image modes -------------------------------------------------------------------------------
 
 
 def one(tmp_path, name: str, channels: int = 3) -> list[int]:
@@ -451,7 +451,7 @@ BAD_SIZE = {"size": 256, "max_pixels": 1_000_000, "max_bad_share": 1.0}
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """A folder of as many kinds of damage as there are, with 24 pictures that are well."""
+    """A folder of as many kinds of damage as there are, with 24 images that are well."""
     path = tmp_path_factory.mktemp("damaged")
     for i in range(24):
         (path / f"good{i}.png").write_bytes(png(NOISE))
@@ -473,7 +473,7 @@ def test_damaged_files_are_each_named_with_a_reason_and_stood_in_for(damaged, wo
     source = FolderSpec(path=str(damaged), **BAD_SIZE).open()
     bad = {name: reason for name, (_, reason) in DAMAGE.items() if name != "program.eps"}
     bad |= DAMAGE_OF_NAMES
-    assert len(source) == 24 + len(bad)  # .eps is no picture to begin with
+    assert len(source) == 24 + len(bad)  # .eps is no image to begin with
     reasons = {os.path.basename(s.path): s.reason for s in skipped_in_an_epoch(source, workers)}
     assert sorted(reasons) == sorted(bad)
     for name, reason in reasons.items():
@@ -493,7 +493,7 @@ def test_file_without_permission_is_bad(tmp_path):
     assert "PermissionError" in skipped.reason
 
 
-def test_large_picture_within_the_limit_gives_no_warning(tmp_path):
+def test_large_image_within_the_limit_gives_no_warning(tmp_path):
     # above the size that Pillow warns of; 1 bit a pixel keeps it small
     Image.new("1", (9500, 9500), 1).save(tmp_path / "a.png")
     assert one(tmp_path, "a.png", channels=1) == [255]
@@ -536,7 +536,7 @@ class Written:
 
 def written(length, bad, error=TORN, **settings):
     spec = FolderSpec(path="written", size=1, channels=1, **settings)
-    return Pictures(spec, Written(length, bad, error))
+    return Images(spec, Written(length, bad, error))
 
 
 def draw_all(source) -> None:
@@ -544,7 +544,7 @@ def draw_all(source) -> None:
         source[i]
 
 
-def test_bad_picture_is_tried_once():
+def test_bad_image_is_tried_once():
     source = written(8, [2, 3])
     for _ in range(3):
         draw_all(source)
@@ -554,7 +554,7 @@ def test_bad_picture_is_tried_once():
     assert source[2].image.item() == 4
 
 
-def test_share_of_bad_pictures_above_the_limit_ends_it_early():
+def test_share_of_bad_images_above_the_limit_ends_it_early():
     source = written(10_000, range(0, 10_000, 2))
     message = (
         r"data\.path: (\d+) of (\d+) files drawn from 'written' so far are bad, beyond .*0\.05"
@@ -575,7 +575,7 @@ def test_share_of_bad_pictures_above_the_limit_ends_it_early():
         (900, 1.0, False),
     ],
 )
-def test_share_of_bad_pictures_is_exact_once_all_were_drawn(bad, share, fails):
+def test_share_of_bad_images_is_exact_once_all_were_drawn(bad, share, fails):
     source = written(1000, range(bad), max_bad_share=share)
     if not fails:
         draw_all(source)
@@ -584,7 +584,7 @@ def test_share_of_bad_pictures_is_exact_once_all_were_drawn(bad, share, fails):
         draw_all(source)
 
 
-def test_share_of_bad_pictures_is_not_judged_by_those_that_only_stood_in():
+def test_share_of_bad_images_is_not_judged_by_those_that_only_stood_in():
     # 40 bad ones side by side are 4 % of all, but nearly all of what the first draw tries
     source = written(1000, range(40))
     for i in range(40, 40 + MIN_DRAWN):
@@ -593,16 +593,16 @@ def test_share_of_bad_pictures_is_not_judged_by_those_that_only_stood_in():
     draw_all(source)
 
 
-def test_share_of_bad_pictures_is_judged_by_more_than_chance():
+def test_share_of_bad_images_is_judged_by_more_than_chance():
     rng = np.random.default_rng(0)
-    # at a true share of 4 % no order of 2000 pictures in 200 is taken for more than 5 %
+    # at a true share of 4 % no order of 2000 images in 200 is taken for more than 5 %
     for _ in range(200):
         bad = rng.permutation(2000) < 80
         counts = np.cumsum(bad)
         assert not any(too_many(int(c), n, 2000, 0.05) for n, c in enumerate(counts, 1))
 
 
-def test_few_pictures_may_have_many_bad_ones_but_not_be_all_bad():
+def test_few_images_may_have_many_bad_ones_but_not_be_all_bad():
     draw_all(written(MIN_DRAWN - 1, range(90)))
     with pytest.raises(
         DataError, match=r"none of the 3 files in 'written' could be read.*page 1: V"
@@ -625,7 +625,7 @@ def test_what_no_file_can_be_blamed_for_is_not_swallowed(error):
         written(8, [2], error)[2]
 
 
-def test_to_image_refuses_what_is_no_picture():
+def test_to_image_refuses_what_is_no_image():
     for shape in [(3, 3), (3, 3, 5), (0, 3, 3)]:
         with pytest.raises(ValueError, match=r"must be uint8|0 x 3 pixels"):
             to_image(np.zeros(shape, np.uint8))

@@ -1,4 +1,4 @@
-"""A model between formats: our settings, our tensor names, and where it came from."""
+"""A model between formats: our settings, our tensor names, and where they came from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hdit import models
-from hdit.config.schema import RunConfig, differences
+from hdit.config import RunConfig, differences
 from hdit.errors import UserError
-from hdit.models import DiT, HDiT
 from hdit.protocols import DataShape, Spec
 
 
@@ -19,31 +17,37 @@ class InteropError(UserError):
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained model: `state_dict` has our names, and values and dtypes as they came."""
+class Contents:
+    """What a file or folder holds of a model: our settings, and tensors by our names.
+
+    `sets` has one or more sets of weights, values and dtypes as they came, the one to use first:
+    "ema", "model" as trained, or "given" where nobody knows which of the two.
+    """
 
     config: RunConfig  # resolved
     shape: DataShape
     classes: tuple[str, ...]
-    state_dict: dict[str, Tensor]
+    sets: dict[str, dict[str, Tensor]]
     origin: str  # in words
-    weights: str = "ema"  # or "model", as trained, or "given", if nobody knows
     images: int = 0  # that it was trained on; 0 if unknown
     notes: tuple[str, ...] = ()  # what was left behind, and what to know
 
-    def network(self) -> HDiT | DiT:
-        """The backbone with its weights, in float32 and eval mode."""
-        out_channels = self.config.output_channels(self.shape)
-        network = models.build(self.config.model, self.shape, out_channels)
-        network.load_state_dict(self.state_dict)
-        return network.eval()
+    @property
+    def weights(self) -> str:
+        """The name of the set to use."""
+        return next(iter(self.sets))
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the set to use."""
+        return self.sets[self.weights]
 
 
 def _dumped(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, Spec) else value
 
 
-def check_held(kind: str, model: Model, back: RunConfig, shape: DataShape) -> None:
+def check_held(kind: str, model: Contents, back: RunConfig, shape: DataShape) -> None:
     """Raises InteropError with every setting that reads back from a format as another one.
 
     `back` and `shape` are what the reader makes of the settings written for `model`.

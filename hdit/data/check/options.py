@@ -1,0 +1,81 @@
+"""What `hdit data check` is told: which source, and where the contact sheet goes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from hdit.data import DataSpec
+from hdit.data.images import Images, ImagesSpec, kind_of
+from hdit.data.source import DataError
+from hdit.data.sources.tars import Tars
+
+
+def open_source(place: str, kind: str | None = None, size: str = "256", **settings: Any) -> Images:
+    """Lists a source as training would: a path, or what `kind` takes in place of one.
+
+    `size` is a side or HEIGHTxWIDTH. Raises DataError, which names the options of the command.
+    """
+    specs = get_args(get_args(DataSpec)[0])
+    kinds = [s.model_fields["kind"].default for s in specs if issubclass(s, ImagesSpec)]
+    kind = kind or kind_of(place)
+    if kind is None:
+        raise DataError(
+            f"PATH: {place!r} is a file that tells no kind of source; take a folder, a .zip, an "
+            f".npz or .tar, or name its --kind: {', '.join(kinds)}"
+        )
+    if kind not in kinds:
+        raise DataError(f"--kind: must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {kind!r}")
+    if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", size)):
+        raise DataError(f"--size: must be a side in pixels or HEIGHTxWIDTH, got {size!r}")
+    key = "hook" if kind == "python" else "path"
+    if kind == "hub" and not Path(place).expanduser().exists():
+        key = "name"
+    height, width = int(sides[1]), int(sides[2] or sides[1])
+    table = {"kind": kind, key: place, "size": [height, width], **settings}
+    try:
+        source = TypeAdapter(DataSpec).validate_python(table).open()
+    except ValidationError as error:
+        raise DataError("\n".join(map(_option, error.errors()))) from None
+    return by_index(source)
+
+
+def by_index(source: Any) -> Images:
+    """A source that `[data]` opens, as this module takes it. Raises DataError."""
+    if isinstance(source, Tars):
+        return Images(source.spec, source.listed())
+    if not isinstance(source, Images):
+        raise DataError(f"data.kind: {type(source).__name__.lower()!r} has no images to check")
+    return source
+
+
+def _option(error: Any) -> str:
+    """One line for one of pydantic's errors: the option, the rule and what arrived."""
+    names = {"hook": "PATH", "path": "PATH", "name": "PATH"}
+    key = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "kind")
+    rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    return f"{names.get(key, f'--{key}')}: {rule}, got {error['input']!r}"
+
+
+def sheet_path(place: str, sheet: Path | None) -> Path:
+    """Where the contact sheet goes; told before anything is read. Raises DataError."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
+    stem = re.sub(r"\.(zip|npz|tar|toml)$", "", name)
+    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
+    path = sheet or Path(f"{stem or 'data'}-contact-sheet.png")
+    home = Path(place).expanduser()
+    if path.suffix.lower() != ".png":
+        raise DataError(f"--sheet: must end in .png, got {str(path)!r}")
+    if path.is_dir() or not path.parent.is_dir():
+        trouble = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
+        raise DataError(f"--sheet: {str(path)!r} {trouble}; name a file")
+    if home.is_dir() and path.resolve().is_relative_to(home.resolve()):
+        raise DataError(
+            f"--sheet: {str(path)!r} would lie in the data folder and become a part of it; name a "
+            "file elsewhere, as in --sheet ../sheet.png"
+        )
+    return path

@@ -1,0 +1,103 @@
+"""What a user asks of sampling, checked against the model: settings, classes, a guide model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hdit.config import ConfigError, apply, parse
+from hdit.errors import UserError
+from hdit.protocols import NULL_LABEL
+from hdit.runs.trained import Trained
+
+
+def with_options(
+    trained: Trained,
+    source: Path,
+    options: dict[str, tuple[str, Any]],
+    overrides: list[str],
+    guided_by_model: bool = False,
+) -> Trained:
+    """The model with options, each a key of [sampling] and what was given, and --set.
+
+    `source` names the model in messages. Raises UserError for what has no effect, and for a setting
+    that was given twice.
+    """
+    settings = trained.config.model_dump(mode="json", exclude_none=True)
+    for override in overrides:
+        _only_sampling(override)
+    for option, (key, value) in options.items():
+        if value is None:
+            continue
+        table, _, last = key.rpartition(".")
+        if last == "kind":
+            settings["sampling"][table] = {last: value}
+        else:
+            (settings["sampling"][table] if table else settings["sampling"])[last] = value
+        for override in overrides:
+            if override.partition("=")[0].strip() == f"sampling.{key}":
+                raise UserError(f"{option}: is set by --set {override!r} too; leave out one")
+    apply(settings, overrides)
+    config = parse(settings, str(source))
+    for override in overrides:
+        unguided = config.sampling.guidance.scale == 1 and not guided_by_model
+        if unguided and override.startswith("sampling.guidance."):
+            raise UserError(f"--set {override!r}: has no effect without --guidance or --guide")
+    if options["--steps"][1] is not None and config.sampling.sampler.kind == "dpm_adaptive":
+        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
+    return trained.configured(config)
+
+
+def _only_sampling(override: str) -> None:
+    if not override.startswith(("sampling.", "space.vae", "space.tile")):
+        raise ConfigError(
+            f"--set {override!r}: sampling can change [sampling] settings, space.vae and "
+            "space.tile only; the rest belongs to the trained model"
+        )
+
+
+def choose_labels(text: str | None, number: int, trained: Trained) -> list[int] | None:
+    """The label of each image; None for a model without classes."""
+    classes = trained.classes
+    if not classes:
+        if text is not None:
+            raise UserError("--labels: the model was trained without classes")
+        return None
+    chosen: list[int] = []
+    for part in [name.strip() for name in text.split(",")] if text else []:
+        if part in classes:
+            chosen.append(classes.index(part))
+        elif part.isdigit() and int(part) < len(classes):
+            chosen.append(int(part))
+        elif part == "none":
+            chosen.append(NULL_LABEL)
+        else:
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise UserError(f"--labels: {part!r} is no class of this model: {known}")
+    chosen = chosen or list(range(len(classes)))
+    return [chosen[i % len(chosen)] for i in range(number)]
+
+
+def open_guide(source: Path, trained: Trained, warn: Callable[[str], None]) -> Trained:
+    """The model to guide `trained` away from.
+
+    Raises UserError if its images, classes or latents differ, or it was not trained at the noise
+    levels that are sampled.
+    """
+    guide = Trained.open(source, warn)
+    for what, theirs, ours in (
+        ("images", guide.shape.chw, trained.shape.chw),
+        ("classes", guide.classes, trained.classes),
+        ("sigma_data", guide.shape.sigma_data, trained.shape.sigma_data),
+        ("latents, by the hash of their VAE", guide.vae, trained.vae),
+    ):
+        if theirs != ours:
+            raise UserError(f"--guide: {source} has other {what}: {theirs}, and the model {ours}")
+    (start, end), (low, high, by) = trained.config.sigma_range(), guide.config.valid_range()
+    if start < low * (1 - 1e-6) or end > high * (1 + 1e-6):
+        raise UserError(
+            f"--guide: {source} knows noise levels from {low:.5g} to {high:.5g} ({by}), and "
+            f"sampling goes from {end:.5g} to {start:.5g}; set sampling.sigma_min and sigma_max"
+        )
+    return guide

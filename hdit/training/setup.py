@@ -1,0 +1,147 @@
+"""What is there before the first step: processes, data, the model and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
+
+from hdit import models
+from hdit.config import RunConfig
+from hdit.data.batches import Layout
+from hdit.data.source import Source, Stream, first, size_of
+from hdit.device import default_device
+from hdit.latents.encode import open_training_source, origin_of
+from hdit.latents.store import Latents
+from hdit.nn.compiling import compiles
+from hdit.protocols import DataShape, Space
+from hdit.runs import checkpoint
+from hdit.runs.checkpoint import Checkpoint
+from hdit.runs.folder import RunFolder
+from hdit.sampling.sample import check_guidance
+from hdit.training.metrics import TrainingError
+from hdit.training.objective import Objective, settled
+from hdit.training.optim import adamw, load_optimizer_tensors
+from hdit.training.resume import check_resume, keep_precision
+
+PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
+Say = Callable[[str], None]
+
+
+def open_processes() -> tuple[Accelerator, dist.ProcessGroup | None]:
+    """This process among those of the run, and the group in which their CPUs talk.
+
+    The group is None for a single process.
+    """
+    accelerator = Accelerator(
+        cpu=default_device().type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    several = accelerator.num_processes > 1
+    return accelerator, dist.new_group(backend="gloo") if several else None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to train, from `found` if there is a checkpoint."""
+
+    config: RunConfig  # with what "auto" came to
+    layout: Layout
+    space: Space
+    source: Source | Stream
+    shape: DataShape
+    found: Checkpoint | None
+    backbone: nn.Module
+    network: nn.Module  # the backbone, with its gradients averaged over processes
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+
+
+def prepare(
+    config: RunConfig, run: RunFolder, accelerator: Accelerator, say: Say, warn: Say
+) -> Setup:
+    """Opens the data and builds the model, or loads it from the newest checkpoint of `run`.
+
+    Raises UserError if data, VAE or settings do not fit, and CheckpointError if the folder holds a
+    run of another model.
+    """
+    device, layout = accelerator.device, _layout(config, accelerator)
+    space = config.space.open(device)
+    source = open_training_source(config, space)
+    first(source)  # raises DataError here, not in a worker, where nothing can be read
+    shape = config.data_shape(len(source.classes))
+    if config.sampling.grid:
+        check_guidance(config, shape)
+    found = checkpoint.newest(run.checkpoints, warn)
+    config = settled(keep_precision(config, found), device, warn)
+    if found:
+        check_resume(found, config, shape, source, space, run.path, say)
+
+    t = config.training
+    torch.manual_seed(t.seed)
+    backbone = models.build(config.model, shape, config.output_channels(shape)).to(device)
+    ema = deepcopy(backbone).eval().requires_grad_(False)
+    if t.gradient_checkpointing:
+        backbone.checkpoint_blocks()
+    compiled = compiles(t.compile, device, calls=t.images // t.batch_size)
+    if compiled:
+        backbone.compile_blocks()
+    optimizer = adamw(backbone, t.optimizer)
+    if isinstance(source, Latents):
+        told, used = origin_of(config.data), source.manifest.origin
+        if told != used:
+            warn(f"space.stored was encoded from {used}; [data] now is {told}")
+    say(_introduction(config, layout, source, shape, backbone, device, compiled))
+    if found:
+        backbone.load_state_dict(found.tensors("model"))
+        ema.load_state_dict(found.tensors("ema"))
+        load_optimizer_tensors(backbone, optimizer, found.tensors("optimizer"))
+        say(f"resuming from {found.folder} at {found.state.images:,} images")
+    network = accelerator.prepare_model(backbone)
+    stored = isinstance(source, Latents)
+    objective = Objective(network, config, shape, space, device, stored=stored, compiled=compiled)
+    return Setup(
+        config, layout, space, source, shape, found, backbone, network, ema, optimizer, objective
+    )
+
+
+def _layout(config: RunConfig, accelerator: Accelerator) -> Layout:
+    t, processes = config.training, accelerator.num_processes
+    if t.batch_size % (t.accumulate * processes):
+        raise TrainingError(
+            f"training.batch_size: {t.batch_size} images cannot be shared by "
+            f"{processes} processes in {t.accumulate} accumulation steps"
+        )
+    return Layout(t.batch_size, t.accumulate, processes, accelerator.process_index)
+
+
+def _introduction(
+    config: RunConfig,
+    layout: Layout,
+    source: Source | Stream,
+    shape: DataShape,
+    backbone: nn.Module,
+    device: torch.device,
+    compiled: bool,
+) -> str:
+    """The first line that a session prints."""
+    number = size_of(source)
+    images = "a stream of images" if number is None else f"{number:,} images"
+    if isinstance(source, Latents):
+        images = f"stored latents of {images}"
+    classes = f" of {len(source.classes)} classes" if source.classes else ""
+    processes = f" x {layout.processes}" if layout.processes > 1 else ""
+    parameters = sum(p.numel() for p in backbone.parameters())
+    return (
+        f"{images}{classes}, {' x '.join(map(str, shape.chw))}; "
+        f"{config.model.kind} of {parameters:,} parameters; "
+        f"{device.type}{processes}, {config.training.precision}{', compiled' if compiled else ''}"
+    )
