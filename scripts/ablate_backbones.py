@@ -24,6 +24,7 @@ from hdit.experiments.cell import check_cells, finished, run_cell, write_record
 from hdit.experiments.matrix import Cell, read_matrix
 from hdit.files import write_text
 from hdit.report.pages import markdown, page
+from hdit.report.plots import require_matplotlib
 
 
 def arguments() -> argparse.Namespace:
@@ -78,6 +79,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_cells(cells)
+    require_matplotlib()  # of the page, before anything is trained
     a.out.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for cell in cells:

@@ -61,7 +61,7 @@ from hdit.device import (
 from hdit.interop import Contents, diffusers_dit
 from hdit.models.cost import cost
 from hdit.protocols import Cond, DataShape
-from hdit.sampling.sample import make_denoiser
+from hdit.runs.building import make_denoiser
 from hdit.training.optim import adamw, update_ema
 from hdit_kernels import native
 

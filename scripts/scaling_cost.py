@@ -38,7 +38,7 @@ from hdit.device import (
 from hdit.files import write_text
 from hdit.models.cost import cost
 from hdit.protocols import Cond
-from hdit.report.pages import plot
+from hdit.report.plots import plot_lines, require_matplotlib
 
 ABLATION = Path(__file__).parent.parent / "configs" / "ablation"
 CLASSES = 1000
@@ -46,6 +46,9 @@ OUTER, INNER = "{ depth = 2, width = 384 }", "{ depth = 11, width = 768 }"
 SMALLEST, COUNTED = 128, {"HDiT": 2048, "DiT-B/4": 1024}
 PASSES, ENOUGH = 12, 20.0  # at most so many, and no more after so many seconds, but two
 GIBIBYTE = 2**30
+
+Rows = dict[str, list[dict[str, Any]]]
+"""What is known of each size, by the name of the model."""
 
 
 def config(name: str, size: int) -> RunConfig:
@@ -117,40 +120,50 @@ def main() -> None:
         return
     if a.out is None:
         parser.error("--out: name the folder to write")
-    rows: dict[str, list[dict[str, Any]]] = {}
+    require_matplotlib()  # before what may take an hour
+    write(a.out, measured(a.to, a.dit_to, a.precision), a.precision)
+    print((a.out / "scaling.md").read_text())
+
+
+def measured(hdit_to: int, dit_to: int, precision: str) -> Rows:
+    """Counts of every size, and measurements up to the sizes that are named."""
+    rows: Rows = {}
     for name, last in COUNTED.items():
         size = SMALLEST
         while size <= last:
             row: dict[str, Any] = {"size": size, "gmacs": gmacs(name, size)}
-            if size <= (a.to if name == "HDiT" else a.dit_to):
+            if size <= (hdit_to if name == "HDiT" else dit_to):
                 try:
-                    row |= in_own_process(name, size, a.precision)
+                    row |= in_own_process(name, size, precision)
                 except subprocess.CalledProcessError as error:  # as for want of memory
                     row["failed"] = f"status {error.returncode}"
             rows.setdefault(name, []).append(row)
             print(name, row, flush=True)
             size *= 2
-    a.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return rows
+
+
+def write(out: Path, rows: Rows, precision: str) -> None:
+    """The report in `out`: JSON, Markdown and a plot."""
+    out.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": shlex.join(["scripts/scaling_cost.py", *sys.argv[1:]]),
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": a.precision,
+        "precision": precision,
     }
-    write_text(a.out / "scaling.json", json.dumps({"facts": facts, "rows": rows}, indent=1))
-    write_text(a.out / "scaling.md", text(rows, facts))
     pixels = {
         name: [(row["size"] ** 2, row["seconds"]) for row in group if "seconds" in row]
         for name, group in rows.items()
     }
-    picture = plot(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
-    write_text(a.out / "scaling.svg", picture)
-    print((a.out / "scaling.md").read_text())
+    plot = plot_lines(pixels, "pixels", "seconds of a forward pass", log_x=True, log_y=True)
+    write_text(out / "scaling.json", json.dumps({"facts": facts, "rows": rows}, indent=1))
+    write_text(out / "scaling.md", text(rows, facts))
+    write_text(out / "scaling.svg", plot)
 
 
-def text(rows: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> str:
+def text(rows: Rows, facts: dict[str, Any]) -> str:
     """The tables and the slopes, in Markdown."""
     dit = {row["size"]: row for row in rows["DiT-B/4"]}
     lines = [

@@ -84,13 +84,19 @@ def test_kernels_is_a_source_root_and_no_package():
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"]])
-def test_help_does_not_import_torch(arguments):
+VERBS = (
+    "train", "sample", "evaluate", "encode", "convert", "info", "configs", "doctor", "data check",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_does_not_import_torch(verb):
+    arguments = [*verb.split(), "--help"]
     code = (
         "import sys\nfrom hdit import cli\n"
         f"sys.argv = ['hdit', *{arguments}]\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'numpy', 'accelerate'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'accelerate', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

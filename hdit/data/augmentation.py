@@ -195,7 +195,7 @@ def _compiled_resample() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _taps(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Along one axis, the four pixels around a position (b hw): their indices and weights."""
+    """Indices and weights (4 b hw) of the four pixels around a position (b hw) along one axis."""
     first = position.floor()
     offset = torch.arange(-1, 3, device=position.device)[:, None, None]
     return _mirrored(first.long() + offset, size), _cubic(position - first)  # (4 b hw)

@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a batch is cut into accumulation steps and processes."""
+    """The cut of a batch into accumulation steps and processes."""
 
     batch_size: int
     accumulate: int = 1
@@ -142,7 +142,7 @@ class Batches:
         state: dict[str, Any] | None = None,
         keep_state: bool = True,
     ):
-        """Only with `keep_state` there is a `state()`: of several processes one needs it."""
+        """Starts the workers. Only with `keep_state` there is a `state()`; one process needs it."""
         self.layout, self.images, self.step = layout, start, 0
         self.behind: Order | None = None
         references: Callable[[np.ndarray], list[Any]]

@@ -59,7 +59,7 @@ class Cache:
         return torch.from_numpy(pixels).reshape(self.shape), label
 
     def put(self, index: int, stamp: str, pixels: Tensor, label: int) -> None:
-        """Raises DataError where it cannot be written, as on a full disk."""
+        """Writes a row. Raises DataError if it cannot be written, as on a full disk."""
         row = bytearray(HEADER.pack(0, _digest(stamp), label) + pixels.numpy().tobytes())
         row[:4] = zlib.crc32(memoryview(row)[4:]).to_bytes(4, "little")
         try:

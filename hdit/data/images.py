@@ -1,4 +1,4 @@
-"""What all sources of image files share: settings, pixels, and what happens to a bad one."""
+"""Parts that all sources of image files share: settings, pixels, and what a bad file leads to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ from torch import Tensor
 
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
-from hdit.data.source import CENTER, Chance, DataError, Sample, Size, Skipped, printable
+from hdit.data.source import (
+    CENTER,
+    Chance,
+    DataError,
+    Sample,
+    Size,
+    Skipped,
+    check_classes,
+    printable,
+)
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
 from hdit.protocols import Spec
 
@@ -89,7 +98,9 @@ class ImagesSpec(Spec):
         le=1,
         description=f"of the images, or training ends; {MAX_BAD_SHARE} if absent",
     )
-
+    classes: int | None = Field(
+        None, ge=0, description="how many the data must have; any number if absent"
+    )
     cache: str | None = Field(
         None, description="folder that keeps the cropped pixels, and gives them from then on"
     )
@@ -137,8 +148,6 @@ class Entries(Protocol):
     """Images and their labels by index, listed but not read.
 
     `setting` and `place` say in errors where they come from; `classes` is empty without labels.
-    `load` may raise anything where an image is bad, and DataError where more is wrong than that.
-    `stamp` changes when the image does.
     """
 
     setting: str
@@ -147,11 +156,17 @@ class Entries(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """The name of the image in messages."""
 
-    def load(self, index: int) -> tuple[Image.Image, int]: ...
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image, of which no more than the header need be read, and its class index.
 
-    def stamp(self, index: int) -> str: ...
+        May raise anything where the image is bad, and DataError where more is wrong than that.
+        """
+
+    def stamp(self, index: int) -> str:
+        """Text that changes when the image or its label does; it is what a cache goes by."""
 
 
 class Images:
@@ -160,13 +175,14 @@ class Images:
     def __init__(self, spec: ImagesSpec, entries: Entries):
         self.spec, self.entries = spec, entries
         self.classes = entries.classes
+        check_classes(spec.classes, self.classes, entries.place)
         self.bad: BadFiles[int] = BadFiles(spec, entries.setting, entries.place, len(entries))
         self.unreadable = self.bad.known  # by index
         self._drawn = np.zeros(len(entries), bool)  # not counted: each once
         self.cache = None if spec.cache is None else Cache(spec.cache, self._key(), spec.shape)
 
     def _key(self) -> str:
-        """Of what makes pixels of images, and of how many."""
+        """Key of a cache: all settings that change pixels, and the number of images."""
         s = self.spec
         origin = s.kind, self.entries.place, PIL.__version__
         return repr(
@@ -185,7 +201,7 @@ class Images:
         return self.draw(index, CENTER)
 
     def draw(self, reference: int, chance: Chance) -> Sample:
-        """The same, with the window that a random crop takes by `chance`."""
+        """The image at an index as above, with the window that a random crop takes by `chance`."""
         if not 0 <= reference < len(self):
             raise IndexError(f"image {reference} of {len(self)}")
         is_new = not self._drawn[reference]
@@ -205,7 +221,7 @@ class Images:
     def _load(self, index: int, chance: Chance) -> tuple[Tensor, int]:
         image, label = self.entries.load(index)
         with image:
-            return to_pixels(image, self.spec, chance), label
+            return pixels_of(image, self.spec, chance), label
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -306,8 +322,11 @@ def too_many(bad: int, drawn: int, length: int | None, share: float) -> bool:
 # ---- pixels --------------------------------------------------------------------------------------
 
 
-def to_pixels(image: Image.Image, spec: ImagesSpec, chance: Chance = CENTER) -> Tensor:
-    """(c h w) uint8, by the settings. Raises ValueError, before decoding, for a huge image."""
+def pixels_of(image: Image.Image, spec: ImagesSpec, chance: Chance = CENTER) -> Tensor:
+    """Crops an image by the settings -> (c h w) uint8.
+
+    Raises ValueError, before decoding, for a huge image.
+    """
     _, height, width = spec.shape
     size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > spec.max_pixels:
@@ -327,28 +346,31 @@ def to_pixels(image: Image.Image, spec: ImagesSpec, chance: Chance = CENTER) -> 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those that Pillow decodes by itself, in the order that it is to try them in."""
+    """Names of the formats that Pillow decodes by itself, in the order that it is to try."""
     Image.init()
     known = sorted(set(Image.OPEN) - set(UNREADABLE))
     return tuple(sorted(known, key=lambda name: name not in COMMON))
 
 
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""To be tried first: some of the others look at more than the first bytes."""
+"""Formats to try first: some of the others look at more than the first bytes."""
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Of files in such a format, as in ".png"."""
+    """Extensions of files in such a format, as in ".png"."""
     known = Image.registered_extensions().items()
     return frozenset(ext for ext, name in known if name in formats())
 
 
 def open_image(file: str | bytes) -> Image.Image:
-    """An image, by path or content, of which no more than the header is read."""
+    """Opens an image by path or content, of which no more than the header is read.
+
+    Raises what Pillow does, or ValueError for a path that is not a regular file.
+    """
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("is not a regular file")  # a pipe would be waited for
-    with warnings.catch_warnings(action="ignore"):  # of many pixels: they are counted in to_pixels
+    with warnings.catch_warnings(action="ignore"):  # of many pixels: they are counted in pixels_of
         try:
             return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", formats())
         except UnidentifiedImageError:
@@ -359,7 +381,7 @@ def open_image(file: str | bytes) -> Image.Image:
 
 
 def file_stamp(path: str | Path) -> str:
-    """Tells a file from another, and from what it was before its content changed."""
+    """Text that tells a file from another, and from what it was before its content changed."""
     found = os.stat(path)
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
@@ -385,7 +407,7 @@ COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.l
 
 
 def refuse_path(path: str, kind: str, trouble: str) -> DataError:
-    """The error for a path that a source of this kind cannot be opened at."""
+    """Makes the error for a path that a source of this kind cannot be opened at."""
     place = Path(path).expanduser()
     if not place.exists():
         trouble = f"does not exist (seen from {Path.cwd()})"
@@ -396,7 +418,7 @@ def refuse_path(path: str, kind: str, trouble: str) -> DataError:
 
 
 def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
-    """Names of classes that are numbered from 0. Raises DataError for a number that cannot be."""
+    """Names the classes of labels that count from 0. Raises DataError for one that cannot be."""
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= MAX_CLASSES:
         bad = low if low < 0 else high

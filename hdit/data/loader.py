@@ -49,7 +49,7 @@ def usable_cpus() -> int:
 
 
 class _Items(Generic[Item]):
-    """What torch takes for a data set. A DataError is a value of it.
+    """A map-style data set for torch, in which a DataError is a value.
 
     If it were raised in a worker, torch would write a traceback into its message.
     """

@@ -1,4 +1,4 @@
-"""What every source of images offers."""
+"""Protocols of a source of images, and the samples that it gives."""
 
 from __future__ import annotations
 
@@ -23,8 +23,18 @@ class Skipped(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Without what a terminal cannot show, or obeys: a file may have any name."""
+    """Escapes what a terminal cannot show, or obeys: a file may have any name."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def check_classes(wanted: int | list[str] | None, found: list[str], place: str) -> None:
+    """Raises DataError if `wanted`, of data.classes, is not what the data in `place` has."""
+    number = len(wanted) if isinstance(wanted, list) else wanted
+    if number is not None and number != len(found):
+        raise DataError(
+            f"data.classes: {number:,} are asked for, and {place!r} has {len(found):,}; set "
+            f"data.classes={len(found)}, or leave it out"
+        )
 
 
 class Sample(NamedTuple):
@@ -54,20 +64,21 @@ CENTER: Chance = (0.0, 0.5 - 2**-30, 0.5 - 2**-30)
 
 @runtime_checkable
 class Drawn(Protocol):
-    """Of a source whose images need not be the same at each draw."""
+    """A source whose images need not be the same at each draw."""
 
-    def draw(self, reference: Any, chance: Chance) -> Sample: ...
+    def draw(self, reference: Any, chance: Chance) -> Sample:
+        """The image of this reference, as `chance` has it. Raises DataError."""
 
 
 class Order(Protocol):
-    """The images of a stream, one after the other without end, by what it calls them."""
+    """References to the images of a stream, one after the other without end."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def __next__(self) -> Any: ...
 
     def state(self) -> dict[str, Any]:
-        """What `Stream.order` goes on from, behind the images that were given out; for JSON."""
+        """Resume state for `Stream.order`, after the images that were given out; for JSON."""
 
 
 @runtime_checkable
@@ -77,25 +88,25 @@ class Stream(Protocol):
     classes: list[str]
 
     def order(self, seed: int, state: dict[str, Any] | None = None) -> Order:
-        """From the front, or from where another order was in `state`. Raises DataError."""
+        """Begins a first pass, or goes on from another order's `state`. Raises DataError."""
 
     def first(self) -> Sample:
         """Any image, to learn whether there is one. Raises DataError."""
 
     def references(self) -> list[Any]:
-        """What an order calls the images, one pass in the order that they lie in."""
+        """References of all images, once each, in the order that they lie in."""
 
     def __getitem__(self, reference: Any) -> Sample:
-        """The image that is called so, in any process."""
+        """The image of a reference, in any process."""
 
 
 def size_of(source: Source | Stream) -> int | None:
-    """How many images there are; None where that is not known."""
+    """The number of images; None if it is not known."""
     return None if isinstance(source, Stream) else len(source)
 
 
 def references(source: Source | Stream) -> Sequence[Any]:
-    """What `source` is indexed by, for each of its images once, in the order that they lie in."""
+    """Lists what `source` is indexed by: a stream's references, or 0 to its length."""
     return source.references() if isinstance(source, Stream) else range(len(source))
 
 

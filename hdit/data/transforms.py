@@ -1,4 +1,4 @@
-"""From an image of any size and mode to the pixels of a training image."""
+"""Crops and modes: an image of any size and mode becomes the pixels of a training image."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from hdit import randomness
 from hdit.config import RunConfig, merge
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
-from hdit.data.source import Source, Stream
+from hdit.data.source import Source, Stream, references
 from hdit.device import default_device, precision_on
 from hdit.diffusion.denoiser import Denoiser
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
@@ -220,11 +220,11 @@ def _chosen(
     source: Source | Stream, number: int | None, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """(images, labels, counters) of pictures that lie evenly in the source; all without number."""
-    references = source.references() if isinstance(source, Stream) else list(range(len(source)))
-    if number is not None and number < len(references):
-        places = np.linspace(0, len(references) - 1, number).astype(int)
-        references = [references[i] for i in places]
-    parts = [references[i : i + batch_size] for i in range(0, len(references), batch_size)]
+    chosen = references(source)
+    if number is not None and number < len(chosen):
+        places = np.linspace(0, len(chosen) - 1, number).astype(int)
+        chosen = [chosen[i] for i in places]
+    parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     for batch in in_order(source, parts):
         for file in batch.skipped:  # another would stand in for it
             raise MatrixError(f"evaluation.held_out: {file.path}: {file.reason}; mend or remove it")

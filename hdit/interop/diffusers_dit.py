@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
 from hdit.interop.files import Settings, read_json, read_pickle, read_safetensors

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.files import parse_json

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit import models
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.interop.contents import InteropError
 from hdit.protocols import DataShape
 

@@ -15,7 +15,7 @@ from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.images import ImagesSpec, too_many
-from hdit.data.source import DataError, Skipped, Source, Stream, references
+from hdit.data.source import DataError, Skipped, Source, Stream, check_classes, references
 from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Encoded(NamedTuple):
-    """What one process made."""
+    """The shards that one process wrote, and what is there then."""
 
     images: int  # of all processes, in the end
     shards: int  # by this one
@@ -46,7 +46,8 @@ def manifest_of(
     config: RunConfig, space: VAE, images: int, classes: list[str], dtype: str, shard_size: int
 ) -> Manifest:
     """Describes latents by these settings; `dtype` and `shard_size` as `hdit encode` takes them."""
-    data, spec = config.data, space.spec
+    data, spec = config.data, config.space
+    assert isinstance(spec, LatentSpace), "or it would have no VAE"
     shape = data.shape
     return Manifest(
         vae=space.identity,
@@ -67,7 +68,7 @@ def manifest_of(
 
 
 SETTINGS = ["vae", "scale", "shift", "tile", "image", "latent", "crop", "background"]
-"""What training must agree on with what it reads."""
+"""Settings in which training must agree with the latents that it reads."""
 
 ORIGIN = (
     "kind",
@@ -98,6 +99,7 @@ def open_training_source(config: RunConfig, space: object) -> Source | Stream:
     assert isinstance(space, VAE)
     latents = Latents(stored)
     flips = ["flips"] if config.data.flip else []
+    check_classes(getattr(config.data, "classes", None), latents.classes, stored)
     latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS + flips)
     return latents
 
@@ -131,12 +133,8 @@ def encode(
     ours = [i for i in missing(folder, manifest) if i % processes == rank]
     ranges = [manifest.range_of(shard) for shard in ours]
     on_start(sum(map(len, ranges)))
-    parts = [
-        [refs[i] for i in r[first : first + batch_size]]
-        for r in ranges
-        for first in range(0, len(r), batch_size)
-    ]
-    batches = in_order(source, parts, workers)
+    parts = [r[at : at + batch_size] for r in ranges for at in range(0, len(r), batch_size)]
+    batches = in_order(source, [[refs[i] for i in part] for part in parts], workers)
     bad: set[str] = set()
     seen = 0
     for shard, r in zip(ours, ranges, strict=True):
@@ -171,7 +169,7 @@ def _open_vae(config: RunConfig) -> VAE:
 
 
 def _posterior(space: VAE, images: Tensor, manifest: Manifest) -> Tensor:
-    """What is stored of images (b c h w): (b f 2c h w) on the CPU. Raises UserError."""
+    """Encodes images (b c h w) to be stored: (b f 2c h w) on the CPU. Raises UserError."""
     dtype = manifest.dtype
     stored = encode_batch(space, images.to(space.device), manifest.flips).to("cpu", DTYPES[dtype])
     if not stored.isfinite().all():
@@ -180,7 +178,7 @@ def _posterior(space: VAE, images: Tensor, manifest: Manifest) -> Tensor:
 
 
 def _summary(folder: Path, manifest: Manifest, shards: int, space: VAE) -> Encoded:
-    """What is there now, after this process wrote `shards`; sigma_data once all is."""
+    """Counts what is there after this process wrote `shards`; measures sigma_data once all is."""
     left = missing(folder, manifest)
     there = (shard_path(folder, i) for i in set(range(manifest.shards)) - set(left))
     size = sum(path.stat().st_size for path in there)

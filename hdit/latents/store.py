@@ -1,4 +1,4 @@
-"""What `hdit encode` writes, and training reads in place of images: a VAE's posteriors.
+"""Stored latents: a VAE's posteriors, which `hdit encode` writes and training reads.
 
 A folder of `shard-00000.safetensors`, ... and `manifest.json`. A shard has, of its n images,
 `posterior` (n f 2c h w), which is mean and standard deviation of the image and, with f = 2, of its
@@ -36,7 +36,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Manifest(Spec):
-    """What the latents of a folder are of, and how they lie there."""
+    """Description of the latents of a folder: what made them, and how they lie there."""
 
     vae: str  # its identity
     scale: list[float]  # of the VAE, for all channels or each; not applied to what is stored
@@ -55,14 +55,15 @@ class Manifest(Spec):
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-self.images // self.shard_size)
 
     def range_of(self, shard: int) -> range:
-        """The images in a shard."""
+        """Indices of the images in a shard."""
         return range(self.images)[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def differences(self, other: Manifest, keys: list[str] | None = None) -> list[str]:
-        """Each thing that is another one in `other`."""
+        """Lists what differs in `other`, of `keys` alone if given, a line each."""
         ours, theirs = self.model_dump(), other.model_dump()
         return [
             f"{KEYS.get(key, key)}: {_short(ours[key])} there, {_short(theirs[key])} here"
@@ -95,6 +96,7 @@ def _short(value: Any) -> str:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
@@ -132,7 +134,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def missing(folder: Path, manifest: Manifest) -> list[int]:
-    """The shards that are not there yet."""
+    """Lists the shards that are not there yet."""
     return [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
 
 
@@ -155,7 +157,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def read_manifest(folder: Path, where: str | None = None) -> Manifest:
-    """Raises DataError where there is none, or it is damaged; `where` names the folder in it."""
+    """Reads a manifest. Raises DataError, which names `where`, if it is missing or damaged."""
     path = folder / MANIFEST
     where = where or f"space.stored: {str(folder)!r}"
     if not folder.is_dir():
@@ -178,7 +180,7 @@ class Latents:
     """Stored posteriors and their labels, by the index of the image."""
 
     def __init__(self, folder: str):
-        """Raises DataError where shards are missing."""
+        """Opens a folder. Raises DataError if shards are missing."""
         self.name, self.folder = folder, Path(folder).expanduser()
         self.manifest = read_manifest(self.folder)
         self.classes = self.manifest.classes
@@ -198,7 +200,7 @@ class Latents:
         return self.manifest.images
 
     def __getitem__(self, index: int) -> Sample:
-        """Its image is (f 2c h w): see `posterior` above."""
+        """A sample whose image is a posterior (f 2c h w), as above. Raises DataError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         posterior, labels = self._open(index // self.manifest.shard_size)
@@ -234,7 +236,7 @@ class Latents:
 
 
 def choose(posterior: Tensor, mirrored: Tensor | None) -> Tensor:
-    """(b f 2c h w) -> (b 2c h w): of the mirror image where `mirrored` (b,) is true."""
+    """Picks of posteriors (b f 2c h w) -> (b 2c h w) the mirror image's where `mirrored` (b,)."""
     if mirrored is None:
         return posterior[:, 0]
     return torch.where(mirrored[:, None, None, None], posterior[:, 1], posterior[:, 0])

@@ -1,4 +1,4 @@
-"""Pictures: single PNG files and grids."""
+"""Images as PNG files, alone or in grids."""
 
 from __future__ import annotations
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
 from statistics import mean
 from typing import Any, NamedTuple
 
+from hdit.report.plots import plot_lines
+
 Record = dict[str, Any]
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: right }
 td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
 figure { margin: 1.5em 0 } img { image-rendering: pixelated; max-width: 100% }
-svg text { font: 12px system-ui, sans-serif } .note { color: #555 } code { font-size: 90% }
+.note { color: #555 } code { font-size: 90% }
 """
 
 
@@ -166,12 +167,12 @@ def _measures(records: Sequence[Record]) -> list[str]:
         *(f'<p class="note">{escape(note)}</p>' for note in notes(records)),
         "<h2>x0 loss by noise level</h2>",
         _html(bins(records)),
-        plot(by_sigma, "sigma", "x0 loss", log_x=True, log_y=True),
+        plot_lines(by_sigma, "sigma", "x0 loss", log_x=True, log_y=True),
         "<h2>Training</h2>",
         '<p class="note">Of the first seed of each row. Losses of rows with other weights or noise '
         "densities do not compare.</p>",
-        plot(curves, "images", "training loss", log_y=True),
-        plot(timed, "seconds", "training loss", log_y=True),
+        plot_lines(curves, "images", "training loss", log_y=True),
+        plot_lines(timed, "seconds", "training loss", log_y=True),
     ]
 
 
@@ -208,86 +209,3 @@ def _flat(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
         return [line for key, v in value.items() for line in _flat(v, f"{path}.{key}".lstrip("."))]
     return [f"{path} = {value!r}"]
-
-
-def plot(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
-    size: tuple[int, int] = (720, 340),
-) -> str:
-    """Lines through points as an SVG."""
-    width, height = size
-    left, right, top, bottom = 70, 20, 16, 46
-    scale_x = _Axis([x for points in series.values() for x, _ in points], log_x)
-    scale_y = _Axis([y for points in series.values() for _, y in points], log_y)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + scale_x(x) * (width - left - right),
-            height - bottom - scale_y(y) * (height - top - bottom),
-        )
-
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" xmlns="http://www.w3.org/2000/svg">'
-    ]
-    parts.append(f"<title>{escape(y_label)} by {escape(x_label)}</title>")
-    for value in scale_x.ticks:
-        x, _ = place(value, scale_y.low)
-        parts.append(f'<path d="M{x:.1f} {top}V{height - bottom}" stroke="#eee"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{value:g}</text>'
-        )
-    for value in scale_y.ticks:
-        _, y = place(scale_x.low, value)
-        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#eee"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text transform="translate(14 {(top + height - bottom) / 2}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y_label)}</text>'
-    )
-    for i, (name, points) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-        )
-        parts.append(
-            f'<text x="{width - right - 4}" y="{top + 14 + 16 * i}" text-anchor="end" '
-            f'fill="{colour}">{escape(name)}</text>'
-        )
-    return "\n".join([*parts, "</svg>"])
-
-
-class _Axis:
-    """From values to 0..1, with ticks at round numbers."""
-
-    def __init__(self, values: Sequence[float], log: bool):
-        good = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
-        self.low, self.high, self.log = min(good), max(good), log
-        if self.low == self.high:
-            self.low, self.high = self.low * 0.9, self.high * 1.1 or 1.0
-        self.ticks = self._powers() if log else self._steps()
-
-    def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = (math.log(max(v, self.low)) for v in (value, low, high))
-        return (value - low) / (high - low)
-
-    def _powers(self) -> list[float]:
-        exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
-        ticks = [float(f"{t:.3g}") for t in ticks if self.low <= t <= self.high]
-        return ticks if len(ticks) > 1 else self._steps()
-
-    def _steps(self) -> list[float]:
-        rough = (self.high - self.low) / 6
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
-        first = math.ceil(self.low / step)
-        return [float(f"{i * step:.12g}") for i in range(first, math.floor(self.high / step) + 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hdit import models
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.device import Precision, autocast_dtype
 from hdit.diffusion.denoiser import Denoiser
 from hdit.models import BackboneModule

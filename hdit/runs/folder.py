@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.errors import UserError
 from hdit.files import write_text
 from hdit.runs import checkpoint

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hdit import randomness
-from hdit.config.schema import RunConfig
+from hdit.config import RunConfig
 from hdit.device import (
     Precision,
     float32_products,

@@ -1,4 +1,4 @@
-"""Between images and what the diffusion sees, by the `kind` of their spec."""
+"""Spaces, between images and what the diffusion sees, by the `kind` of their spec."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ class LatentSpace(Spec):
     )
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Of what the diffusion sees of an image."""
+        """(channels, height, width) of the latents of images of this shape."""
         return self.channels, height // self.factor, width // self.factor
 
     def check(self, height: int, width: int) -> list[tuple[str, str]]:
-        """(key, what is wrong) for images of this size."""
+        """Lists (key, what is wrong) for images of this size."""
         problems = []
         if height % self.factor or width % self.factor:
             text = f"{self.factor} does not divide the image of {height}x{width}"
@@ -59,4 +59,11 @@ class LatentSpace(Spec):
             )
         from hdit.spaces.vae import VAE
 
-        return VAE(self, self.vae, device)
+        return VAE(
+            self.vae,
+            device,
+            channels=self.channels,
+            factor=self.factor,
+            sigma_data=self.sigma_data,
+            tile=self.tile,
+        )

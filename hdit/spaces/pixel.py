@@ -28,25 +28,30 @@ class PixelSpace(Spec):
     sigma_data: float = Field(0.5, gt=0, description="standard deviation of the images in -1..1")
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Of what the diffusion sees of an image."""
+        """(channels, height, width) of what the diffusion sees: the image's own."""
         return channels, height, width
 
     def check(self, height: int, width: int) -> list[tuple[str, str]]:
+        """Lists (key, what is wrong) for images of this size: nothing ever is."""
         return []
 
     def open(self, device: torch.device) -> PixelSpace:
+        """Returns the space itself: there is nothing to load."""
         return self
 
     @property
     def identity(self) -> str:
+        """Empty, as there is no VAE."""
         return ""
 
     def encode(self, images: Tensor) -> Tensor:
-        """What is stored is the image."""
+        """Returns the images: they are what is stored."""
         return images
 
     def normalize(self, stored: Tensor, noise: NormalNoise) -> Tensor:
+        """Images (b c h w) of 0 to 255 -> x0 float32 in [-1, 1]; `noise` is not called."""
         return from_pixels(stored)
 
     def decode(self, x0: Tensor) -> Tensor:
+        """x0 (b c h w) -> images (b c h w) uint8."""
         return to_pixels(x0)

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,8 @@ from hdit.errors import UserError
 from hdit.protocols import NormalNoise
 from hdit.spaces.pixel import from_pixels, to_pixels
 
-if TYPE_CHECKING:
-    from hdit.spaces.latent import LatentSpace
-
 PIXELS_AT_ONCE = 2**20
-"""Of the images that the VAE sees in one call, for their activations are many times as large."""
+"""Pixels of the images in one call of the VAE, whose activations are many times as large."""
 
 
 class VAE:
@@ -30,14 +27,27 @@ class VAE:
     What is stored of an image is (2c h w): mean and standard deviation of its posterior.
     """
 
-    def __init__(self, spec: LatentSpace, name: str, device: torch.device):
-        self.spec, self.name, self.device = spec, name, device
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        *,
+        channels: int,
+        factor: int,
+        sigma_data: float,
+        tile: int,
+    ):
+        """Loads the VAE `name`. The others are the settings of hdit.spaces.LatentSpace.
+
+        Raises UserError where it is missing, or has not these channels or this factor.
+        """
+        self.name, self.device, self.factor, self.sigma_data = name, device, factor, sigma_data
         self.model = _load(name).to(device).eval().requires_grad_(False)
         config = self.model.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        halvings = len(config.block_out_channels) - 1
         for key, ours, theirs in (
-            ("channels", spec.channels, config.latent_channels),
-            ("factor", spec.factor, factor),
+            ("channels", channels, config.latent_channels),
+            ("factor", factor, 2**halvings),
         ):
             if ours != theirs:
                 raise UserError(f"space.{key}: is {ours}, but the VAE {name!r} has {theirs}")
@@ -46,18 +56,14 @@ class VAE:
         std = 1.0 if config.latents_std is None else config.latents_std
         self.shift = _per_channel(mean, device)
         self.scale = config.scaling_factor / _per_channel(std, device)
-        if spec.tile:
+        if tile:
             self.model.enable_tiling()
-            self.model.tile_sample_min_size = spec.tile
-            self.model.tile_latent_min_size = spec.tile // factor
+            self.model.tile_sample_min_size = tile
+            self.model.tile_latent_min_size = tile // factor
         self.identity = _identity(self.model)
 
-    @property
-    def sigma_data(self) -> float:
-        return self.spec.sigma_data
-
     def check_channels(self, channels: int) -> None:
-        """Raises UserError where images have others than the VAE takes."""
+        """Raises UserError if images have another number of channels than the VAE takes."""
         if channels != self.image_channels:
             raise UserError(
                 f"data.channels: images have {channels}, but the VAE {self.name!r} takes "
@@ -66,7 +72,7 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(b c h w) of 0 to 255 -> (b 2c h w), the posterior's mean and standard deviation."""
+        """Images (b 3 H W) of 0 to 255 -> (b 2c h w), the posterior's mean and deviation."""
         self.check_channels(images.shape[1])
 
         def part(images: Tensor) -> Tensor:
@@ -76,14 +82,15 @@ class VAE:
         return _in_parts(part, images, images.shape[-2] * images.shape[-1])
 
     def normalize(self, stored: Tensor, noise: NormalNoise) -> Tensor:
-        """A draw from the posterior, scaled."""
+        """Draws from posteriors (b 2c h w) -> x0 (b c h w) float32, scaled; calls `noise` once."""
         mean, std = stored.float().chunk(2, 1)
         return (mean + std * noise(mean.shape[1:]) - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
+        """x0 (b c h w) -> images (b 3 H W) uint8, `factor` times as high and wide."""
         latents = x0.float() / self.scale + self.shift
-        size = latents.shape[-2] * latents.shape[-1] * self.spec.factor**2
+        size = latents.shape[-2] * latents.shape[-1] * self.factor**2
         return _in_parts(lambda part: to_pixels(self.model.decode(part).sample), latents, size)
 
 
@@ -142,7 +149,7 @@ def _load(name: str) -> Any:
 
 
 def _identity(model: Any) -> str:
-    """A hash of what the VAE computes: these settings and its weights, wherever they lie."""
+    """Hashes what the VAE computes: its weights and the settings in COMPUTED, wherever it lies."""
     settings = {key: model.config[key] for key in COMPUTED}
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -16,7 +16,7 @@ from hdit.device import precision_on, to_device
 from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
 from hdit.protocols import Cond, DataShape, Network, NormalNoise, Space
-from hdit.sampling.sample import make_denoiser
+from hdit.runs.building import make_denoiser
 
 
 def settled(

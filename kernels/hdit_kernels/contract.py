@@ -1,4 +1,4 @@
-"""What the backends of neighborhood attention agree on: the problem and the functions they offer.
+"""The contract of neighborhood attention: the problem, and the functions that a backend offers.
 
 Semantics are NATTEN's (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023): the query
 at (y, x) attends to the k x k keys from row clamp(y - k//2, 0, h - k) and column

@@ -45,6 +45,7 @@ def _layout(q: Tensor, kernel_size: int, *tensors: Tensor) -> tuple[list[int], l
 
 @torch.library.custom_op("hdit_kernels::neighborhood_cpu", mutates_args=())
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """The operator: q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     dtype = q.dtype
     q, k, v = _readable(q), _readable(k), _readable(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -59,6 +60,7 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float)
 def cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v (b h w n e), from that of the output."""
     dtype = q.dtype
     grad, q, k, v = (_readable(t) for t in (grad, q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -66,7 +66,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def tiles(h: int, w: int, kernel_size: int = 1, tile: Tile = TILE) -> tuple[int, int]:
-    """How many tiles of queries a grid has, or of keys, which begin kernel_size//2 before it."""
+    """Numbers of tiles of queries in a grid, or of keys, which begin kernel_size//2 before it."""
     return -(-(h + kernel_size // 2) // tile[0]), -(-(w + kernel_size // 2) // tile[1])
 
 
@@ -277,7 +277,7 @@ VARIANTS = {
 
 
 def variants(problem: Problem) -> dict[str, Variant]:
-    """Those of VARIANTS that can solve a problem."""
+    """VARIANTS that can solve a problem."""
     return {name: v for name, v in VARIANTS.items() if v.unsupported(problem) is None}
 
 

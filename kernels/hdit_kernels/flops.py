@@ -4,10 +4,10 @@ import math
 
 
 def forward_flops(shape: tuple[int, ...], kernel_size: int) -> int:
-    """Of q (b h w n e): the logits and the weighted sum."""
+    """FLOPs for q (b h w n e): the logits and the weighted sum."""
     return 2 * 2 * math.prod(shape) * kernel_size**2
 
 
 def backward_flops(shape: tuple[int, ...], kernel_size: int) -> int:
-    """Of q (b h w n e): the logits again, the weights' gradient, and those of q, k and v."""
+    """FLOPs for q (b h w n e): the logits again, the gradients of weights, q, k and v."""
     return 2 * 5 * math.prod(shape) * kernel_size**2

@@ -58,7 +58,7 @@ def has_libnatten() -> bool:
 
 
 def _least_d_head() -> int:
-    """Of NATTEN's flex_attention."""
+    """The least d_head of NATTEN's flex_attention."""
     found = _load()
     return 8 if isinstance(found, ModuleType) and _version(found) >= (0, 21) else 32
 

@@ -108,16 +108,7 @@ def _log_once(problem: Problem, name: str) -> None:
     log.info("neighborhood attention on %s: backend %r (%s)", grid, name, problem.device)
 
 
-def neighborhood_attention(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, *, scale: float, backend: str = "auto"
-) -> Tensor:
-    """softmax(scale * q k^T) v over each query's k x k neighborhood; differentiable in q, k and v.
-
-    q, k, v: (b h w n e), heads n last but one, of one floating dtype and device.
-    kernel_size: odd, at most h and at most w.  scale: factor on the logits.
-    backend: "auto", or one of BACKENDS; one asked for by name never falls back to another.
-    Returns (b h w n e) in q's dtype.  Raises ValueError on any other input.
-    """
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, kernel_size: int) -> None:
     if q.ndim != 5 or q.shape != k.shape or q.shape != v.shape:
         shapes = [tuple(t.shape) for t in (q, k, v)]
         raise ValueError(f"q, k and v must have one shape (b h w n e), got {shapes}")
@@ -129,7 +120,7 @@ def neighborhood_attention(
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}"
         )
-    _, h, w, _, e = q.shape
+    h, w = q.shape[1:3]
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
     if kernel_size > min(h, w):
@@ -137,6 +128,20 @@ def neighborhood_attention(
             f"kernel_size must be at most the grid's smaller side, "
             f"got {kernel_size} on a grid of {h}x{w}"
         )
+
+
+def neighborhood_attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, *, scale: float, backend: str = "auto"
+) -> Tensor:
+    """softmax(scale * q k^T) v over each query's k x k neighborhood; differentiable in q, k and v.
+
+    q, k, v: (b h w n e), heads n last but one, of one floating dtype and device.
+    kernel_size: odd, at most h and at most w.  scale: factor on the logits.
+    backend: "auto", or one of BACKENDS; one asked for by name never falls back to another.
+    Returns (b h w n e) in q's dtype.  Raises ValueError on any other input.
+    """
+    _check_arguments(q, k, v, kernel_size)
+    _, h, w, _, e = q.shape
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     problem = Problem(q.device.type, q.dtype, h, w, kernel_size, e, grad, _capability(q.device))
     if backend == "auto":

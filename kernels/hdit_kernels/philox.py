@@ -56,7 +56,7 @@ def words(keys: Tensor, count: int, draw: int = 0) -> Tensor:
 
     Raises ValueError if the keys are not a vector of int64, or count or draw is negative.
     """
-    _check(keys, count, draw)
+    _check_streams(keys, count, draw)
     return _words(keys, count, draw)
 
 
@@ -65,11 +65,11 @@ def normal(keys: Tensor, count: int, draw: int = 0) -> Tensor:
 
     Raises ValueError if the keys are not a vector of int64, or count or draw is negative.
     """
-    _check(keys, count, draw)
+    _check_streams(keys, count, draw)
     return _normal(keys, count, draw)
 
 
-def _check(keys: Tensor, count: int, draw: int) -> None:
+def _check_streams(keys: Tensor, count: int, draw: int) -> None:
     if keys.ndim != 1 or keys.dtype != torch.int64:
         raise ValueError(
             f"the keys of streams are (n,) int64, got {tuple(keys.shape)} {keys.dtype}; "
@@ -114,7 +114,7 @@ def _implementation(keys: Tensor) -> Any:
 
 
 def in_cpp(keys: Tensor, count: int, draw: int, transform: bool, first: int = 0) -> Tensor:
-    """By the compiled library, on a CPU."""
+    """Computes in the compiled library, on a CPU."""
     out = keys.new_empty(len(keys), count, dtype=torch.float32 if transform else torch.int32)
     if out.numel():
         name = "philox_normal" if transform else "philox_words"
@@ -159,7 +159,7 @@ def noise_kernel(
 
 
 def in_triton(keys: Tensor, count: int, draw: int, transform: bool, first: int = 0) -> Tensor:
-    """By the Triton kernel, on CUDA, or on a CPU in Triton's interpreter."""
+    """Computes in the Triton kernel, on CUDA, or on a CPU in Triton's interpreter."""
     out = keys.new_empty(len(keys), count, dtype=torch.float32 if transform else torch.int32)
     if out.numel():
         programs = len(keys) * -(-count // (4 * BLOCKS))
@@ -189,7 +189,7 @@ def triton_unavailable(index: int) -> str | None:
 
 
 def in_torch(keys: Tensor, count: int, draw: int, transform: bool, first: int = 0) -> Tensor:
-    """By torch's operators on int64, on any device."""
+    """Computes with torch's operators on int64, on any device."""
     blocks = torch.arange(-(-count // 4), device=keys.device) + first
     a, b, c, d = philox(keys[:, None], blocks, draw)
     if transform:

@@ -133,7 +133,7 @@ def test_pictures_may_be_of_many_sizes_where_they_are_resized(here):
 def test_evaluate_refuses_a_model_as_the_reference(here, hdit, trained):
     status, _, err = hdit("evaluate", "a.npz", trained, *MINE)
     assert status == 1
-    assert "is a model; the reference must be pictures" in err
+    assert "is a model; the reference must be images" in err
 
 
 @pytest.mark.parametrize(

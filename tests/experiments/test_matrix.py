@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hdit.experiments.cell import check_cells, finished, record_path, run_cell, 
 from hdit.experiments.matrix import MatrixError, read_matrix
 from hdit.models.cost import cost
 from hdit.protocols import Cond
-from hdit.report.pages import bins, markdown, page, plot, table
+from hdit.report.pages import bins, markdown, page, table
 from hdit.runs.trained import Trained
 from hdit.training.trainer import Trainer
 from scripts import ablate_backbones
@@ -169,8 +170,7 @@ def test_script_measures_each_cell_and_writes_the_report(done):
     assert "missing: Broken, seed 0: status 1" in (out / "table.md").read_text()
     text = (out / "index.html").read_text()
     assert text.count("data:image/png;base64,") == 2, "one for each cell that is done"
-    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
-    assert "https://" not in text
+    assert not re.search("https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
 
 
 def test_script_runs_what_is_not_finished_alone(done, monkeypatch, capsys):
@@ -314,13 +314,6 @@ def test_report_escapes_names(done):
     text = markdown([record], {"<x>": "<y>\n| z"})
     assert "a\\|b &lt;script&gt;" in text
     assert "missing: &lt;x&gt;: &lt;y&gt; \\| z" in text
-
-
-def test_plot_places_points_on_its_axes():
-    svg = plot({"a": [(1, 10.0), (100, 1000.0)]}, "x", "y", log_x=True, log_y=True)
-    assert 'points="70.0,294.0 700.0,16.0"' in svg
-    for tick in ("1", "10", "100", "1000"):
-        assert f">{tick}</text>" in svg
 
 
 def test_record_that_is_damaged_is_made_anew(done, tmp_path):

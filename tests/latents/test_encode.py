@@ -549,6 +549,14 @@ def test_config_of_stored_latents_refuses_what_needs_images(config, overlay, mes
         parse(merge(raw, {"data": overlay, "space": {"stored": "latents"}}), "it")
 
 
+def test_stored_latents_of_another_number_of_classes_are_refused(config, pictures, vae, tmp_path):
+    encode(config, tmp_path / "latents", **OF_FOUR)
+    raw = config.model_dump(mode="json", exclude_none=True)
+    raw = merge(raw, {"data": {"classes": 3}, "space": {"stored": str(tmp_path / "latents")}})
+    with pytest.raises(DataError, match=r"data\.classes: 3 are asked for, and '.*latents' has 2"):
+        Trainer(parse(raw, "it"), tmp_path / "run")
+
+
 def test_encode_and_info_take_a_path_in_the_home_folder(config, tmp_path, monkeypatch, hdit):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from hdit.config import load
 from hdit.models import build
 from hdit.nn.attention import Neighborhood
 from hdit.protocols import Cond, DataShape
-from hdit.sampling.sample import make_denoiser
+from hdit.runs.building import make_denoiser
 from hdit_kernels import BACKENDS, neighborhood, reference, select_backend
 from hdit_kernels.neighborhood import AUTO, Choice, Problem
 

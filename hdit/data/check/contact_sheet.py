@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hdit.data.images import Images, to_pixels
+from hdit.data.images import Images, pixels_of
 from hdit.data.transforms import to_image, to_tensor
 
 SHEET_IMAGES = 100
@@ -14,19 +14,19 @@ SHEET_SIDE = 256  # a larger image is made smaller on the sheet
 
 
 def contact_sheet(source: Images, indices: list[int]) -> Tensor:
-    """Images as they come out of the crop: (n c h w) uint8; those above SHEET_SIDE smaller."""
+    """Reads images as they come out of the crop -> (n c h w) uint8, at most SHEET_SIDE in size."""
     factor = -(-max(source.spec.size) // SHEET_SIDE)
     tiles = []
     for i in indices:
         with source.entries.load(i)[0] as image:
-            pixels = to_pixels(image, source.spec)
+            pixels = pixels_of(image, source.spec)
         small = to_image(pixels.permute(1, 2, 0).numpy()).reduce(factor)
         tiles.append(to_tensor(small))
     return torch.stack(tiles)
 
 
 def spread_over_classes(labels: np.ndarray, number: int = SHEET_IMAGES) -> np.ndarray:
-    """Where `number` of some labels are, or all: evenly over classes, and within each of them."""
+    """Picks up to `number` places in `labels` (n,), evenly over classes and within each of them."""
     order = np.argsort(labels, kind="stable")
     classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     classes = [classes[i] for i in _spaced(len(classes), number)]

@@ -1,4 +1,4 @@
-"""What `hdit data check` is told: which source, and where the contact sheet goes."""
+"""Options of `hdit data check`: the source, and the path of the contact sheet."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_source(place: str, kind: str | None = None, size: str = "256", **settin
 
 
 def by_index(source: Any) -> Images:
-    """A source that `[data]` opens, as this module takes it. Raises DataError."""
+    """Turns a source that `[data]` opens into one with an index. Raises DataError."""
     if isinstance(source, Tars):
         return Images(source.spec, source.listed())
     if not isinstance(source, Images):
@@ -62,7 +62,7 @@ def _option(error: Any) -> str:
 
 
 def sheet_path(place: str, sheet: Path | None) -> Path:
-    """Where the contact sheet goes; told before anything is read. Raises DataError."""
+    """Path of the contact sheet, checked before anything is read. Raises DataError."""
     name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
     stem = re.sub(r"\.(zip|npz|tar|toml)$", "", name)
     stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")

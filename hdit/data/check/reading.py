@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hdit.data.images import EXHAUSTED, Entries, Images, ImagesSpec, to_pixels
+from hdit.data.images import EXHAUSTED, Entries, Images, ImagesSpec, pixels_of
 from hdit.data.loader import load_batches
 from hdit.data.source import DataError
 from hdit.data.transforms import to_mode
@@ -39,7 +39,7 @@ class BadFile(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is kept of one image that was read."""
+    """The facts that are kept of one image that was read."""
 
     record: tuple[Any, ...]  # RECORD
     format: str  # as the file has it
@@ -52,7 +52,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class Findings:
-    """What was found in some images of a source. Sums are whole numbers, so all are exact."""
+    """Facts and sums over some images of a source; sums are whole numbers, so all are exact."""
 
     records: np.ndarray  # (n,) RECORD, of those that can be read
     unreadable: list[BadFile]
@@ -78,7 +78,7 @@ class Examine:
             image, label = self.entries.load(index)
             with image, warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata
                 about = image.format or "pixels", image.mode, _stored_bytes(image)
-                pixels = to_pixels(image, self.spec).numpy()
+                pixels = pixels_of(image, self.spec).numpy()
                 upright = to_mode(image, self.spec.channels, self.spec.background)
         except (MemoryError, DataError):
             raise
@@ -95,8 +95,8 @@ class Examine:
         )
 
 
-def gather(items: list[Seen | BadFile]) -> Findings:
-    """Adds up what was kept of some images."""
+def findings_of(items: list[Seen | BadFile]) -> Findings:
+    """Adds up what was kept of some images, in their order."""
     seen = [item for item in items if isinstance(item, Seen)]
     return Findings(
         np.array([image.record for image in seen], RECORD),
@@ -116,7 +116,7 @@ def read_all(source: Images, workers: int) -> Iterator[Findings]:
     batches = [indices[i : i + READ_AT_ONCE] for i in range(0, len(source), READ_AT_ONCE)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        findings = load_batches(Examine(source.entries, source.spec), batches, gather, workers)
+        findings = load_batches(Examine(source.entries, source.spec), batches, findings_of, workers)
     try:
         yield from findings
     except RuntimeError as error:
@@ -134,7 +134,7 @@ def pixel_digest(image: Image.Image) -> tuple[int, int]:
 
 
 def _stored_bytes(image: Image.Image) -> int:
-    """Of the file that an image was opened from; its pixels where there is none any more."""
+    """Size of the file that an image was opened from; of its pixels if it is closed."""
     file = getattr(image, "fp", None)
     if file is None or getattr(file, "closed", False):
         return image.width * image.height * len(image.getbands())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hdit.data.check.contact_sheet import spread_over_classes
-from hdit.data.check.reading import RECORD, BadFile, Findings, gather, read_all
+from hdit.data.check.reading import RECORD, BadFile, Findings, findings_of, read_all
 from hdit.data.images import Images, ImagesSpec, too_many
 
 ASPECTS = (
@@ -22,7 +22,7 @@ ASPECTS = (
     "4:3 to 2:1",
     "wider than 2:1",
 )
-"""Of width to height; what lies on a border, but for 1:1, is counted on its side nearer 1:1."""
+"""Bins of width to height; a border other than 1:1 belongs to the bin nearer 1:1."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Duplicates:
 
     @property
     def conflict(self) -> bool:
+        """Whether their classes differ."""
         return len(set(self.classes)) > 1
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a data set holds; `unusable` says why training would end there, where it would."""
+    """Contents of a data set; `unusable` says why training would end there, or is None."""
 
     place: str
     kind: str
@@ -74,6 +75,7 @@ class DataReport:
     unusable: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """The report as what json.dumps takes."""
         table = dict(vars(self))
         for name in ("smallest", "median", "largest"):
             table[name] = None if table[name] is None else vars(table[name])
@@ -125,7 +127,7 @@ def check(
 
 def _sum(parts: Iterable[Findings], on_read: Callable[[int], None]) -> Findings:
     records = [np.empty(0, RECORD)]
-    found = gather([])
+    found = findings_of([])
     for part in parts:
         records.append(part.records)
         found.unreadable += part.unreadable

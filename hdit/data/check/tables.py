@@ -18,7 +18,7 @@ SHOWN_FILES = 6  # of one group, in print
 
 
 def lines(report: DataReport) -> Iterator[str]:
-    """What the tables have no room for: files that cannot be read, and duplicates."""
+    """Lines for files that cannot be read and for duplicates, which no table has."""
     for bad in report.unreadable:
         yield printable(f"unreadable: {bad.file}: {bad.reason}")
     conflicts_first = sorted(report.duplicates, key=lambda group: not group.conflict)

@@ -75,6 +75,8 @@ class OwnHandle(io.RawIOBase):
 
 
 class Archive:
+    """The images in a zip archive, which is read in place. See hdit.data.images.Entries."""
+
     setting = "data.path"
 
     def __init__(self, path: str, max_pixels: int):
@@ -113,9 +115,11 @@ class Archive:
         return len(self.members)
 
     def name(self, index: int) -> str:
+        """The archive and the member."""
         return f"{self.path}/{self.members[index].filename}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image -> (image, class index). Raises ValueError for a huge member."""
         member = self.members[index]
         if member.file_size > BYTES_OF_A_PIXEL * self.max_pixels:
             raise ValueError(
@@ -125,6 +129,7 @@ class Archive:
         return open_image(self._read(member)), self.labels[index]
 
     def stamp(self, index: int) -> str:
+        """The name, label, checksum and size of the member."""
         member = self.members[index]
         return f"{member.filename} {self.labels[index]} {member.CRC} {member.file_size}"
 

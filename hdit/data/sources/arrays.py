@@ -29,6 +29,8 @@ class NpzSpec(ImagesSpec):
 
 
 class Arrays:
+    """The images of an npz file, mapped if it is not compressed. See hdit.data.images.Entries."""
+
     setting = "data.path"
 
     def __init__(self, path: str):
@@ -38,7 +40,7 @@ class Arrays:
         where = f"data.path: {path!r}"
         self.stamp_of_file = file_stamp(self.path)
         try:
-            keys, arrays = _read(self.path)
+            keys, arrays = _read_arrays(self.path)
         except UNREADABLE as error:
             raise DataError(f"{where} cannot be read as npz: {error}") from None
         if "arr_0" not in arrays:
@@ -78,12 +80,15 @@ class Arrays:
         return len(self.images)
 
     def name(self, index: int) -> str:
+        """The file and the place in it."""
         return f"{self.path}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Takes the image -> (image, class index)."""
         return to_image(self.images[index]), int(self.labels[index])
 
     def stamp(self, index: int) -> str:
+        """The place of the image, and the state of the file."""
         return f"{index} {self.stamp_of_file}"
 
 
@@ -91,8 +96,8 @@ LABELS = ("arr_1", "labels")
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """What the file holds, and those of it that are wanted: mapped, or unpacked where compressed.
+def _read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Reads (names in the file, arrays that are wanted): mapped, or unpacked where compressed.
 
     Raises ValueError for Python objects, which a pickle would have to make.
     """
@@ -103,7 +108,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
             if key not in members:
                 continue
             with file.open(members[key]) as stream:
-                shape, fortran, dtype = _header(stream)
+                shape, fortran, dtype = _array_header(stream)
                 if dtype.hasobject:
                     raise ValueError(f"{key} holds Python objects, and no pickle is read")
                 start = stream.tell()
@@ -112,7 +117,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
                     path,
                     dtype=dtype,
                     mode="r",
-                    offset=_content(path, members[key]) + start,
+                    offset=_content_start(path, members[key]) + start,
                     shape=shape,
                     order="F" if fortran else "C",
                 )
@@ -122,7 +127,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     return list(members), arrays
 
 
-def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, in Fortran's order, dtype); the stream is left where the values begin."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -132,8 +137,8 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"an array of npy version {version}; save it again with plain keys")
 
 
-def _content(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where the content of a member that is not compressed begins in the file."""
+def _content_start(path: Path, member: zipfile.ZipInfo) -> int:
+    """Byte at which the content of a member that is not compressed begins."""
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26, os.SEEK_SET)
         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))

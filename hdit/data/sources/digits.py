@@ -25,17 +25,22 @@ class DigitsSpec(Spec):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
         return 1, 8, 8
 
     @property
     def flip(self) -> bool:
+        """Whether half of the images are mirrored: never, which would change some classes."""
         return False
 
     def open(self) -> Digits:
+        """Makes the source."""
         return Digits(self.split)
 
 
 class Digits:
+    """The digits of a split, (1 8 8) uint8, by index."""
+
     def __init__(self, split: str):
         with np.load(str(files("hdit.data.sources") / "digits.npz"), allow_pickle=False) as data:
             images, labels = data["images"], data["labels"]

@@ -30,6 +30,8 @@ class FolderSpec(ImagesSpec):
 
 
 class Folder:
+    """The images in a folder and its sub-folders. See hdit.data.images.Entries."""
+
     setting = "data.path"
 
     def __init__(self, path: str):
@@ -39,7 +41,7 @@ class Folder:
         if not self.root.is_dir():
             raise refuse_path(path, "folder", "is not a folder")
         try:
-            names = list(_walk(self.root))
+            names = list(_files_below(self.root))
         except OSError as error:
             raise DataError(f"data.path: {path!r} cannot be listed: {error}") from None
         listing = arrange(
@@ -51,16 +53,19 @@ class Folder:
         return len(self.names)
 
     def name(self, index: int) -> str:
+        """The path of the image."""
         return f"{self.prefix}{self.names[index]}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image -> (image, class index)."""
         return open_image(self.name(index)), self.labels[index]
 
     def stamp(self, index: int) -> str:
+        """The name and label of the image, and the state of its file."""
         return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _files_below(root: Path) -> Iterator[str]:
     """Files of the folder and all folders in it, by their name relative to it.
 
     Hidden folders are left out, and links to a folder are followed at the top alone.

@@ -23,7 +23,7 @@ def _is_hook(text: str) -> str:
 
 
 class PythonSpec(ImagesSpec):
-    """What a function without arguments returns: an object with `__len__` and `__getitem__`.
+    """A data set that a function of yours returns: an object with `__len__` and `__getitem__`.
 
     `__getitem__(index)` gives a PIL image, or a uint8 tensor (c h w), and its class index, or None.
     `classes`, the names, is needed where there are labels. What it raises counts as a bad file.
@@ -47,6 +47,8 @@ class PythonSpec(ImagesSpec):
 
 
 class Hooked:
+    """The images of a data set that a user's function returned. See hdit.data.images.Entries."""
+
     setting = "data.hook"
 
     def __init__(self, hook: str):
@@ -73,9 +75,11 @@ class Hooked:
         return len(self.images)
 
     def name(self, index: int) -> str:
+        """The hook and the index."""
         return f"{self.place}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Asks for the image -> (image, class index). Raises DataError for what is no such pair."""
         item = self.images[index]
         where = f"data.hook: {self.place!r} returned a data set whose item {index}"
         if not isinstance(item, list | tuple) or len(item) != 2:
@@ -83,6 +87,7 @@ class Hooked:
         return self._image(item[0], where), self._label(item[1], where)
 
     def stamp(self, index: int) -> str:
+        """Never asked for: data.cache is refused."""
         raise AssertionError("there is none: data.cache is refused")
 
     def _image(self, image: Any, where: str) -> Image.Image:

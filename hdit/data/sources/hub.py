@@ -51,6 +51,8 @@ class HubSpec(ImagesSpec):
 
 
 class Hub:
+    """The images of a data set of Hugging Face. See hdit.data.images.Entries."""
+
     def __init__(self, spec: HubSpec):
         self.setting = "data.path" if spec.name is None else "data.name"
         self.place = spec.name or spec.path or ""
@@ -148,9 +150,11 @@ class Hub:
         return len(self.labels)
 
     def name(self, index: int) -> str:
+        """The data set and the row."""
         return f"{self.place}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image of a row -> (image, class index)."""
         stored = self.images[index][self.column]
         if stored is None:
             raise ValueError("there is no image")
@@ -158,4 +162,5 @@ class Hub:
         return open_image(stored["path"] if content is None else content), self.labels[index]
 
     def stamp(self, index: int) -> str:
+        """The row, its label, and the fingerprint of the data set."""
         return f"{index} {self.labels[index]} {self.images._fingerprint}"

@@ -1,4 +1,4 @@
-"""Which of some files are images, in which order, and what their labels are."""
+"""Listing of files: which are images, in which order, and with which labels."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
+    """Whether a name has the extension of a format that Pillow reads."""
     return posixpath.splitext(name)[1].lower() in extensions()
 
 
 def order(name: str) -> list[tuple[bool, str]]:
-    """The files of a folder, by name, before those of its sub-folders."""
+    """Sorting key: the files of a folder, by name, before those of its sub-folders."""
     *folders, file = name.split("/")
     return [*((True, folder) for folder in folders), (False, file)]
 
 
 def arrange(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Listing:
-    """The images among `names`, flat or in a sub-folder for each class, or labelled by a sheet.
+    """Lists the images among `names`: flat, in a sub-folder for each class, or labelled by a sheet.
 
     A sheet is a file at the top that has the labels: `metadata.jsonl` or `metadata.csv` as for
     datasets' imagefolder, with `file_name` and, where there are labels, `label`; or the
@@ -81,7 +82,7 @@ class _Rows(NamedTuple):
 
 
 def _sheet(name: str, read: Callable[[str], bytes], where: str) -> _Rows | None:
-    """What a sheet says; None where it says nothing of labels, as another program's."""
+    """Reads a sheet; None where it says nothing of labels, as another program's."""
     where = f"{where} has a {name} that"
     try:
         text = read(name).decode("utf-8-sig")
@@ -197,7 +198,10 @@ def _resolved(files: list[str], known: set[str], where: str) -> dict[str, int]:
 
 
 def by_name(labels: Sequence[Any], where: str) -> tuple[list[int], list[str]]:
-    """Labels as class indices, and the classes: the names that occur, sorted; numbers by value."""
+    """Turns labels into class indices -> (indices, classes: the sorted names, or numbers by value).
+
+    Raises DataError for names and numbers together.
+    """
     values = set(labels)
     if len({type(value) for value in values}) > 1:
         raise DataError(f"{where} has labels that are names and labels that are numbers")

@@ -28,17 +28,22 @@ class ShapesSpec(Spec):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
         return 3, *self.size
 
     @property
     def flip(self) -> bool:
+        """Whether half of the images are mirrored: never, for they are drawn at random."""
         return False
 
     def open(self) -> Shapes:
+        """Makes the source."""
         return Shapes(self)
 
 
 class Shapes:
+    """Drawn shapes, (3 h w) uint8, by index: each is a function of the seed and its index."""
+
     def __init__(self, spec: ShapesSpec):
         self.spec, self.classes = spec, CLASSES
 

@@ -1,4 +1,4 @@
-"""Which files a path with braces and wildcards names, as in train-{000..146}.tar or *.tar."""
+"""Paths with braces and wildcards, as in train-{000..146}.tar or *.tar, and their files."""
 
 from __future__ import annotations
 

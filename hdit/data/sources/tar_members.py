@@ -35,6 +35,7 @@ class TarFile:
         os.close(self.handle)
 
     def read(self, start: int, size: int) -> bytes:
+        """Reads up to `size` bytes from `start` on."""
         return os.pread(self.handle, size, start)
 
 
@@ -49,11 +50,12 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
+        """Byte at which the next header may start."""
         return _next_block(self.data + self.size)
 
 
 def members(file: TarFile, start: int) -> Iterator[Member]:
-    """Those of a tar (ustar, GNU or pax) from the header at `start` on.
+    """Yields the members of a tar (ustar, GNU or pax) from the header at `start` on.
 
     Raises ValueError where it is damaged. A tar may end without the zeros that say so.
     """
@@ -79,10 +81,8 @@ def members(file: TarFile, start: int) -> Iterator[Member]:
             elif kind in EXTENDED:
                 records = dict(_records(file.read(data, size)))
                 sparse = any(key.startswith(b"GNU.sparse.") for key in records)
-                if b"path" in records:
-                    long_name = _text(records[b"path"])
-                if b"size" in records:
-                    long_size = int(records[b"size"])
+                long_name = _text(records[b"path"]) if b"path" in records else long_name
+                long_size = int(records[b"size"]) if b"size" in records else long_size
             at = _next_block(data + size)
             continue
         name = name if long_name is None else long_name
@@ -112,7 +112,7 @@ def _header(block: bytes) -> tuple[str, int, bytes]:
 
 
 def _number(field: bytes) -> int:
-    """In octal, or for what octal has no room for in binary."""
+    """Reads a number in octal, or a larger one in binary."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.partition(b"\0")[0].strip()
@@ -126,7 +126,7 @@ def _text(field: bytes) -> str:
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Of pax: "%d key=value\\n", where the number is the length of it all."""
+    """Yields the records of pax: "%d key=value\\n", where the number is the length of it all."""
     at = 0
     while found := re.compile(rb"(\d+) ([^=]+)=").match(content, at):
         end = at + int(found[1])

@@ -16,7 +16,7 @@ from hdit.data.sources.tar_samples import Entry, Shards
 
 
 class Reference(NamedTuple):
-    """What an order calls an image."""
+    """A reference to an image: its pass, its shard, and where it lies there."""
 
     epoch: int
     shard: int
@@ -69,7 +69,7 @@ class TarOrder:
             self._order_shards()
 
     def state(self) -> dict[str, Any]:
-        """What `_resume` goes on from, for JSON."""
+        """Resume state after the images that were given out; for JSON."""
         return {
             "shards": self.shards.identity,
             "seed": self.seed_of_pass,
@@ -97,7 +97,7 @@ class TarOrder:
         return reference
 
     def _begin(self) -> None:
-        """The next pass."""
+        """Begins the next pass."""
         self.passes += 1
         self.seed_of_pass = self.seed
         self._order_shards()
@@ -120,7 +120,7 @@ class TarOrder:
         return Reference(self.passes - 1, entry.shard, entry.start)
 
     def _fill(self) -> Iterator[Entry]:
-        """As many of the next entries of this pass as the buffer has room for."""
+        """Reads the next entries of this pass, as many as the buffer has room for."""
         for _ in range(len(self.buffer), self.limit + 1):
             entry = self._read()
             if entry is None:

@@ -19,7 +19,7 @@ OPEN_SHARDS = 64  # files that a process holds open
 
 
 class Entry(NamedTuple):
-    """A sample as its headers tell it, or what stands in the place of one."""
+    """A sample as its headers tell it, or the damage in its place."""
 
     shard: int
     start: int  # of its first header
@@ -51,7 +51,7 @@ class Shards:
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that is not a fork, which opens the files again."""
+        """State for a process that is not a fork, which opens the files again."""
         return {key: value for key, value in vars(self).items() if key != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Shards:
         return self._open(shard).read(start, size)
 
     def entries(self, shard: int, start: int = 0) -> Iterator[Entry]:
-        """Those of a shard from the header at `start` on, and where it is damaged, one for that.
+        """Yields the entries of a shard from the header at `start` on, and one for damage, if any.
 
         Raises DataError for a member that would leave the folder that it is unpacked in.
         """
@@ -103,7 +103,7 @@ class Shards:
             yield Entry(shard, at, None, "", trouble=trouble)
 
     def all_entries(self) -> Iterator[Entry]:
-        """Those of all shards, in the order that they lie in."""
+        """Yields the entries of all shards, in the order that they lie in."""
         for shard in range(len(self.paths)):
             yield from self.entries(shard)
 

@@ -24,7 +24,7 @@ from hdit.data.images import (
     BadFiles,
     ImagesSpec,
     open_image,
-    to_pixels,
+    pixels_of,
 )
 from hdit.data.source import CENTER, Chance, DataError, Sample
 from hdit.data.sources.archive import BYTES_OF_A_PIXEL
@@ -45,6 +45,9 @@ def _number_or_names(classes: Any) -> Any:
     raise ValueError("must be the number of classes, or a list of their names")
 
 
+Classes = Annotated[int | list[str], BeforeValidator(_number_or_names)]
+
+
 class TarSpec(ImagesSpec):
     """WebDataset's tar files, on a local disk or a mounted one.
 
@@ -60,7 +63,7 @@ class TarSpec(ImagesSpec):
     shuffle_buffer: int = Field(
         10_000, ge=0, description="images that one is drawn from; 0 or 1 leaves a shard's order"
     )
-    classes: Annotated[int | list[str], BeforeValidator(_number_or_names)] | None = Field(
+    classes: Classes | None = Field(  # type: ignore[assignment]
         None, description="how many, or their names; 0 to leave labels unused"
     )
     label_key: str | None = Field(
@@ -127,14 +130,14 @@ class Tars:
             )
 
     def __getitem__(self, reference: Reference) -> Sample:
-        """The image that is called so; where it cannot be read, the next one of its shard.
+        """The image of a reference; if it cannot be read, the next one of its shard.
 
         Raises DataError where too many are bad, or one where none may be.
         """
         return self.draw(reference, CENTER)
 
     def draw(self, reference: Reference, chance: Chance) -> Sample:
-        """The same, with the window that a random crop takes by `chance`."""
+        """The image of a reference, with the window that a random crop takes by `chance`."""
         if reference.epoch != self.epoch:
             self.epoch = reference.epoch
             if self.bad.num_drawn >= MIN_DRAWN:  # or few would never be judged
@@ -164,7 +167,7 @@ class Tars:
     def _load(self, entry: Entry, chance: Chance) -> tuple[Tensor, int]:
         image, label = self.open_entry(entry)
         with image:
-            return to_pixels(image, self.spec, chance), label
+            return pixels_of(image, self.spec, chance), label
 
     def open_entry(self, entry: Entry) -> tuple[Image.Image, int]:
         """Opens the image of an entry, and reads its label. Raises ValueError for a bad one."""
@@ -204,14 +207,14 @@ class Tars:
         return index
 
     def order(self, seed: int, state: dict[str, Any] | None = None) -> TarOrder:
-        """From the front, or from where another order was in `state`.
+        """Begins a first pass, or goes on from another order's `state`.
 
-        Raises DataError where that was one of other shards.
+        Raises DataError for a state of other shards.
         """
         return TarOrder(self.shards, self.spec.shuffle_buffer, seed, state)
 
     def references(self) -> list[Reference]:
-        """What an order calls the images. Reads all headers, once."""
+        """References of all images, in the order that they lie in. Reads all headers, once."""
         return [Reference(0, entry.shard, entry.start) for entry in self.shards.all_entries()]
 
     def first(self) -> Sample:
@@ -220,7 +223,7 @@ class Tars:
         return self[Reference(0, entry.shard, entry.start)]
 
     def listed(self) -> TarEntries:
-        """The same images by index, for a look at all of them. Reads all headers, once."""
+        """The same images by index, for `hdit data check`. Reads all headers, once."""
         places = ((entry.shard, entry.start) for entry in self.shards.all_entries())
         return TarEntries(self, np.array(list(places), np.int64).reshape(-1, 2))
 
@@ -241,10 +244,13 @@ class TarEntries:
         return next(self.tars.shards.entries(*self.places[index].tolist()))
 
     def name(self, index: int) -> str:
+        """The shard and the member."""
         return self.tars.shards.name(self._entry(index))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens the image -> (image, class index)."""
         return self.tars.open_entry(self._entry(index))
 
     def stamp(self, index: int) -> str:
+        """Never asked for: data.cache is refused."""
         raise AssertionError("there is none: data.cache is refused")

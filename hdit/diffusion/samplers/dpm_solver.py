@@ -104,6 +104,28 @@ def dpm_fast(
     return denoise(x, (-lam).exp().to(x.dtype)) if to_zero else x
 
 
+def _step_length(lam: Tensor, end: Tensor, h: Tensor, going: Tensor) -> Tensor:
+    """h (b,), but not beyond the end. Raises SolverError if one that is going has shrunk to 0."""
+    step = torch.minimum(h, end - lam)
+    if (step[going] < 1e-8).any():
+        raise SolverError(
+            f"the solver came to a stop at sigma {(-lam[going]).exp().max().item():.6g}: the "
+            "denoiser is not smooth, or not finite; try a larger rtol, or another sampler"
+        )
+    return step
+
+
+def _two_orders(
+    denoise: Denoise, x: Tensor, eps: Tensor, lam: Tensor, h: Tensor, order: int
+) -> tuple[Tensor, Tensor]:
+    """x at lam + h by the order below `order`, and by it; they share their evaluations."""
+    r = 0.5 if order == 2 else 1 / 3
+    x_low, eps_r = _solver_step(denoise, x, eps, lam, h, order - 1, r)
+    if order == 2:
+        return x_low, _solver_step(denoise, x, eps, lam, h, 2, r)[0]
+    return x_low, _third_order(denoise, x, eps, eps_r, lam, h, r)
+
+
 @sampler(order=3)
 def dpm_adaptive(
     denoise: Denoise,
@@ -132,22 +154,11 @@ def dpm_adaptive(
     low = x  # of the lower order, at the last accepted step
     i = 0
     while (going := lam < end - 1e-5).any():
-        step = torch.minimum(h, end - lam)
-        if (step[going] < 1e-8).any():
-            raise SolverError(
-                f"the solver came to a stop at sigma {(-lam[going]).exp().max().item():.6g}: the "
-                "denoiser is not smooth, or not finite; try a larger rtol, or another sampler"
-            )
-        step = torch.where(going, step, 1e-3)  # of those at their end nothing is kept
+        step = torch.where(going, _step_length(lam, end, h, going), 1e-3)  # any, at their end
         sigma = (-lam).exp()
         eps = _eps(denoise, x, sigma)
         report(on_step, i, x, x - per_image(sigma, x) * eps)
-        r = 0.5 if order == 2 else 1 / 3
-        x_low, eps_r = _solver_step(denoise, x, eps, lam, step, order - 1, r)
-        if order == 2:
-            x_high, _ = _solver_step(denoise, x, eps, lam, step, 2, r)
-        else:
-            x_high = _third_order(denoise, x, eps, eps_r, lam, step, r)
+        x_low, x_high = _two_orders(denoise, x, eps, lam, step, order)
         scale = torch.maximum(x_low.abs(), low.abs()).mul(rtol).clamp(min=atol)
         error = ((x_low - x_high) / scale).flatten(1).square().mean(1).sqrt().double()
         growth = 1 + (((error + 1e-8) ** (-1 / order)) - 1).atan()

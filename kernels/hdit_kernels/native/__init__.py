@@ -42,7 +42,7 @@ class NativeError(RuntimeError):
 
 
 def cpu_capability() -> str:
-    """What is compiled for: a key of VECTORS."""
+    """The capability that is compiled for: a key of VECTORS."""
     found = torch.backends.cpu.get_cpu_capability()
     return found if found in VECTORS else "DEFAULT"
 
@@ -175,7 +175,7 @@ def library() -> Library | NativeError:
 
 
 def vector_bytes() -> int:
-    """Of the registers that the library for this machine computes with."""
+    """Width of the registers that the library for this machine computes with."""
     return 64 if cpu_capability() == "AVX512" else 32
 
 

@@ -14,6 +14,7 @@ import torch
 import hdit as hdit_package
 from hdit import doctor
 from hdit.device import auto_precision
+from hdit.doctor import attention, examination, facts, machine, precisions, trying
 from hdit_kernels import BACKENDS, native, neighborhood, select_backend
 from hdit_kernels.neighborhood import AUTO, Choice, Problem
 
@@ -25,7 +26,7 @@ SMALL = (1, 8, 8, 1, 16), torch.float32, 3
 def report():
     """All of it on this machine, with its compilation, but of a small problem."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "attention_problem", lambda device: SMALL)
+        patch.setattr(attention, "attention_problem", lambda device: SMALL)
         return doctor.examine()
 
 
@@ -33,8 +34,8 @@ def report():
 def quick(monkeypatch):
     """Attention of a small problem, and no compilation."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(doctor, "attention_problem", lambda device: SMALL)
-    monkeypatch.setattr(doctor, "COMPILE", "print(1.5)")
+    monkeypatch.setattr(attention, "attention_problem", lambda device: SMALL)
+    monkeypatch.setattr(machine, "COMPILE", "print(1.5)")
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_doctor_lists_every_backend_with_a_time_or_a_reason(report):
         trained = found.forward_backward_ms is not None
         assert trained != bool(found.problem or found.training_problem)
         if trained:
-            assert 0 < found.forward_ms < 1000 * doctor.LONGEST
+            assert 0 < found.forward_ms < 1000 * attention.LONGEST
 
 
 def test_doctor_marks_what_auto_takes(report):
@@ -126,7 +127,7 @@ def test_doctor_compiles_or_says_why_not(report):
     assert compiled.device == "cpu"
     assert (compiled.seconds is None) == (compiled.problem is not None)
     if compiled.seconds is not None:
-        assert 0 < compiled.seconds < doctor.COMPILING
+        assert 0 < compiled.seconds < machine.COMPILING
 
 
 def test_doctor_finds_precisions_by_trying(report):
@@ -141,13 +142,13 @@ def test_doctor_finds_precisions_by_trying(report):
 
 def test_doctor_tells_tf32_of_cuda_alone(monkeypatch):
     """With what is tried on a device in the place of the device."""
-    monkeypatch.setattr(doctor, "_check_float32", lambda device, tf32: None)
-    monkeypatch.setattr(doctor, "_check_autocast", lambda device, dtype: None)
-    monkeypatch.setattr(doctor, "multiplies_bf16", lambda device: True)
-    monkeypatch.setattr(doctor, "auto_precision", lambda device: "bf16")
-    cpu = doctor._cpu()
+    monkeypatch.setattr(precisions, "check_float32", lambda device, tf32: None)
+    monkeypatch.setattr(precisions, "check_autocast", lambda device, dtype: None)
+    monkeypatch.setattr(precisions, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(precisions, "auto_precision", lambda device: "bf16")
+    cpu = machine.find_cpu()
     for device, names in (("cuda:0", ["fp32", "tf32", "bf16", "fp16"]), ("mps", ["fp32", "bf16"])):
-        found = doctor._precisions(torch.device(device), cpu)
+        found = precisions.try_precisions(torch.device(device), cpu)
         assert [p.dtype for p in found][: len(names)] == names
         assert [p.dtype for p in found if p.auto] == ["bf16"]
 
@@ -156,7 +157,7 @@ def test_doctor_knows_a_precision_that_autocast_leaves_out():
     """Autocast on a CPU refuses float64 with a warning, and goes on in float32."""
     cpu = torch.device("cpu")
     with pytest.warns(UserWarning, match="autocast"):
-        assert "torch.float32" in doctor._check_autocast(cpu, torch.float64)
+        assert "torch.float32" in precisions.check_autocast(cpu, torch.float64)
 
 
 def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monkeypatch):
@@ -183,13 +184,13 @@ def test_doctor_prints_every_backend_and_reason_in_80_columns(quick, hdit, monke
     assert found["forwardonly"][0] == "forwardonly (auto: sampling)"
     assert found["tile"][0] == "tile (auto: training)"
     assert "with backward" in found["reference"][2]
-    machine = rows(out, "machine")
-    assert machine["torch.compile"][1] == "cpu: works: 1.5 s"
-    assert f"{auto_precision(torch.device('cpu'))} yes (auto)" in machine["cpu"][1]
+    told = rows(out, "machine")
+    assert told["torch.compile"][1] == "cpu: works: 1.5 s"
+    assert f"{auto_precision(torch.device('cpu'))} yes (auto)" in told["cpu"][1]
     packages = rows(out, "optional packages")
-    for name, (purpose, install) in doctor.PACKAGES.items():
+    for name, (purpose, install) in machine.PACKAGES.items():
         assert packages[name][1] == purpose
-        assert packages[name][2] in (doctor._version(name), f"missing: {install}")
+        assert packages[name][2] in (machine.package_version(name), f"missing: {install}")
 
 
 def test_doctor_without_a_compiler_says_so_and_ends_well(quick, no_compiler, hdit):
@@ -198,8 +199,8 @@ def test_doctor_without_a_compiler_says_so_and_ends_well(quick, no_compiler, hdi
     found = rows(out, "neighborhood attention on cpu")
     assert found["cpu"][2] == f"no: {ABSENT}"
     assert found["tile"][0] == "tile (auto)"
-    machine = rows(out, "machine")
-    assert machine["C++"][1].endswith(ABSENT)
+    told = rows(out, "machine")
+    assert told["C++"][1].endswith(ABSENT)
     assert out.count("hdit can train here.") == 1
 
 
@@ -224,7 +225,7 @@ def test_doctor_fails_where_what_auto_takes_fails(quick, hdit, monkeypatch):
 
 
 def test_doctor_fails_where_a_product_is_wrong(quick, hdit, monkeypatch):
-    monkeypatch.setattr(doctor, "_check_float32", lambda device, tf32: "wrong")
+    monkeypatch.setattr(precisions, "check_float32", lambda device, tf32: "wrong")
     status, out, err = hdit("doctor", "--fast", "--json")
     assert status == 1
     assert "broken: cpu does not train in fp32: wrong" in err
@@ -242,20 +243,20 @@ def test_doctor_prints_json_of_the_whole_report(quick, hdit):
     status, out, _ = hdit("doctor", "--json")
     assert status == 0
     told = json.loads(out)
-    assert list(told) == [field.name for field in fields(doctor.Report)]
+    assert list(told) == [field.name for field in fields(facts.Diagnosis)]
     assert told["torch"] == torch.__version__
     assert told["torch_compile"] == [{"device": "cpu", "seconds": 1.5, "problem": None}]
     backends = told["attention"][0]["backends"]
     assert [found["backend"] for found in backends] == list(BACKENDS)
-    assert [found["name"] for found in told["packages"]] == list(doctor.PACKAGES)
+    assert [found["name"] for found in told["packages"]] == list(machine.PACKAGES)
 
 
 def test_doctor_fast_neither_compiles_nor_times(quick, hdit, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("--fast skips this")
 
-    monkeypatch.setattr(doctor, "_compile", never)
-    monkeypatch.setattr(doctor, "_time", never)
+    monkeypatch.setattr(examination, "try_compile", never)
+    monkeypatch.setattr(attention, "time_backend", never)
     status, out, _ = hdit("doctor", "--fast")
     assert status == 0
     assert rows(out, "machine")["torch.compile"][1] == "not tried"
@@ -273,12 +274,12 @@ def test_doctor_fast_neither_compiles_nor_times(quick, hdit, monkeypatch):
         ("print('Lost: inductor raised:\\nno g++'); sys.exit(1)", "Lost: inductor raised: no g++"),
         ("sys.exit('not so')", "fails (1): not so"),
         ("os.kill(os.getpid(), 9)", "fails (-9): it said nothing"),
-        ("print('x' * 10_000); sys.exit(1)", "x" * doctor.LONGEST_LINE + " ..."),
+        ("print('x' * 10_000); sys.exit(1)", "x" * trying.LONGEST_LINE + " ..."),
     ],
 )
 def test_doctor_says_in_a_line_why_nothing_compiles(monkeypatch, program, wanted):
-    monkeypatch.setattr(doctor, "COMPILE", f"import os, sys\n{program}")
-    found = doctor._compile(torch.device("cpu"))
+    monkeypatch.setattr(machine, "COMPILE", f"import os, sys\n{program}")
+    found = machine.try_compile(torch.device("cpu"))
     assert found.seconds is None
     assert wanted in found.problem
     assert "Set X" not in found.problem
@@ -290,20 +291,20 @@ def test_doctor_says_why_there_is_no_cuda(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert doctor._why_no_cuda([]) == "torch is built for the CPU alone"
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert "install torch for CUDA" in doctor._why_no_cuda([])
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert machine.why_no_cuda([]) == "torch is built for the CPU alone"
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "install torch for CUDA" in machine.why_no_cuda([])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = doctor._why_no_cuda([])
+    found = machine.why_no_cuda([])
     assert found == "RuntimeError: Found no NVIDIA driver on your system."
-    assert doctor._why_no_cuda(["the driver is too old\nsee"]) == "the driver is too old"
+    assert machine.why_no_cuda(["the driver is too old\nsee"]) == "the driver is too old"
 
 
 def test_doctor_names_extras_that_hold_the_packages():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    for name, (_, install) in doctor.PACKAGES.items():
+    for name, (_, install) in machine.PACKAGES.items():
         if "hdit[" in install:
             extra = install.partition("[")[2].partition("]")[0]
             assert any(wanted.startswith(name) for wanted in extras[extra]), name

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from hdit import __version__ as version
+from hdit.models import memory
 from hdit.runs.checkpoint import find
 from hdit.sampling import writer as samples
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NO_MEMORY = memory.Memory(0, 0, 0, 0, {}, 0, 0)
 
 
 @pytest.fixture
@@ -434,8 +442,91 @@ def test_info_refuses_a_device_of_which_it_knows_nothing(tiny, hdit):
 
 
 def test_info_of_a_dit_counts_its_position_table_apart(hdit):
-    config = Path(__file__).parents[1] / "configs" / "digits-dit.toml"
-    status, out, _ = hdit("info", config)
+    status, out, _ = hdit("info", CONFIGS / "digits-dit.toml")
     assert status == 0
     assert "1,865,217" in out
     assert f"with DiT's fixed position table: {1_865_217 + 64 * 128:,} parameters" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("hdit-imagenet256", ["557,416,522", "197.6 G", "1000 classes"]),
+        ("dit-xl-2-256", ["118.6 G", "with DiT's fixed position table: 675,129,632 parameters"]),
+    ],
+)
+def test_info_of_a_paper_prints_its_figures_as_it_stands(hdit, name, figures, monkeypatch):
+    """Crowson et al. (2024), table 7; Peebles & Xie (2023), table 4. No data are there."""
+    monkeypatch.setattr(memory, "training_memory", lambda *a, **k: NO_MEMORY)
+    status, out, err = hdit("info", name)
+    assert status == 0, err
+    assert all(figure in out for figure in figures), out
+    assert "counted without classes" not in out
+
+
+def test_number_of_classes_is_checked_against_the_data(tiny, hdit, tmp_path):
+    for kind in "ab":
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(tmp_path / "pets" / kind / "0.png")
+    data = f"data={{kind='folder', path='{tmp_path / 'pets'}', size=8, classes=3}}"
+    status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--set", data)
+    assert status == 1
+    assert err.startswith("error: data.classes: 3 are asked for, and '")
+    assert err.endswith("has 2; set data.classes=2, or leave it out\n")
+    assert hdit("info", tiny, "--set", data)[0] == 0, "which counts for the data to come"
+    few = ["--set", "data.classes=2", "--set", "training.images=16", "--set", "sampling.grid=0"]
+    assert hdit("train", tiny, "--run", tmp_path / "run", "--set", data, *few)[0] == 0
+
+
+def test_configs_lists_presets_with_a_line_each(hdit):
+    status, out, _ = hdit("configs")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines == sorted(lines, key=lambda line: ("/" in line.split()[0], line))
+    [digits] = [line for line in lines if line.startswith("digits-hdit ")]
+    assert "HDiT on 8x8 handwritten digits" in digits
+
+
+def test_configs_prints_a_preset_to_start_from(hdit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = hdit("configs", "digits-hdit")
+    assert status == 0
+    assert out == (CONFIGS / "digits-hdit.toml").read_text(), "with its comments"
+    status, out, _ = hdit("configs", "digits-dit-variance")
+    assert status == 0
+    Path("mine.toml").write_text(out)
+    few = ["training.images=8", "training.batch_size=4", "sampling.grid=0"]
+    options = [text for pair in few for text in ("--set", pair)]
+    status, _, err = hdit("train", "mine.toml", *options)
+    assert status == 0, err
+    status, _, err = hdit("configs", "digits-hdti")
+    assert status == 1
+    assert err == "error: NAME: there is no preset 'digits-hdti'; did you mean digits-hdit?\n"
+
+
+def test_data_check_and_evaluate_take_a_preset(hdit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = hdit("data", "check", "digits-hdit")
+    assert status == 1
+    assert "'digits' has no pictures to check" in err
+    status, _, err = hdit("evaluate", "digits-hdit", "digits-hdti")
+    assert status == 1
+    assert err.startswith("error: digits-hdti: does not exist")
+
+
+def test_version_is_that_of_the_package(hdit):
+    assert hdit("--version") == (0, f"hdit {version}\n", "")
+
+
+def test_shell_completes_verbs_and_options(tmp_path):
+    def completed(text, word):
+        environment = os.environ | {"_HDIT_COMPLETE": "complete_bash"}
+        environment |= {"COMP_WORDS": text, "COMP_CWORD": str(word)}
+        code = "import sys; sys.argv = ['hdit']; from hdit.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert completed("hdit e", 1) == ["evaluate", "encode"]
+    assert "--sampler" in completed("hdit sample --s", 2)

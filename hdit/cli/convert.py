@@ -1,0 +1,50 @@
+"""hdit convert"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdit.cli.options import Raw
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A run or checkpoint; a converted folder; k-diffusion's .safetensors, or .json "
+            "alone; DiT's .pt; a folder of diffusers.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="A new folder; a file for k-diffusion, facebook-dit or a config."),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="hdit, k-diffusion, facebook-dit or diffusers.  [default: hdit, a folder that "
+            "`hdit sample` reads; a config for a config]",
+        ),
+    ] = None,
+    raw: Raw = False,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell."
+        ),
+    ] = None,
+) -> None:
+    """Read a checkpoint of this or another project, and write it as another's.
+
+    No pickle is executed. OUT is written whole or not at all.
+    """
+    from hdit.runs.conversion import convert as convert_model
+
+    done = convert_model(source, out, to, raw=raw, num_heads=num_heads)
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{done.origin} -> {done.kind}: {done.path}")

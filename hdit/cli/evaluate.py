@@ -1,0 +1,154 @@
+"""hdit evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hdit.cli.options import (
+    BATCH_SIZE,
+    SEED,
+    AsJson,
+    Guidance,
+    Raw,
+    SamplingOverrides,
+    Steps,
+    Workers,
+)
+from hdit.cli.output import plain_console, progress, warn
+
+if TYPE_CHECKING:
+    from hdit.evaluation.card import Comparison
+    from hdit.evaluation.features import Extractor
+    from hdit.evaluation.image_sets import ImageSet
+
+
+def evaluate(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="Images: a folder (any layout), .zip, .npz (arr_0), or a config or preset, for "
+            "its data as training crops them; or a model to sample, as of `hdit sample`.",
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The reference: images, in any of these forms.")
+    ],
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_FUNCTION",
+            help="A TorchScript file, or module:function, from uint8 RGB (b 3 h w) to (b d). Both "
+            "run the code in them: trust them first.  [default: clean-fid's Inception]",
+        ),
+    ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option("-n", "--number", min=2, help="Images to sample.  [default: 10000]"),
+    ] = None,
+    seed: Annotated[int | None, SEED] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: Annotated[int | None, BATCH_SIZE] = None,
+    raw: Raw = False,
+    overrides: SamplingOverrides = None,
+    workers: Workers = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the card as JSON, too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far images are from a reference: FID and KID.
+
+    Two figures are comparable if their protocol is the same: a hash of the reference, the features,
+    and the number and size of the images. The card holds all of it, and the sampler's settings.
+    Without --batch-size, images are read 64 at a time, and sampled as the model's settings say.
+    """
+    import json
+
+    from hdit.config.presets import or_preset
+    from hdit.data.check import processes
+    from hdit.device import default_device, keep_freed_memory
+    from hdit.errors import UserError
+    from hdit.evaluation import card, image_sets
+    from hdit.evaluation.features import open_features
+    from hdit.files import write_text
+    from hdit.runs.trained import is_trained
+
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out: {out} must name a file, in a folder that is there")
+    if is_trained(Path(b)):
+        raise UserError(f"B: {b} is a model; the reference must be images; only A may be a model")
+    keep_freed_memory()
+    reference = image_sets.open_set(or_preset(b))
+    candidate: ImageSet
+    if is_trained(Path(a)):
+        options = {
+            "--steps": ("steps", steps),
+            "--batch-size": ("batch_size", batch_size),
+            "--guidance": ("guidance.scale", guidance),
+        }
+        candidate = _samples(Path(a), number or 10_000, seed or 0, raw, options, overrides or [])
+    else:
+        given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
+        given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"{name}: has no effect, as A ({a}) is no model to sample")
+        candidate = image_sets.open_set(or_preset(a))
+    extractor = open_features(features, default_device(), lambda text: typer.echo(text, err=True))
+    workers = processes() if workers is None else workers
+    found = _compare(candidate, reference, extractor, batch_size or 64, workers)
+    for text in found.warnings:
+        warn(text)
+    written = json.dumps(found.card, indent=1)
+    if out is not None:
+        write_text(out, written + "\n")
+    if as_json:
+        typer.echo(written)
+    else:
+        plain_console().print(card.table(found))
+
+
+def _samples(
+    source: Path,
+    number: int,
+    seed: int,
+    raw: bool,
+    options: dict[str, tuple[str, Any]],
+    overrides: list[str],
+) -> ImageSet:
+    """Samples of a model by its own settings, but for what is given."""
+    from hdit.device import default_device
+    from hdit.evaluation.image_sets import Sampled
+    from hdit.runs.trained import Trained
+    from hdit.sampling.options import with_options
+
+    trained = with_options(Trained.open(source, warn), source, options, overrides)
+    return Sampled(trained, number, seed, raw, default_device(), warn)
+
+
+def _compare(
+    a: ImageSet, b: ImageSet, extractor: Extractor, batch_size: int, workers: int
+) -> Comparison:
+    """The distances, with bars that tell how far they are."""
+    from hdit.evaluation.card import compare
+
+    with progress() as bar:
+        tasks = {
+            which: bar.add_task(f"features of {which}", total=len(images))
+            for which, images in (("A", a), ("B", b))
+        }
+        kid = bar.add_task("KID's subsets", total=None)
+        return compare(
+            a,
+            b,
+            extractor,
+            batch_size=batch_size,
+            workers=workers,
+            on_images=lambda which, n: bar.advance(tasks[which], n),
+            on_subset=lambda: bar.advance(kid),
+        )

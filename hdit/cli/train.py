@@ -1,0 +1,64 @@
+"""hdit train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdit.cli.options import ConfigFile, Overrides
+
+
+def train(
+    config: ConfigFile,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's folder.  [default: runs/<name of CONFIG>]"),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="Save a checkpoint and end after so long; time for checkpoints and samples "
+            "is not counted.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model, or resume its run: the same command does both.
+
+    The folder gets config.toml, metrics.jsonl, checkpoints/ and a grid of samples/ at each
+    checkpoint. Ctrl-C saves a checkpoint and ends.
+    """
+    import gc
+    import logging
+    import math
+
+    import torch.distributed as dist
+
+    from hdit.config import load
+    from hdit.config.presets import find_config
+    from hdit.device import keep_freed_memory
+    from hdit.errors import UserError
+    from hdit.training.trainer import Trainer
+
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes: must be a finite number above 0, got {minutes:g}")
+    config = find_config(config)
+    settings = load(config, overrides or [])
+    folder = run or Path("runs", config.stem)
+    written = folder / "config.toml"
+    if written.exists() and written.samefile(config) and config.read_text() != load(config).dump():
+        raise UserError(
+            f"--run: {folder} would get its settings written over {config}; name another folder"
+        )
+    logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
+    keep_freed_memory()
+    trainer = Trainer(settings, folder)
+    finished = trainer.fit(None if minutes is None else 60 * minutes)
+    if dist.is_initialized():
+        gc.collect()  # what still holds the group, or its threads outlive it and abort the process
+        dist.destroy_process_group()
+    if not finished and trainer.signalled:
+        raise typer.Exit(130)
