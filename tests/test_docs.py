@@ -60,26 +60,6 @@ NOT_RUN = {
 """Commands of the pages that no test runs, and why. tests/data/test_check.py runs the shell blocks
 under a line `<!-- run: ... -->`."""
 
-PENDING = {
-    "hdit configs": "presets",
-    "hdit configs digits-hdit": "presets",
-    "hdit configs folder64-hdit > my.toml": "presets",
-    "hdit train digits-hdit": "presets",
-    "hdit train digits-hdit --minutes 10": "presets",
-    "hdit info folder64-hdit --set data.path=my_images": "presets",
-    "hdit train folder64-hdit --set data.path=my_images": "presets",
-    "hdit encode folder64-dit-latent --set data.path=my_images --out latents": "presets",
-    "hdit train folder64-dit-latent --set data.path=my_images "
-    "--set space.stored=latents": "presets",
-    "hdit info hdit-ffhq1024": "presets",
-    "hdit info hdit-ffhq1024 --device cuda": "presets",
-    "hdit info dit-xl-2-256": "presets",
-    "hdit sample runs/digits-hdit --guide runs/digits-hdit/checkpoints/000000032000 "
-    "--guide-scale 2": "--guide",
-}
-"""Commands of features that are still being built. With all of them there, this goes, and so does
-the test of it."""
-
 FEW = {  # what makes a command of a page one for a test
     r"--minutes [\d.]+": "--minutes 0.001",
     r"(hdit train(?!.*--minutes).*)": r"\1 --minutes 0.001",
@@ -244,11 +224,11 @@ def run_for_a_moment(command: str, trained: Path) -> str:
 # ---- the tests -----------------------------------------------------------------------------------
 
 
-def run_page(page: str, listed: set[str], trained: Path, capfd) -> set[str]:
-    """Runs the commands of a page in turn, but those that are listed -> its verbs and scripts."""
+def run_page(page: str, trained: Path, capfd) -> set[str]:
+    """Runs the commands of a page in turn, but those of NOT_RUN -> its verbs and scripts."""
     verbs = set()
     for command in commands(PAGES[page].read_text()):
-        if command in listed:
+        if command in NOT_RUN:
             continue
         try:
             line = run_for_a_moment(command, trained)
@@ -261,7 +241,7 @@ def run_page(page: str, listed: set[str], trained: Path, capfd) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_runs_or_is_listed(page, place, trained, capfd):
-    verbs = run_page(page, {*NOT_RUN, *PENDING}, trained, capfd)
+    verbs = run_page(page, trained, capfd)
     if page == "docs/guide.md":
         assert verbs >= {
             "train", "encode", "sample", "evaluate",
@@ -271,16 +251,9 @@ def test_every_command_of_a_page_runs_or_is_listed(page, place, trained, capfd):
         assert len(list(Path("pictures").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize(
-    "page", [p for p, path in PAGES.items() if {*commands(path.read_text())} & {*PENDING}]
-)
-def test_pending_commands_of_a_page_run(page, place, trained, capfd):
-    run_page(page, {*NOT_RUN}, trained, capfd)
-
-
 def test_commands_that_are_not_run_are_in_a_page_and_have_their_options():
     said = {command for path in PAGES.values() for command in commands(path.read_text())}
-    assert {*NOT_RUN, *PENDING} <= said
+    assert {*NOT_RUN} <= said
     for command in NOT_RUN:
         program, *arguments = command.split()
         if program == "python":
