@@ -1,11 +1,11 @@
-"""Trains the cells of a matrix for equal budgets, measures them alike, and writes the comparison.
+"""Runs a sweep: trains its configs for equal budgets, measures them alike, and compares them.
 
     python scripts/ablate_backbones.py configs/matrices/small.toml --out runs/ablation-small
 
-hdit/experiments/matrix.py says how a matrix reads. In DIR: `cells/*.json`, a record of each cell
-that is done; `runs/`, their runs; `table.md` and `index.html`, written anew after each cell. The
-same command goes on after an interrupt, in the middle of a cell too. A cell that fails is reported,
-and the others go on; its place is tried again at the next call. Each cell is a process of its own.
+docs/ablation.md says how a sweep's TOML file reads. DIR gets `cells/*.json`, a record of each
+config that is done; `runs/`, their runs; `table.md` and `index.html`, written anew after each.
+The same command continues after an interrupt, also in the middle of a run. A run that fails is
+reported and tried again at the next call; the others continue. Each is a process of its own.
 """
 
 from __future__ import annotations

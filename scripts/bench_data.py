@@ -2,10 +2,10 @@
 
     python scripts/bench_data.py my_images --size 256
 
-The peer opens each file with PIL, makes it RGB, crops it as ADM does, and stacks tensors: what a
-training script of this field has. In each round every contender loads the same pictures once, in
-turn, from files that the system has in memory; ratios are medians of the ratios within a round.
-First the pixels are compared, of every picture. `cached` is hdit with data.cache, filled before.
+The peer opens each file with PIL, converts it to RGB, crops it as ADM does, and stacks tensors, as
+a typical training script does. In each round every contender loads the same images once, in turn,
+from files that the system has in memory; ratios are medians of the ratios within a round. First the
+pixels of every image are compared. `cached` is hdit with data.cache, filled before.
 """
 
 from __future__ import annotations

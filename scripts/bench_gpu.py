@@ -1,4 +1,4 @@
-"""Measures on a GPU all that docs/benchmarks.md is to have of it, in one command and in minutes.
+"""Measures a GPU for docs/benchmarks.md, in one command and in minutes.
 
     python scripts/bench_gpu.py --out results
     python scripts/bench_gpu.py --out results --images photographs --deadline 460

@@ -1,11 +1,11 @@
-"""Checks on a device that every attention backend, and both models with each, compute one thing.
+"""Checks on a device that all attention backends agree, and both models with each of them.
 
     python scripts/check_backends.py --json right.json
 
 Attention, forward and gradients, is compared with the definition in float64, by relative error.
 Models are compared with themselves: the loss and the gradients of one batch, with each backend of
-neighborhood attention (HDiT) and each kernel of torch's attention (DiT), eager and compiled. What
-they are compared with is eager and float32, by the definition (HDiT), or by matrix products (DiT).
+neighborhood attention (HDiT) and each kernel of torch's attention (DiT), eager and compiled. The
+reference is eager and float32, by the definition (HDiT) or by matrix products (DiT).
 Exits with status 1 if anything is wrong.
 """
 

@@ -1,4 +1,4 @@
-"""Checks the command line from end to end on this machine's device, with models that take no time.
+"""Checks the command line from end to end on this machine's device, with tiny models.
 
     python scripts/check_cli.py --json cli.json
 

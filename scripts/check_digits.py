@@ -1,10 +1,10 @@
-"""What a run on the digits has learnt: does a classifier see the class that was asked for, and are
-the samples new images?
+"""Checks what a run on the digits has learnt: whether a classifier sees the class that was asked
+for, and whether the samples are new images.
 
     python scripts/check_digits.py runs/digits-hdit
 
 A small convolutional network is trained on the real training digits; its accuracy on held-out real
-digits says how far its word counts. Distances are Euclidean, over pixels in 0..1, to the nearest
+digits says how far to trust it. Distances are Euclidean, over pixels in 0..1, to the nearest
 training image.
 """
 

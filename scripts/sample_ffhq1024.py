@@ -1,17 +1,17 @@
-"""Samples megapixel pictures with HDiT: 50 evaluations of DPM++(3M) SDE, one PNG for each seed.
+"""Samples megapixel images with HDiT: 50 evaluations of DPM++(3M) SDE, one PNG for each seed.
 
     python scripts/sample_ffhq1024.py runs/hdit-ffhq1024 --out pictures -n 4
     python scripts/sample_ffhq1024.py theirs.safetensors --out pictures     # k-diffusion's
     python scripts/sample_ffhq1024.py --random-weights --out noise -n 1
     python scripts/sample_ffhq1024.py --random-weights --out noise --compile --batch 1 --batch 4
 
-The clock runs while images are made: noise, all evaluations, and their way to the CPU as bytes. It
-does not run while weights are loaded, at the first call, two evaluations of a batch that compile
-and warm up, or while PNG files are written.
+The clock covers noise, all evaluations, and the transfer of images to the CPU as bytes. It leaves
+out loading the weights, the first call (two evaluations of a batch, which compile and warm up), and
+writing PNG files.
 
-MODEL is a run, a checkpoint, or any other model that `hdit sample` takes. With
---random-weights it is the model of configs/hdit-ffhq1024.toml, every layer of it random, those that
-start as zero too: its pictures are noise, and cost what a trained model's cost.
+MODEL is a run, a checkpoint, or any other model that `hdit sample` takes. With --random-weights it
+is the model of configs/hdit-ffhq1024.toml with every layer random, including those that start at
+zero: its images are noise, and cost what a trained model's cost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What HDiT and DiT cost in pixels by the size of the image: counted, and measured.
+"""Counts and measures what HDiT and DiT cost on pixels, by the size of the image.
 
     python scripts/scaling_cost.py --out scaling
     python scripts/scaling_cost.py --out scaling --to 256 --dit-to 128
@@ -6,8 +6,8 @@
 HDiT is row E of the paper's ablation (Crowson et al., 2024, tables 1 and 5), to which each doubling
 of the size adds a level of width 384 and neighborhood attention; DiT is DiT-B/4 on pixels, row R4.
 Both see 1,000 classes. MACs are multiply-accumulates of one forward pass of one image. Seconds are
-the smallest of several forward passes of one image, each point in a process of its own; memory is
-what the process held at its peak above what it held with the weights.
+the smallest of several forward passes of one image, each point in a process of its own. Memory is
+the peak of the process above what it held with the weights.
 
 Writes scaling.json, scaling.md and scaling.svg.
 """

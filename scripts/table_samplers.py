@@ -2,10 +2,10 @@
 
     python scripts/table_samplers.py
 
-The data are N(0, 0.25) in each pixel, whose denoiser is linear in x. So a sample is a sum of its
-start and of the noise that was drawn, each with a factor, and its standard deviation follows
-without any chance: the error is that of this deviation. For a sampler without noise it is the error
-of x itself.
+The data are N(0, 0.25) in each pixel, whose denoiser is linear in x. A sample is then a sum of its
+start and of the noise that was drawn, each with a factor, so its standard deviation is known
+exactly: the error is that of this deviation. For a sampler without noise it is the error of x
+itself.
 """
 
 from __future__ import annotations
@@ -29,22 +29,28 @@ BUDGETS = (10, 20, 50)  # network evaluations
 
 HEAD = """# Samplers
 
-Made by `python scripts/table_samplers.py`. The data are N(0, {sd}^2) in each pixel, for which
-D(x; sigma) is known, and so is the solution.
+`python scripts/table_samplers.py` writes this page. The data are N(0, {sd}^2) in each pixel, for
+which D(x; sigma) and the solution are known in closed form. [Sampling](sampling.md) says how to
+choose a sampler. The columns are:
 
-- **Noise**: whether the sampler adds any, and by which option.
-- **Evaluations** of the network in a step; the last one, to sigma 0, takes one. `dpm_fast` takes
-  one a step on average, `dpm_adaptive` chooses its steps.
-- **Order**: how the error falls with the length of the steps. Nominal, as the paper of the method
-  derives it, and observed, without noise, between {low} and {high} steps from sigma 2 to 0.05, even
-  in ln(sigma). `lms` begins and `dpm_fast` ends with steps of lower order, which limits the whole.
-  `dpmpp_3m_sde` is k-diffusion's, whose second difference has half the weight that order 3 takes.
-- **With noise**: the order that is observed of the standard deviation of samples, with eta 1.
-- **Error**: of the samples' standard deviation, relative to that of the data, with the default
-  settings of the sampler on the Karras sigma schedule (rho 7) from 160 to 0.01 and then 0, with
-  as many steps as {budgets} evaluations allow. Without noise it is the error of each sample.
-  `dpm_adaptive` has the smallest rtol, of {tolerances}, whose evaluations
-  suffice, and a blank where none does.
+- **Noise**: whether the sampler adds noise, and which option controls it.
+- **Evaluations** of the network in a step. The last step, to sigma 0, takes one. `dpm_fast` takes
+  one a step on average; `dpm_adaptive` chooses its steps.
+- **Order**: how the error falls with the length of the steps, as the paper of the method derives
+  it.
+- **Observed**: the same, measured without noise between {low} and {high} steps from sigma 2 to
+  0.05, even in ln(sigma).
+- **With noise**: the observed order of the standard deviation of samples, with eta 1.
+- **Error**: relative error of the samples' standard deviation within that many evaluations; without
+  noise, of each sample.
+
+Errors are those of the default settings of each sampler, on the Karras sigma schedule (rho 7) from
+160 to 0.01 and then 0, with as many steps as {budgets} evaluations allow.
+`dpm_adaptive` has the smallest rtol whose evaluations suffice, of {tolerances},
+and a blank if none does.
+
+`lms` begins and `dpm_fast` ends with steps of lower order, which limits the whole. `dpmpp_3m_sde`
+is k-diffusion's, whose second difference has half the weight that order 3 takes.
 
 | sampler | noise | evaluations | order | observed | with noise | {errors} |
 |---|---|--:|--:|--:|--:|{rules}|

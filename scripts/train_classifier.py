@@ -1,15 +1,16 @@
-"""Trains a small classifier on pictures in class folders, for `hdit evaluate --features`.
+"""Trains a small classifier on images in class folders, for `hdit evaluate --features`.
 
     python scripts/train_classifier.py PATH --out classifier.pt
 
-PATH has `train` and `test`, each with a sub-folder for each class. It is made for Fashion-MNIST:
-grey pictures of 28x28, of which it reads 93 % of the test set right. The file is TorchScript:
+PATH has `train` and `test`, each with a sub-folder for each class. The network is made for
+Fashion-MNIST, grey images of 28x28, and classifies 93 % of the test set correctly. The file is
+TorchScript:
 
     forward(images)        uint8 (b c h w), grey or RGB, any size -> features (b, 128) before the
                            last layer
     probabilities(images)  the same -> (b, classes), in the order of `classes`, a list of names
 
-Inside, pictures are made grey or RGB and resized to what it was trained on.
+It converts images to grey or RGB and resizes them to the size that it was trained on.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 The VAE is diffusers' AutoencoderKL in its own format: `AutoencoderKL.from_pretrained("my_vae")`
 loads it. Its loss is L1, L2 and a KL term (Rombach et al., 2022, without the perceptual and the
-adversarial loss, so that nothing is downloaded). Each 20th image is held out, to measure. A run is
-as long as `--minutes` says, so another machine comes to other weights.
+adversarial loss, so that nothing is downloaded). Every 20th image is held out for measuring. A run
+takes as long as `--minutes` says, so another machine ends with other weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Fashion-MNIST's four files as class folders of PNGs: 60,000 to train on and 10,000 to test.
+"""Unpacks Fashion-MNIST into class folders of PNGs: 60,000 images to train on and 10,000 to test.
 
     git clone --depth 1 https://github.com/zalandoresearch/fashion-mnist
     python scripts/unpack_fashion.py fashion-mnist/data/fashion --out fashion
 
-The pictures (Xiao et al., 2017, MIT licence) are grey, 28x28. Any data set in MNIST's format with
-ten classes will do; the folders have Fashion-MNIST's names.
+The images (Xiao et al., 2017, MIT licence) are grey, 28x28. Any data set in MNIST's format with ten
+classes works; the folders have Fashion-MNIST's names.
 """
 
 from __future__ import annotations

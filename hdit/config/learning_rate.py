@@ -44,8 +44,8 @@ class InverseLR(LRSpec):
 
     kind: Literal["inverse"] = "inverse"
     inv_gamma: float = Field(20_000, gt=0, description="steps in which power 1 halves the rate")
-    power: float = Field(1.0, gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    power: float = Field(1.0, gt=0, description="how fast the rate falls")
+    min_lr: float = Field(0.0, ge=0, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
         return max(self.min_lr, lr * (1 + step / self.inv_gamma) ** -self.power)
@@ -56,8 +56,8 @@ class ExponentialLR(LRSpec):
 
     kind: Literal["exponential"] = "exponential"
     steps: float = Field(gt=0, description="in which the rate falls to `decay` of itself")
-    decay: float = Field(0.5, gt=0, lt=1)
-    min_lr: float = Field(0.0, ge=0)
+    decay: float = Field(0.5, gt=0, lt=1, description="factor on the rate in `steps` steps")
+    min_lr: float = Field(0.0, ge=0, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
         return max(self.min_lr, lr * self.decay ** (step / self.steps))

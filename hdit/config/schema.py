@@ -82,11 +82,13 @@ class OptimizerSpec(DependentSpec):
     """AdamW. HDiT's mapping network and modulation learn at a third of lr, as the paper does."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(5e-4, gt=0, description="learning rate")
     schedule: LearningRate = ConstantLR()
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        (0.9, 0.95), description="decay of the first and the second moment"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled from the gradient")
 
     def check(self, context: Context) -> Iterator[Problem]:
         if self.schedule.lowest > self.lr:
@@ -100,9 +102,9 @@ class OptimizerSpec(DependentSpec):
 class EMASpec(Spec):
     """Average of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k."""
 
-    max_decay: float = Field(0.9999, ge=0, lt=1)
-    power: float = Field(0.6667, gt=0)
-    inv_gamma: float = Field(1.0, gt=0)
+    max_decay: float = Field(0.9999, ge=0, lt=1, description="upper bound of the decay")
+    power: float = Field(0.6667, gt=0, description="how fast the decay nears 1")
+    inv_gamma: float = Field(1.0, gt=0, description="scale of k, in steps")
 
 
 class TrainingSpec(DependentSpec):
@@ -116,7 +118,7 @@ class TrainingSpec(DependentSpec):
     batch_size: int = Field(gt=0, description="images of an optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order and noise")
     precision: Precision = Field(
         "auto", description="bf16 if the hardware multiplies it, else fp32; what it was at first"
     )
@@ -126,7 +128,7 @@ class TrainingSpec(DependentSpec):
     gradient_checkpointing: bool = Field(
         False, description="keep no activations within a block: less memory, a third more work"
     )
-    clip_grad_norm: float = Field(1.0, gt=0)
+    clip_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
     gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -183,7 +185,7 @@ class SamplingSpec(DependentSpec):
 
     sampler: Sampler = spec_of("dpmpp_3m_sde")
     sigmas: AnySigmas = Karras()
-    steps: int = Field(50, gt=0)
+    steps: int = Field(50, gt=0, description="steps of the sampler")
     sigma_min: float | None = Field(
         None, gt=0, description="by the sigma schedule if absent, mostly 0.01"
     )

@@ -52,8 +52,8 @@ class LinearSchedule(BetaSchedule):
     """Betas linear from beta_start to beta_end (Ho et al., 2020), both scaled by 1000/steps."""
 
     kind: Literal["linear"] = "linear"
-    beta_start: float = Field(1e-4, gt=0, lt=1)
-    beta_end: float = Field(2e-2, gt=0, lt=1)
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first beta, at 1000 steps")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last beta, at 1000 steps")
 
     @model_validator(mode="after")
     def _betas_stay_below_one(self) -> Self:
@@ -79,7 +79,7 @@ class CosineSchedule(BetaSchedule):
 
     kind: Literal["cosine"] = "cosine"
     shift: float = Field(0.008, ge=0, description="keeps the first betas from vanishing")
-    beta_max: float = Field(0.999, gt=0, lt=1)
+    beta_max: float = Field(0.999, gt=0, lt=1, description="largest beta")
 
     def betas(self) -> Tensor:
         t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps

@@ -54,7 +54,7 @@ class Karras(SigmaSchedule):
     """sigma^(1/rho) is linear (Karras et al., 2022, equation 5)."""
 
     kind: Literal["karras"] = "karras"
-    rho: float = Field(7.0, gt=0)
+    rho: float = Field(7.0, gt=0, description="steps are denser at low noise for larger rho")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         return _down(sigma_max ** (1 / self.rho), sigma_min ** (1 / self.rho), n) ** self.rho
@@ -73,7 +73,7 @@ class Polyexponential(SigmaSchedule):
     """ln sigma falls as the rho-th power of a line: steps are denser at low noise for rho > 1."""
 
     kind: Literal["polyexponential"] = "polyexponential"
-    rho: float = Field(1.0, gt=0)
+    rho: float = Field(1.0, gt=0, description="1 is exponential")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         low, high = math.log(sigma_min), math.log(sigma_max)
@@ -88,8 +88,8 @@ class VP(SigmaSchedule):
     """
 
     kind: Literal["vp"] = "vp"
-    beta_d: float = Field(19.9, gt=0)
-    beta_min: float = Field(0.1, gt=0)
+    beta_d: float = Field(19.9, gt=0, description="rise of beta from t = 0 to 1")
+    beta_min: float = Field(0.1, gt=0, description="beta at t = 0")
 
     def _sigma(self, t: Tensor) -> Tensor:
         return torch.expm1(self.beta_d * t.square() / 2 + self.beta_min * t).sqrt()
@@ -166,7 +166,7 @@ class FlowShift(SigmaSchedule):
     """
 
     kind: Literal["flow"] = "flow"
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0, description="factor on sigma; 1 is none")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         low, high = sigma_min / self.shift, sigma_max / self.shift

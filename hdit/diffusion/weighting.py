@@ -63,7 +63,7 @@ class MinSNR(WeightSpec):
     """min(1/s^2, gamma) (Hang et al., 2023)."""
 
     kind: Literal["min_snr"] = "min_snr"
-    gamma: float = Field(5.0, gt=0)
+    gamma: float = Field(5.0, gt=0, description="largest weight")
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
         return (sigma**-2).clamp(max=self.gamma)

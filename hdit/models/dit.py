@@ -132,10 +132,10 @@ class DiTSpec(BackboneSpec):
     c_noise: ClassVar[str] = "timestep"
 
     kind: Literal["dit"] = "dit"
-    patch_size: int = Field(2, gt=0)
-    depth: int = Field(gt=0)
-    width: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
+    patch_size: int = Field(2, gt=0, description="side of a patch, which becomes a token")
+    depth: int = Field(gt=0, description="number of blocks")
+    width: int = Field(gt=0, description="channels of a token")
+    num_heads: int = Field(gt=0, description="heads of attention; divides width")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over width")
     conditioning: Conditioning = Field(
         AdaLNZero(), description="how the blocks are told of noise level and class"

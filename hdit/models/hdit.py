@@ -48,18 +48,18 @@ class Level(Spec):
     d_ff: int | None = Field(
         None, gt=0, description="hidden width; 3 x width for geglu, 4 x for gelu if absent"
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability, in training")
 
 
 class Mapping(Spec):
     """The network that makes one conditioning vector of noise level, augmentation and class."""
 
-    depth: int = Field(2, gt=0)
-    width: int = Field(256, gt=0)
+    depth: int = Field(2, gt=0, description="number of blocks")
+    width: int = Field(256, gt=0, description="channels of the conditioning vector")
     d_ff: int | None = Field(
         None, gt=0, description="hidden width of the GEGLU; 3 x width if absent"
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability, in training")
 
 
 D_FF = {"geglu": 3, "gelu": 4}
@@ -77,19 +77,27 @@ class HDiTSpec(BackboneSpec):
     sees_augmentation: ClassVar[bool] = True
 
     kind: Literal["hdit"] = "hdit"
-    patch_size: int = Field(4, gt=0)
+    patch_size: int = Field(4, gt=0, description="side of a patch, which becomes a token")
     levels: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
     local_attention: Attention | None = Field(
         None, description="of the levels above the last; neighborhood if absent"
     )
     mapping: Mapping = Mapping()
     vector_width: int = Field(0, ge=0, description="width of Cond.vector; 0 where there is none")
-    norm: Literal["ada_rms_norm", "ada_ln"] = "ada_rms_norm"
-    feed_forward: Literal["geglu", "gelu"] = "geglu"
+    norm: Literal["ada_rms_norm", "ada_ln"] = Field(
+        "ada_rms_norm", description="adaptive norm before each branch"
+    )
+    feed_forward: Literal["geglu", "gelu"] = Field(
+        "geglu", description="activation of the feed-forward layers"
+    )
     output_gate: bool = Field(False, description="on each residual branch, as in DiT")
-    positions: Literal["axial_rope", "additive"] = "axial_rope"
+    positions: Literal["axial_rope", "additive"] = Field(
+        "axial_rope", description="rotation of q and k, or an embedding added to the tokens"
+    )
     rotated: Literal["half", "full"] = Field("half", description="how much of a head RoPE turns")
-    skip: Literal["lerp", "add", "concat"] = "lerp"
+    skip: Literal["lerp", "add", "concat"] = Field(
+        "lerp", description="how a level joins what came around the inner levels"
+    )
 
     @property
     def multiple(self) -> int:
