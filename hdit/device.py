@@ -99,14 +99,14 @@ def precision_on(
         if not multiplies_tf32(device):
             raise UserError(
                 f"{key}: 'tf32' needs a CUDA device of compute capability 8.0 or more, and this "
-                f"runs on {device.type!r}; take 'auto' or 'fp32'"
+                f"runs on {device.type!r}; set it to 'fp32'"
             )
         return "tf32"
     if asked == "bf16":
         if not multiplies_bf16(device):
             warn(
                 f"{key}: 'bf16' is emulated on this {device.type} device, which takes several "
-                "times as long as fp32; take 'auto' or 'fp32'"
+                "times as long as fp32; set it to 'fp32'"
             )
         return "bf16"
     assert asked == "fp32", f"no precision: {asked!r}"
@@ -120,16 +120,18 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """While it lasts, products of float32 matrices are TF32 with tf32, and exact otherwise.
+    """While it lasts, float32 matrix products and convolutions round to TF32 only with tf32.
 
-    The setting is torch's, of the whole process.
+    torch by itself lets convolutions round on CUDA. The settings are those of the whole process.
     """
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ def test_bf16_by_name_is_kept_and_warned_of_where_it_is_emulated(hardware):
     assert precision_on(CPU, "bf16", "training.precision", said.append) == "bf16"
     [text] = said
     assert "training.precision: 'bf16' is emulated on this cpu device" in text
-    assert "'auto' or 'fp32'" in text
+    assert "set it to 'fp32'" in text
 
 
 def test_tf32_is_refused_where_there_is_none(hardware):
@@ -55,13 +55,16 @@ def test_tf32_is_refused_where_there_is_none(hardware):
 
 
 def test_products_are_tf32_within_tf32_alone():
-    before = torch.get_float32_matmul_precision()
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = settings()
     with float32_products("tf32"):
-        assert torch.get_float32_matmul_precision() == "high"
+        assert settings() == ("high", True)
         with float32_products("fp32"):  # as a grid of samples within training
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+            assert settings() == ("highest", False)
+        assert settings() == ("high", True)
+    assert settings() == before
 
 
 @pytest.mark.parametrize(

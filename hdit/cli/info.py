@@ -97,10 +97,11 @@ def _memory(settings: RunConfig, shape: DataShape, images: int, device: str | No
 
     cuda_here = torch.cuda.is_available()
     device = device or ("cuda" if cuda_here else "cpu")
-    asked = settings.training.precision
-    if asked == "auto" and device == "cuda" and not cuda_here:
-        asked = "bf16"  # as devices from compute capability 8.0 on take it
-    precision = precision_on(torch.device(device), asked) if asked == "auto" else asked
+    asked, key = settings.training.precision, "training.precision"
+    if device == "cpu" or cuda_here:
+        precision = precision_on(torch.device(device), asked, key)
+    else:  # devices from compute capability 8.0 on, which are assumed, have all of them
+        precision = "bf16" if asked == "auto" else asked
     plain, checkpointed = (
         training_memory(
             settings.model,

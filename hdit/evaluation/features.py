@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdit.device import float32_products
 from hdit.errors import UserError
 from hdit.plugins import import_function
 from hdit_kernels.native import cache_folder
@@ -44,7 +45,8 @@ class Extractor:
     def __call__(self, batch: Tensor) -> Tensor:
         """What `prepare` made of b pictures -> (b d) on the CPU. Raises UserError if it is not."""
         try:
-            found = self.function(batch.to(self.device))
+            with float32_products("fp32"):  # or CUDA would round what it convolves
+                found = self.function(batch.to(self.device))
         except MemoryError:
             raise
         except Exception as error:

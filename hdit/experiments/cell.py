@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from hdit.config import RunConfig, merge
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream, references
-from hdit.device import default_device, precision_on
+from hdit.device import default_device, float32_products, precision_on
 from hdit.diffusion.denoiser import Denoiser
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
@@ -33,8 +34,10 @@ from hdit.report.grids import to_png
 from hdit.runs.building import make_denoiser
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample
+from hdit.sampling.sample import check_guidance, sample, settled
 from hdit.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 # ---- before --------------------------------------------------------------------------------------
 
@@ -108,6 +111,7 @@ def _facts(cell: Cell, model: Trained, folder: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "hash": cell.hash,
         "config": cell.config.model_dump(mode="json", exclude_none=True),
+        "precision": model.config.training.precision,  # what "auto" became
         "budget": cell.budget.model_dump(exclude_none=True),
         "measures": cell.measures.model_dump(exclude_none=True),
         "parameters": sum(row.params for row in rows),
@@ -126,7 +130,7 @@ def _facts(cell: Cell, model: Trained, folder: Path) -> dict[str, Any]:
 
 
 def trained_seconds(run: Path, images: int) -> float:
-    """Of all sittings up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
+    """Of all sessions up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
     seconds, before = 0.0, 0
     for line in read_metrics(run / "metrics.jsonl", images):
         seconds += (line["images"] - before) / line["images_per_second"]
@@ -135,22 +139,27 @@ def trained_seconds(run: Path, images: int) -> float:
 
 
 def measure_trained(model: Trained, measures: Measures) -> dict[str, Any]:
-    """Losses by noise level on held-out pictures, a distance to them, and a grid of samples."""
-    config, shape = model.config, model.shape
-    device = default_device()
+    """Losses by noise level on held-out images, a distance to them, and a grid of samples.
+
+    All in one precision: that of sampling, as the device here has it.
+    """
+    number = max(measures.grid, measures.samples if measures.features else 0)
+    device, shape = default_device(), model.shape
+    config = settled(model.config, device, number, log.warning)
     held_out = open_held_out(config, measures)
     space = model.space(device)
     network = model.network().to(device)
-    precision = precision_on(device, config.training.precision)
+    precision = precision_on(device, config.sampling.precision)
     denoiser = make_denoiser(network, config, shape, precision)
     edges = np.geomspace(measures.sigma_min, measures.sigma_max, measures.bins + 1)
-    losses, count = x0_losses(denoiser, space, held_out, shape, measures, edges, device)
+    with float32_products(precision):
+        losses, count = x0_losses(denoiser, space, held_out, shape, measures, edges, device)
     result: dict[str, Any] = {
+        "measured_in": precision,
         "sigma_edges": edges.tolist(),
         "x0_loss": losses,
         "held_out": count,
     }
-    number = max(measures.grid, measures.samples if measures.features else 0)
     classes = shape.num_classes
     asked = [i % classes for i in range(number)] if classes else None
     parts = sample(network, config, shape, list(range(number)), asked, device, space=space)

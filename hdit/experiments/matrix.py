@@ -36,11 +36,9 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError, model_validator
 
 from hdit.config import RunConfig, merge, parse, read_toml
-from hdit.device import default_device
 from hdit.errors import UserError
 from hdit.models.cost import cost
 from hdit.protocols import Spec
-from hdit.training.objective import settled
 
 FORMAT = 1
 
@@ -222,7 +220,7 @@ def _budgeted(raw: dict[str, Any], budget: Budget, name: str) -> RunConfig:
         images = math.ceil(1e9 * budget.gmacs / macs / config.training.batch_size)
         images *= config.training.batch_size
         config = parse(merge(raw, {"training": {"images": images}}), name)
-    return settled(config, default_device())
+    return config
 
 
 ENDLESS = 10**12

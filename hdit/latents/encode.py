@@ -16,6 +16,7 @@ from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.images import ImagesSpec, too_many
 from hdit.data.source import DataError, Skipped, Source, Stream, check_classes, references
+from hdit.device import float32_products
 from hdit.errors import UserError
 from hdit.latents.store import (
     Latents,
@@ -192,7 +193,8 @@ def _summary(folder: Path, manifest: Manifest, shards: int, space: VAE) -> Encod
 def encode_batch(space: VAE, images: Tensor, flips: int) -> Tensor:
     """Encodes images (b c h w) -> (b f 2c h w); with 2 `flips`, their mirror images too."""
     views = [images, images.flip(-1)][:flips]
-    return torch.stack([space.encode(view) for view in views], 1)
+    with float32_products("fp32"):  # or CUDA would round what it convolves
+        return torch.stack([space.encode(view) for view in views], 1)
 
 
 def _judge(config: RunConfig, bad: int, seen: int, images: int) -> None:

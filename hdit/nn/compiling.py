@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -37,6 +38,8 @@ def compile_in_place(blocks: Iterable[nn.Module]) -> None:
     """
     import torch._dynamo.config as settings  # a second's worth of compiler, so not sooner
 
+    # inductor would advise TF32 to whoever trains in fp32 or bf16, which decide it otherwise
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILE_LIMIT)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)

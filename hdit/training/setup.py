@@ -25,6 +25,7 @@ from hdit.runs import checkpoint
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
 from hdit.sampling.sample import check_guidance
+from hdit.sampling.sample import settled as settle_sampling
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settled
 from hdit.training.optim import adamw, load_optimizer_tensors
@@ -82,6 +83,8 @@ def prepare(
         check_guidance(config, shape)
     found = checkpoint.newest(run.checkpoints, warn)
     config = settled(keep_precision(config, found), device, warn)
+    if config.sampling.grid:  # or its precision would be found missing after a checkpoint
+        settle_sampling(config, device, config.sampling.grid, warn)
     if found:
         check_resume(found, config, shape, source, space, run.path, say)
 

@@ -250,13 +250,7 @@ class Variant(NamedTuple):
         return unsupported(problem) or self.limit(problem)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
-        if q.numel() == 0:
-            return q + k + v
-        if torch.compiler.is_compiling():
-            return _attend(q, k, v, kernel_size, scale, self)
-        backend = "inductor" if q.is_cuda else "eager"
-        compiled = _compiled(q.shape, q.dtype, kernel_size, backend, self)
-        return compiled(q, k, v, kernel_size, scale, self)
+        return _run(q, k, v, kernel_size, scale, self)
 
 
 FORWARD_64 = (("fwd_BLOCK_M", 64), ("fwd_BLOCK_N", 64))
@@ -303,6 +297,19 @@ def _compiled(
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float, variant: Variant
+) -> Tensor:
+    if q.numel() == 0:
+        return q + k + v
+    if torch.compiler.is_compiling():
+        return _attend(q, k, v, kernel_size, scale, variant)
+    backend = "inductor" if q.is_cuda else "eager"
+    compiled = _compiled(q.shape, q.dtype, kernel_size, backend, variant)
+    return compiled(q, k, v, kernel_size, scale, variant)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
     """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
-    return VARIANTS["default"](q, k, v, kernel_size, scale)
+    # Not by calling the variant: torch.compile of older versions calls no instance of a NamedTuple.
+    return _run(q, k, v, kernel_size, scale, VARIANTS["default"])

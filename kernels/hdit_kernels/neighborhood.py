@@ -102,6 +102,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return None
 
 
+# To torch.compile a constant, which it does not look into: what assume_constant_result of
+# torch.compiler sets, without the second that it takes to import the compiler.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=256)
 def _log_once(problem: Problem, name: str) -> None:
     grid = f"{problem.height} x {problem.width}"
