@@ -1,4 +1,4 @@
-"""Times the way from picture files to batches beside plain PIL in a DataLoader.
+"""Times the way from image files to batches beside plain PIL in a DataLoader.
 
     python scripts/bench_data.py my_images --size 256
 
@@ -33,7 +33,7 @@ SEED = 0
 
 
 class Plain:
-    """Pictures by PIL alone, in ADM's centre crop."""
+    """Images by PIL alone, in ADM's centre crop."""
 
     def __init__(self, paths: list[str], size: int):
         self.paths, self.size = paths, size
@@ -55,7 +55,7 @@ class Plain:
 
 
 class Endless:
-    """The same pictures in the same order as hdit's, epoch after epoch."""
+    """The same images in the same order as hdit's, epoch after epoch."""
 
     def __init__(self, length: int, batch: int):
         self.length, self.batch = length, batch
@@ -78,7 +78,7 @@ def open_folder(path: str, size: int, cache: str | None) -> Images:
 
 
 def compare(ours: Images, plain: Plain) -> int:
-    """How many of the pictures have the same pixels in both. Names each that has not."""
+    """How many of the images have the same pixels in both. Names each that has not."""
     same = 0
     for index in range(len(ours)):
         equal = torch.equal(ours[index].image, plain[index])
@@ -90,7 +90,7 @@ def compare(ours: Images, plain: Plain) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("path", help="a folder of opaque, upright pictures")
+    parser.add_argument("path", help="a folder of opaque, upright images")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
@@ -104,7 +104,7 @@ def main() -> None:
         for index in range(len(cached)):
             cached[index]
         print(
-            f"{len(ours):,} pictures to {a.size}x{a.size}; {same:,} have identical pixels; "
+            f"{len(ours):,} images to {a.size}x{a.size}; {same:,} have identical pixels; "
             f"Pillow {PIL.__version__}, torch {torch.__version__}, {platform.machine()}"
         )
         number = -(-a.images // a.batch)

@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="where the weights are")
     parser.add_argument("--random-weights", action="store_true", help="in place of MODEL")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("-n", type=int, help="how many pictures [as many as at once]")
+    parser.add_argument("-n", type=int, help="how many images [as many as at once]")
     parser.add_argument("--size", help="HEIGHTxWIDTH, or one side [what it was trained at]")
     parser.add_argument("--steps", type=int, default=50, help="evaluations of the network [50]")
     parser.add_argument("--seed", type=int, default=0, help="of the first; then one more each [0]")
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
         "--batch",
         type=int,
         action="append",
-        help="pictures at once [1]; given more than once, each is timed in turn",
+        help="images at once [1]; given more than once, each is timed in turn",
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="each block, by torch.compile")
@@ -95,7 +95,7 @@ def size_of(text: str) -> tuple[int, int]:
 def at_size(
     config: RunConfig, shape: DataShape, size: tuple[int, int]
 ) -> tuple[RunConfig, DataShape]:
-    """The settings for pictures of this size. Raises UserError where the levels do not divide it.
+    """The settings for images of this size. Raises UserError where the levels do not divide it.
 
     Noise densities, which go by the size of training, are left as they are.
     """
@@ -128,7 +128,7 @@ def check(a: argparse.Namespace) -> None:
         raise UserError("-n, --steps and --batch: must be at least 1")
     if a.compile and any((a.n or batch) % batch for batch in a.batch):
         raise UserError(
-            "-n: must be a multiple of --batch with --compile, or the last pictures are compiled "
+            "-n: must be a multiple of --batch with --compile, or the last images are compiled "
             f"anew, got {a.n} and {', '.join(map(str, a.batch))}"
         )
     if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):

@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3, help="the highest of the run")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="keep left left")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device().type)
     arguments = parser.parse_args()
@@ -189,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.path}: train and test must have the same sub-folders, two or more, one "
             f"for each class; got {classes} and {test_classes}"
         )
-    print(f"{len(images)} pictures to train on, {len(test_images)} to test, {len(classes)} classes")
+    print(f"{len(images)} images to train on, {len(test_images)} to test, {len(classes)} classes")
     net = Classifier(classes, arguments.channels, arguments.size, arguments.width)
     net = net.to(arguments.device, memory_format=torch.channels_last)
     start, spent = time.monotonic(), time.process_time()

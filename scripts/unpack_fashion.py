@@ -82,7 +82,7 @@ def main() -> None:
         os.replace(part, a.out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{number:,} pictures in {a.out}")
+    print(f"{number:,} images in {a.out}")
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ class RunConfig(Spec):
             if data.augment.probability:
                 yield "data.augment", "must be 0 with space.stored: it is new at each draw"
             if getattr(data, "cache", None) is not None:
-                yield "data.cache", "has no effect with space.stored, which reads no pictures"
+                yield "data.cache", "has no effect with space.stored, which reads no images"
         if not data.augment.probability:
             return
         if not self.model.sees_augmentation:

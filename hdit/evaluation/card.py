@@ -147,7 +147,7 @@ def _check_sizes(images: ImageSet, sizes: list[tuple[int, int]], first: int, fea
     for i in range(first, len(sizes)):
         if sizes[i] != sizes[0]:
             raise UserError(
-                f"--features: {features} gets pictures as they are, so those of a set must be of "
+                f"--features: {features} gets images as they are, so those of a set must be of "
                 f"one size; {images.name(0)} is {_size(sizes[0])}, {images.name(i)} is "
                 f"{_size(sizes[i])}"
             )
@@ -160,7 +160,7 @@ def protocol(card: dict[str, Any]) -> str:
     """Short hash of what must be the same for two figures to be comparable.
 
     That is the reference B by its pixels, the number and size of the images in A, the features and
-    how pictures come to them, and KID's subsets: neither the model nor how it is sampled.
+    how images come to them, and KID's subsets: neither the model nor how it is sampled.
     """
     kid, a, b = card["kid"], card["a"], card["b"]
     same = [

@@ -1,4 +1,4 @@
-"""What turns pictures into features: clean-fid's Inception, a TorchScript file, or a function."""
+"""What turns images into features: clean-fid's Inception, a TorchScript file, or a function."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ AS_IT_IS = "uint8 RGB at its own size"
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of pictures, and what tells them from others.
+    """Features of images, and what tells them from others.
 
-    `prepare` makes of a picture, (3 h w) uint8, what a batch is stacked of, in the processes that
-    read; None leaves it as it is, and then all pictures of a set must be of one size. `input` says
+    `prepare` makes of a image, (3 h w) uint8, what a batch is stacked of, in the processes that
+    read; None leaves it as it is, and then all images of a set must be of one size. `input` says
     in words what `function` gets.
     """
 
@@ -43,7 +43,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, batch: Tensor) -> Tensor:
-        """What `prepare` made of b pictures -> (b d) on the CPU. Raises UserError if it is not."""
+        """What `prepare` made of b images -> (b d) on the CPU. Raises UserError if it is not."""
         try:
             with float32_products("fp32"):  # or CUDA would round what it convolves
                 found = self.function(batch.to(self.device))
@@ -60,7 +60,7 @@ class Extractor:
         if found.ndim != 2 or len(found) != len(batch) or not found.shape[1] or found.is_complex():
             raise UserError(
                 f"--features: {self.name} must return real (b d), one row for each of "
-                f"{len(batch)} pictures, got {_shape(found)} {found.dtype}"
+                f"{len(batch)} images, got {_shape(found)} {found.dtype}"
             )
         if not found.isfinite().all():
             raise UserError(f"--features: {self.name} returns features that are not finite")

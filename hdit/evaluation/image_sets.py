@@ -1,6 +1,6 @@
-"""Sets of images to compare: pictures at their own size, a config's data, samples of a model.
+"""Sets of images to compare: images at their own size, a config's data, samples of a model.
 
-Nothing is cropped, mirrored or resized here, and a picture that cannot be read ends it: another in
+Nothing is cropped, mirrored or resized here, and a image that cannot be read ends it: another in
 its place would falsify the distance.
 """
 
@@ -30,7 +30,7 @@ from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settled
 
 Prepare = Callable[[Tensor], Tensor] | None
-"""Of one picture, (3 h w) uint8, what a batch is stacked of; None is the picture itself."""
+"""Of one image, (3 h w) uint8, what a batch is stacked of; None is the image itself."""
 
 
 class Part(NamedTuple):
@@ -75,11 +75,11 @@ def part(items: list[Item]) -> Part:
     return Part(torch.stack(prepared) if one else None, sizes, digests)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 class Files(Protocol):
-    """Pictures by index, as hdit.data lists those of archives and arrays."""
+    """Images by index, as hdit.data lists those of archives and arrays."""
 
     def __len__(self) -> int: ...
 
@@ -89,7 +89,7 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """All pictures in a folder and the folders in it, whatever these mean.
+    """All images in a folder and the folders in it, whatever these mean.
 
     Of a folder that `hdit sample` wrote, those that its samples.json lists: not the grid. Links
     are followed, and each folder is read once.
@@ -121,7 +121,7 @@ def _sampled(record: Path) -> list[str]:
     try:
         return [Path(entry["file"]).name for entry in json.loads(record.read_text())["samples"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record}: cannot tell which pictures are samples: {error}") from None
+        raise DataError(f"{record}: cannot tell which images are samples: {error}") from None
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 class Listed:
-    """Pictures that lie somewhere: any mode, made RGB; what is transparent lies on white."""
+    """Images that lie somewhere: any mode, made RGB; what is transparent lies on white."""
 
     def __init__(self, files: Files, place: str, kind: str):
         self.files, self.record = files, {"place": place, "kind": kind}
@@ -152,8 +152,8 @@ class Listed:
         return self.files.name(index)
 
     def image(self, index: int) -> Tensor:
-        with self.files.load(index)[0] as picture:
-            return to_tensor(to_mode(picture, 3))
+        with self.files.load(index)[0] as image:
+            return to_tensor(to_mode(image, 3))
 
     def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
         return read(self, prepare, batch_size, workers)
@@ -302,6 +302,6 @@ def open_set(place: str) -> Listed | Configured:
 
         return Configured(load(path).data, place)
     raise UserError(
-        f"{place}: must be a folder of pictures, a .zip of one, a .npz, a config's .toml (its "
+        f"{place}: must be a folder of images, a .zip of one, a .npz, a config's .toml (its "
         "data), or as the first of both a trained model"
     )

@@ -64,11 +64,11 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def open_held_out(config: RunConfig, measures: Measures) -> Source | Stream:
-    """The pictures that a cell is measured on. Raises MatrixError where they are its own."""
+    """The images that a cell is measured on. Raises MatrixError where they are its own."""
     own = config.data.model_dump(mode="json", exclude_none=True)
     raw = merge(own, measures.held_out)
     if raw == own:
-        raise MatrixError("evaluation.held_out: names the pictures that are trained on")
+        raise MatrixError("evaluation.held_out: names the images that are trained on")
     try:
         return TypeAdapter(DataSpec).validate_python(raw).open()
     except ValidationError as error:
@@ -187,9 +187,9 @@ def x0_losses(
     edges: np.ndarray,
     device: torch.device,
 ) -> tuple[list[float], int]:
-    """Mean of (D - x0)^2 over elements and pictures in each bin of noise levels; their number.
+    """Mean of (D - x0)^2 over elements and images in each bin of noise levels; their number.
 
-    Pictures, noise and the place of the level in its bin are those of any other cell.
+    Images, noise and the place of the level in its bin are those of any other cell.
     """
     sums, count = np.zeros(len(edges) - 1), 0
     for images, labels, counters in _chosen(held_out, measures.images, measures.batch_size):
@@ -221,14 +221,14 @@ def _gaussian(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:
         features = extractor(images)
         moments = moments or Moments(features.shape[1])
         moments.add(features)
-    assert moments is not None, "there are pictures"
+    assert moments is not None, "there are images"
     return moments.gaussian()
 
 
 def _chosen(
     source: Source | Stream, number: int | None, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-    """(images, labels, counters) of pictures that lie evenly in the source; all without number."""
+    """(images, labels, counters) of images that lie evenly in the source; all without number."""
     chosen = references(source)
     if number is not None and number < len(chosen):
         places = np.linspace(0, len(chosen) - 1, number).astype(int)

@@ -19,7 +19,7 @@ A matrix is a TOML file:
     snr = { diffusion = { weighting = { kind = "soft_min_snr" } } }
 
     [evaluation]
-    held_out = { path = "my_images/test" }     # an overlay on [data]: pictures not trained on
+    held_out = { path = "my_images/test" }     # an overlay on [data]: images not trained on
 
 A backward pass is counted as two forward passes.
 """
@@ -64,7 +64,7 @@ class Budget(Spec):
 class Measures(Spec):
     """What is measured of each cell."""
 
-    held_out: dict[str, Any] = Field(description="overlay on [data]: pictures not trained on")
+    held_out: dict[str, Any] = Field(description="overlay on [data]: images not trained on")
     images: int = Field(512, gt=1, description="of them, for the loss")
     bins: int = Field(8, gt=0, description="of noise levels, evenly in their logarithm")
     sigma_min: float = Field(0.02, gt=0)
@@ -72,7 +72,7 @@ class Measures(Spec):
     features: str | None = Field(
         None, description="as of `hdit evaluate`, or inception; no distance if absent"
     )
-    samples: int = Field(1000, gt=1, description="for the distance to the held-out pictures")
+    samples: int = Field(1000, gt=1, description="for the distance to the held-out images")
     grid: int = Field(24, gt=0, description="samples that are shown")
     batch_size: int = Field(64, gt=0)
 
@@ -106,7 +106,7 @@ class MatrixSpec(Spec):
 
 
 class Cell(NamedTuple):
-    """A row with one seed: all that its figures depend on, but the pictures' content."""
+    """A row with one seed: all that its figures depend on, but the images' content."""
 
     name: str
     seed: int

@@ -17,7 +17,7 @@ from hdit.runs import checkpoint
 
 
 class RunFolder:
-    """Where one sitting of training writes; only the main process does."""
+    """Where one session of training writes; only the main process does."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -86,7 +86,7 @@ def test_a_torchscript_file_is_handed_what_it_is_promised(tmp_path):
     ("name", "words"),
     [
         ("flat", r"\(b d\).* got 4 torch.float64"),
-        ("short", "one row for each of 4 pictures, got 3 x 3"),
+        ("short", "one row for each of 4 images, got 3 x 3"),
         ("nan", "not finite"),
         ("text", "must return a tensor .* got str"),
         ("fails", "raised RuntimeError for a batch of 4 x 3 x 5 x 6 torch.uint8"),

@@ -127,7 +127,7 @@ def test_a_config_gives_its_data_as_training_sees_them(tmp_path, tiny):
     [
         ("absent", "absent: does not exist"),
         ("empty", "empty: has no image files"),
-        ("text.txt", "must be a folder of pictures, a .zip"),
+        ("text.txt", "must be a folder of images, a .zip"),
         ("bad.npz", "^'.*bad.npz' has no arr_0"),
     ],
 )

@@ -256,7 +256,7 @@ def test_cell_that_was_killed_goes_on_from_its_checkpoint_alone(tmp_path, saved)
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('held_out = { split = "test" }', "held_out = {}", "names the pictures that are trained"),
+        ('held_out = { split = "test" }', "held_out = {}", "names the images that are trained"),
         ("bins = 3", 'bins = 3\nfeatures = "no.pt"', "'no.pt' is not there"),
         ("bins = 3", "bins = 3\nsigma_max = 0.01", "sigma_min must be below sigma_max"),
         ("bins = 3", "bins = 3\nsamples = 30", "samples has no effect without features"),
