@@ -20,9 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/hdit train configs/digits-hdit.toml --run $(DEMO)
-	$(BIN)/hdit sample $(DEMO) -n 100 --overwrite --out $(DEMO)/pictures
+	$(BIN)/hdit sample $(DEMO) -n 100 --overwrite --out $(DEMO)/images
 	$(BIN)/python scripts/check_digits.py $(DEMO)
-	@echo "The pictures: $(DEMO)/pictures/grid.png, and one PNG for each image beside it."
+	@echo "The images: $(DEMO)/images/grid.png, and one PNG for each image beside it."
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
