@@ -17,7 +17,8 @@ NATTEN where it is installed, and global attention by cuDNN and by torch's flash
 ceilings are a copy within the device's memory and a square matrix product. The memory floor is the
 time that the copy's speed gives for reading each input once and writing each output once. Before a
 contender is timed its results are compared with the definition in float64, on the last head of the
-last image; one that is wrong is reported and passed over, as is one that fails.
+last image; one that is wrong is reported and passed over, as is one that fails, and one that does
+not support the direction. What has no gradient is timed forward only.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench_record import Record, Row, about, markdown, table
 from bench_tools import (
     Call,
+    CallFailed,
     Calls,
     DeviceLost,
     attempt,
+    check_context,
     copy,
     enough_sets,
     faster,
@@ -80,9 +83,10 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 PEER = "flex: default"
 COPY, PRODUCT = "ceiling: device copy", "ceiling: matrix product"
 GROUP = 5  # contenders that are timed beside each other
-WARM_SHARE = 0.1  # of the device's memory, for a process that only compiles, beside others
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Contenders = dict[str, dict[str, "Contender"]]  # by direction, by name
+Ceilings = tuple[tuple[Call, float], tuple[Call, float]]  # matrix product, and copy
 
 
 # ---- on a CPU ------------------------------------------------------------------------------------
@@ -218,10 +222,13 @@ def cpu_tables(arguments: argparse.Namespace, record: Record) -> None:
 
 
 class Contender(NamedTuple):
-    """One way to compute attention. `both` gives the output and the gradients of q, k and v."""
+    """One way to compute attention. `both` gives the output and the gradients of q, k and v.
+
+    It is None where there is no gradient.
+    """
 
     forward: Attention
-    both: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+    both: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None
     is_local: bool = True  # neighborhood attention, and not global
 
 
@@ -242,6 +249,14 @@ def by_autograd(attention: Attention, is_local: bool = True) -> Contender:
         return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
     return Contender(forward, both, is_local)
+
+
+def without_gradient(attention: Attention) -> Contender:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return attention(q, k, v)
+
+    return Contender(forward, None)
 
 
 def by_plan(plan: triton.Plan) -> Contender:
@@ -271,26 +286,58 @@ def global_by(kernel: SDPBackend) -> Contender:
     return by_autograd(attention, is_local=False)
 
 
-def contenders_of(problem: Problem) -> dict[str, Contender]:
+def contenders_of(problem: Problem) -> tuple[dict[str, Contender], dict[str, str]]:
+    """What can solve a problem, by name, and why the rest cannot.
+
+    Where the problem has no gradient, contenders are forward only.
+    """
+    make = by_autograd if problem.grad else without_gradient
     found: dict[str, Contender] = {}
+    refused: dict[str, str] = {}
     for name, backend in BACKENDS.items():
-        if name == "reference" or backend.unsupported(problem) is not None:
+        if name == "reference":
             continue
-        if name == "triton":
+        if reason := backend.unsupported(problem):
+            refused[name] = reason
+        elif name == "triton":
             for plan_name, plan in plans(problem).items():
                 found[f"triton: {plan_name}"] = by_plan(plan)
         elif name == "flex":
-            for variant, attention in flex.variants(problem).items():
-                found[f"flex: {variant}"] = by_autograd(
-                    partial(attention, kernel_size=KERNEL_SIZE, scale=SCALE)
-                )
+            for variant_name, variant in flex.VARIANTS.items():
+                if reason := variant.unsupported(problem):
+                    refused[f"flex: {variant_name}"] = reason
+                else:
+                    attention = partial(variant, kernel_size=KERNEL_SIZE, scale=SCALE)
+                    found[f"flex: {variant_name}"] = make(attention)
         else:
             attention = partial(
                 neighborhood_attention, kernel_size=KERNEL_SIZE, scale=SCALE, backend=name
             )
-            found[name] = by_autograd(attention)
+            found[name] = make(attention)
     found["global, cuDNN"] = global_by(SDPBackend.CUDNN_ATTENTION)
     found["global, flash"] = global_by(SDPBackend.FLASH_ATTENTION)
+    return found, refused
+
+
+def by_direction(problem: Problem, arguments: argparse.Namespace, record: Record) -> Contenders:
+    """The contenders of each direction, of those that are asked for; who is refused is recorded.
+
+    What can do both computes forward with autograd too, so that it compiles once.
+    """
+
+    def asked_for(name: str) -> bool:
+        asked = not arguments.contender or name.startswith(tuple(arguments.contender))
+        return asked and name not in arguments.without
+
+    found: Contenders = {}
+    with_gradient, _ = contenders_of(problem._replace(grad=True))
+    for direction in ("forward", "both"):
+        able, refused = contenders_of(problem._replace(grad=direction == "both"))
+        found[direction] = {n: with_gradient.get(n, c) for n, c in able.items() if asked_for(n)}
+        for name in filter(asked_for, refused):
+            what = f"{name}, {direction}"
+            if f"{what}: {refused[name]}" not in record.errors:  # by the shape before
+                record.fail(what, refused[name])
     return found
 
 
@@ -324,6 +371,14 @@ class Ready(NamedTuple):
     timed: str
 
 
+def call_of(contender: Contender, direction: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Output, and of "both" directions the gradients of q, k and v."""
+    if direction == "forward":
+        return (contender.forward(*inputs[:3]),)
+    assert contender.both is not None, "a contender without gradient was asked for them"
+    return contender.both(*inputs)
+
+
 def prepare(
     name: str,
     contender: Contender,
@@ -336,9 +391,7 @@ def prepare(
     device, dtype = sets[0].q.device, sets[0].q.dtype
 
     def call(i: int) -> tuple[Tensor, ...]:
-        if direction == "forward":
-            return (contender.forward(*sets[i][:3]),)
-        return contender.both(*sets[i])
+        return call_of(contender, direction, sets[i])
 
     found = attempt(record, name, lambda: call(0), device)
     if found is None:
@@ -369,12 +422,7 @@ def cuda_bench(shape: tuple[int, ...], arguments: argparse.Namespace, record: Re
     is_cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if is_cuda else None
     problem = Problem(device.type, dtype, h, w, KERNEL_SIZE, D_HEAD, True, capability)
-    contenders = {
-        name: contender
-        for name, contender in contenders_of(problem).items()
-        if name not in arguments.without
-        and (not arguments.contender or name.startswith(tuple(arguments.contender)))
-    }
+    contenders = by_direction(problem, arguments, record)
     size = b * h * w * n * D_HEAD * dtype.itemsize  # of a tensor, bytes
     number = 1 if arguments.warm else enough_sets(4 * size, device) if is_cuda else 2
 
@@ -384,16 +432,15 @@ def cuda_bench(shape: tuple[int, ...], arguments: argparse.Namespace, record: Re
 
     sets = [draw() for _ in range(number)]
     if arguments.warm:
-        for name, contender in contenders.items():
-            attempt(record, name, lambda c=contender: c.both(*sets[0]), device)
+        warm(contenders, sets[0], record)
         return
     exact = reference_of(sets[0])
     side = 64 if arguments.tiny else None
     ceilings_of_device = matmul(device, dtype, side), copy(device, 1 << 20 if side else COPIED)
-    for direction in ("forward", "both"):
+    for direction, mine in contenders.items():
         title: Row = {"problem": f"{h}x{w}, b {b}, {n} heads", "direction": direction}
         measured = {r["contender"] for r in record.rows if title.items() <= r.items()}
-        names = [name for name in contenders if name == PEER or name not in measured]
+        names = [name for name in mine if name == PEER or name not in measured]
         names.sort(key=lambda name: name != PEER)
         peer: dict[str, Ready] = {}
         for i in range(0, len(names), GROUP):
@@ -401,21 +448,57 @@ def cuda_bench(shape: tuple[int, ...], arguments: argparse.Namespace, record: Re
             for name in names[i : i + GROUP]:
                 what = f"{', '.join(title.values())}, {name}"
                 try:
-                    made = prepare(what, contenders[name], direction, sets, exact, record)
+                    made = prepare(what, mine[name], direction, sets, exact, record)
                 except DeviceLost:
                     raise DeviceLost(name) from None
                 if made is not None:
                     ready[name] = made
+            rows = timed(ready, mine, ceilings_of_device, shape, direction, arguments, record)
             peer = {name: r for name, r in ready.items() if name == PEER}
-            rows = rows_of(ready, contenders, ceilings_of_device, shape, direction, arguments)
             record.add(*(title | row for row in rows if row["contender"] not in measured))
             measured |= {row["contender"] for row in rows}
+
+
+def warm(contenders: Contenders, inputs: Inputs, record: Record) -> None:
+    """Calls each contender once, in both directions where it can."""
+    device = inputs.q.device
+    for direction, others in (("both", {}), ("forward", contenders["both"])):
+        for name, contender in contenders[direction].items():
+            if name not in others:
+                attempt(
+                    record, name, lambda c=contender, d=direction: call_of(c, d, inputs), device
+                )
+
+
+def timed(
+    ready: dict[str, Ready],
+    contenders: dict[str, Contender],
+    ceilings_of_device: Ceilings,
+    shape: tuple[int, ...],
+    direction: str,
+    arguments: argparse.Namespace,
+    record: Record,
+) -> list[Row]:
+    """The rows of rows_of; a contender whose call fails is recorded, and taken out of `ready`.
+
+    Raises DeviceLost, with the contender's name, where it has broken CUDA's context.
+    """
+    while True:
+        try:
+            return rows_of(ready, contenders, ceilings_of_device, shape, direction, arguments)
+        except CallFailed as failed:
+            name = failed.name
+            what = f"{'x'.join(map(str, shape))}, {direction}, {name}, while it was timed"
+            record.fail(what, failed.error)
+            check_context(name, torch.device(arguments.device))
+            if ready.pop(name, None) is None:  # a ceiling, without which there is no row
+                return []
 
 
 def rows_of(
     ready: dict[str, Ready],
     contenders: dict[str, Contender],
-    ceilings_of_device: tuple[tuple[Call, float], tuple[Call, float]],
+    ceilings_of_device: Ceilings,
     shape: tuple[int, ...],
     direction: str,
     arguments: argparse.Namespace,
@@ -460,8 +543,6 @@ def cuda_tables(arguments: argparse.Namespace, record: Record) -> None:
     if device.type == "cuda":
         # A graph is captured on the stream that its inputs, and their autograd nodes, live on.
         torch.cuda.set_stream(torch.cuda.Stream(device))
-        if arguments.warm:
-            torch.cuda.set_per_process_memory_fraction(WARM_SHARE)
     for shape in TINY_SHAPES if arguments.tiny else CUDA_SHAPES:
         if not arguments.side or shape[1] in arguments.side:
             try:
@@ -469,6 +550,8 @@ def cuda_tables(arguments: argparse.Namespace, record: Record) -> None:
             except DeviceLost as error:
                 name = str(error)
                 record.fail(name, "it broke the CUDA context, and is left out from here on")
+                if name in arguments.without:
+                    sys.exit(f"{name} broke the CUDA context again, though it was left out")
                 command = [sys.executable, *sys.argv, "--go-on", "--without", name]
                 os.execv(sys.executable, command)
             if device.type == "cuda":
@@ -479,7 +562,7 @@ def cuda_tables(arguments: argparse.Namespace, record: Record) -> None:
         print("\n" + markdown(record.rows))
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=default_device().type)
     parser.add_argument(
@@ -504,16 +587,22 @@ def main() -> None:
     parser.add_argument(
         "--contender", action="append", help="only those whose names begin so (CUDA)"
     )
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    for_cuda = device.type == "cuda" or arguments.tiny
-    if not for_cuda and (arguments.without or arguments.contender or arguments.warm):
+    found = parser.parse_args(arguments)
+    device = torch.device(found.device)
+    for_cuda = device.type == "cuda" or found.tiny
+    if not for_cuda and (found.without or found.contender or found.warm):
         parser.error("--without, --contender and --warm have an effect on CUDA alone")
-    arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    found.dtype = found.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return found
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device(arguments.device)
     keep_freed_memory()
     warnings.simplefilter("ignore")  # of torch.compile itself
     record = Record(arguments.json, machine(device), go_on=arguments.go_on)
-    if for_cuda:
+    if device.type == "cuda" or arguments.tiny:
         cuda_tables(arguments, record)
     else:
         cpu_tables(arguments, record)

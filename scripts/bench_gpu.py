@@ -10,10 +10,11 @@ its own with a cap in seconds: 90, 60, 130, 45 and 120. Where less than their su
 deadline, all that are still to come are scaled; one that would get too little to be of use is
 passed over, and so is the rest of one that fails or reaches its cap. What the later sections
 compile is compiled beside section 1, which times nothing, into the caches that the environment
-names for torch and Triton; that ends before section 2 begins.
+names for torch and Triton, a few processes at a time; that ends before section 2 begins.
 
-The folder gets a JSON file for each section, written anew with each figure, benchmarks.md with the
-tables, grid.png with images of section 6, and log.txt with what the processes said.
+The folder gets four files: sections.json with the figures, benchmarks.md with the tables, grid.png
+with images of section 6, and log.txt with what the processes said. While a section runs, its
+figures so far lie in a JSON file of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,16 +33,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bench_record import Row, about, markdown, one_line, write
+from bench_record import Row, about, commit, markdown, one_line, output_of, write
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 25  # lines of what fails
 GRACE = 3.0  # seconds between asking a process to end and killing it
+SAVING = 10.0  # the same for training, which then writes its checkpoint
+SAMPLING = 30.0  # of section 6, for starting, compiling what samples, and sampling
+STARTING = 25.0  # of section 6, until training's own clock runs, and for its last checkpoint
+TESTERS = 6  # processes among which pytest's tests are spread
+WARM_AT_ONCE = 4  # processes that compile, beside section 1's own
+WARM_AFTER = 6  # once those are through
+FOLDED = "sections.json"
 TINY_PATIENCE = 4.0  # by which caps grow: a busy CPU is no GPU
 WARM_ATTENTION = [  # side of the grid, beginning of contenders' names
     (256, "flex"),
@@ -50,6 +60,30 @@ WARM_ATTENTION = [  # side of the grid, beginning of contenders' names
     (64, "triton: product"),
     (64, "triton: one pass"),
 ]
+WARM_MODELS = {"hdit-ffhq1024": 0.25, "hdit-imagenet256": 0.15, "dit-xl-2-256": 0.1}
+"""Models to compile, and the share of the device's memory that each may take."""
+WARM_SHARES = {"attention": 0.05, "megapixel": 0.2, "show": 0.1}
+
+CAPPED = """
+import os, runpy, sys, torch
+share, name, sys.argv = float(sys.argv[1]), sys.argv[2], sys.argv[2:]
+if torch.cuda.is_available():
+    torch.cuda.set_per_process_memory_fraction(share)
+if name.endswith(".py"):
+    sys.path[0] = os.path.dirname(name)
+    runpy.run_path(name, run_name="__main__")
+else:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+MACHINE = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[2])
+from bench_tools import machine
+print(json.dumps(machine(torch.device(sys.argv[1]))))
+"""
+RESULTS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+RESULT = re.compile(rf"(?:\[gw\d+\] .*?({RESULTS}) (.+))|(?:(\S+::.+?) ({RESULTS})\b)")
+"""What pytest -vv says of a test, with and without processes to spread them among."""
 BATCHES = [4, 1, 16]  # of megapixels, the most telling first
 
 SHOW = """
@@ -132,9 +166,9 @@ class Job:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def end(self) -> None:
+    def end(self, grace: float = GRACE) -> None:
         """Ends the group, if it is still there: asks first, and then kills."""
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
             try:
                 os.killpg(self.process.pid, number)
             except ProcessLookupError:
@@ -166,35 +200,49 @@ class Bench:
         return [sys.executable, "-m", "hdit.cli", *map(str, arguments)]
 
     @contextmanager
-    def jobs(
-        self, commands: dict[str, list[str]], compile_threads: int = 8
-    ) -> Iterator[dict[str, Job]]:
-        """Starts processes that have ended when the block has, however it ends."""
+    def group(self, compile_threads: int = 8, grace: float = GRACE) -> Iterator[Group]:
+        """Processes that have ended when the block has, however it ends."""
         env = {"TORCHINDUCTOR_COMPILE_THREADS": str(compile_threads)} | self.env
-        started: dict[str, Job] = {}
+        group = Group({}, self.work, env)
         try:
-            for name, command in commands.items():
-                started[name] = Job(name, command, self.work / f"{name}.log", env)
-            yield started
+            yield group
         finally:
-            for job in started.values():
-                job.end()
+            for job in group.jobs.values():
+                job.end(grace)
                 with self.log.open("a") as file:
                     file.write(f"==== {job.name}, status {job.process.returncode}\n{job.said()}\n")
 
-    def wait(self, jobs: dict[str, Job], until: float) -> None:
-        """Waits for processes to end by themselves, until a moment of the monotonic clock."""
-        for job in jobs.values():
+    def outcome(
+        self, commands: dict[str, list[str]], seconds: float, grace: float = GRACE
+    ) -> Outcome:
+        """Runs processes beside each other for so long at most."""
+        with self.group(grace=grace) as group:
+            group.start(commands)
+            group.wait(time.monotonic() + seconds)
+            return outcome_of(group.jobs, seconds)
+
+
+class Group(NamedTuple):
+    """Processes by name."""
+
+    jobs: dict[str, Job]
+    logs: Path
+    env: dict[str, str]
+
+    def start(self, commands: dict[str, list[str]]) -> None:
+        for name, command in commands.items():
+            self.jobs[name] = Job(name, command, self.logs / f"{name}.log", self.env)
+
+    def running(self) -> int:
+        return sum(job.process.poll() is None for job in self.jobs.values())
+
+    def wait(self, until: float) -> None:
+        """Waits for all to end by themselves, until a moment of the monotonic clock."""
+        for job in self.jobs.values():
             try:
                 job.process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 return
-
-    def outcome(self, commands: dict[str, list[str]], seconds: float) -> Outcome:
-        """Runs processes beside each other for so long at most."""
-        with self.jobs(commands) as jobs:
-            self.wait(jobs, time.monotonic() + seconds)
-            return outcome_of(jobs, seconds)
 
 
 def environment(device: str, tiny: bool) -> dict[str, str]:
@@ -203,6 +251,8 @@ def environment(device: str, tiny: bool) -> dict[str, str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+    if found := commit():
+        env["HDIT_COMMIT"] = found
     if tiny:
         env["OMP_NUM_THREADS"] = "1"  # threads cost more than they bring to what is tiny
     return env
@@ -213,59 +263,113 @@ def outcome_of(jobs: dict[str, Job], seconds: float) -> Outcome:
     running = [name for name, job in jobs.items() if job.process.poll() is None]
     failed = [name for name, job in jobs.items() if job.process.returncode not in (None, 0)]
     for name in failed:
-        tail = "\n".join(jobs[name].said().splitlines()[-TAIL:])
-        print(f"---- {name} failed; the end of its output:\n{tail}\n----", flush=True)
+        print_tail(jobs[name])
     words = [f"{name} failed with status {jobs[name].process.returncode}" for name in failed]
     words += [f"{name} was cut off after {seconds:.0f} s" for name in running]
     return Outcome("; ".join(words) or DONE, failed=bool(failed))
+
+
+def print_tail(job: Job) -> None:
+    tail = "\n".join(job.said().splitlines()[-TAIL:])
+    print(f"---- {job.name} failed; the end of its output:\n{tail}\n----", flush=True)
 
 
 # ---- the sections --------------------------------------------------------------------------------
 
 
 def right(bench: Bench, seconds: float, warm: dict[str, list[str]]) -> Outcome:
-    """The gpu tests, every backend and the command line, beside each other; and what warms."""
-    tests = ["tests/kernels"] if bench.tiny else []
+    """The gpu tests, every backend and the command line, beside each other; and what warms.
+
+    What is cut off has failed: nobody has seen that it is right.
+    """
+    until = time.monotonic() + seconds
+    waiting = list(warm)
+    # Many run beside each other: more threads would only take turns.
+    with bench.group(compile_threads=3) as warming:
+        with bench.group(compile_threads=2) as own:
+            own.start(checks(bench, seconds))
+            while own.running() and time.monotonic() < until:
+                start_some(warming, warm, waiting, WARM_AT_ONCE)
+                time.sleep(0.1)
+            found = outcome_of(own.jobs, seconds)
+            tests_row = row_of_tests(own.jobs["tests"])
+        data = {name: read(bench.work / f"{name}.json") or {} for name in ("backends", "cli")}
+        rows = [tests_row, *(row for d in data.values() for row in d.get("rows", []))]
+        errors = [error for d in data.values() for error in d.get("errors", [])]
+        merged = {"machine": data["backends"].get("machine", {}), "rows": rows, "errors": errors}
+        write(bench.out / RIGHT, json.dumps(merged, indent=1) + "\n")
+        while (waiting or warming.running()) and time.monotonic() < until:
+            start_some(warming, warm, waiting, WARM_AFTER)
+            time.sleep(0.1)
+        tell_of_warming(warming, waiting)
+    return found._replace(failed=found.status != DONE)
+
+
+def checks(bench: Bench, seconds: float) -> dict[str, list[str]]:
+    """The commands of section 1, without those that warm."""
     tiny = ["--tiny"] if bench.tiny else []
+    spread = []
+    if find_spec("xdist"):
+        spread = ["-n", 1 if bench.tiny else TESTERS, "--dist", "worksteal"]
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-vv", "-rfE",
+              "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+              *map(str, spread), *gpu_tests()]  # fmt: skip
     json_of = {name: bench.work / f"{name}.json" for name in ("backends", "cli")}
-    commands = {
-        "tests": [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "default", "-rf",
-                  "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-                  *tests],
+    return {
+        "tests": pytest,
         "backends": bench.script(
             "check_backends.py", "--device", bench.device, "--json", json_of["backends"], *tiny
         ),
         "cli": bench.script("check_cli.py", "--precision", bench.precision, "--json",
                             json_of["cli"], "--patience", seconds),
     }  # fmt: skip
-    until = time.monotonic() + seconds
-    with bench.jobs(warm, compile_threads=3) as warming:  # many beside each other
-        with bench.jobs(commands) as jobs:
-            bench.wait(jobs, until)
-            found = outcome_of(jobs, seconds)
-            tests_row = row_of_tests(jobs["tests"])
-        data = {name: read(path) or {} for name, path in json_of.items()}
-        rows = [tests_row, *(row for d in data.values() for row in d.get("rows", []))]
-        errors = [error for d in data.values() for error in d.get("errors", [])]
-        machine = data["backends"].get("machine", {})
-        merged = {"machine": machine, "rows": rows, "errors": errors}
-        write(bench.out / RIGHT, json.dumps(merged, indent=1) + "\n")
-        bench.wait(warming, until)
-        for name, job in warming.items():
-            status = job.process.poll()
-            if status != 0:
-                became = "was not through" if status is None else f"ended with status {status}"
-                print(f"{name} {became}: what comes may compile longer", flush=True)
-    return found
+
+
+def gpu_tests() -> list[str]:
+    """The files of tests that hold one for a GPU, kernels' first: to collect all takes long."""
+    found = [p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    found.sort(key=lambda p: (p.parent.name != "kernels", p))
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def start_some(group: Group, commands: dict[str, list[str]], waiting: list[str], most: int) -> None:
+    """Starts those that wait, until so many run."""
+    while waiting and group.running() < most:
+        name = waiting.pop(0)
+        group.start({name: commands[name]})
+
+
+def tell_of_warming(warming: Group, waiting: list[str]) -> None:
+    """Prints what has not compiled, and why."""
+    became = dict.fromkeys(waiting, "was not started")
+    for name, job in warming.jobs.items():
+        if (status := job.process.poll()) is None:
+            became[name] = "was not through"
+        elif status:
+            print_tail(job)
+            became[name] = f"ended with status {status}"
+    for name, words in became.items():
+        print(f"{name} {words}: what comes may compile longer", flush=True)
 
 
 def row_of_tests(job: Job) -> Row:
-    """What pytest says in the end, and the names of what failed."""
+    """How many tests had which result, and the names of what failed; also where it was cut off."""
     lines = [line.strip() for line in job.said().splitlines() if line.strip()]
-    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR "))]
+    results: dict[str, str] = {}  # by test; an error in its teardown replaces what it had
+    for line in lines:
+        if match := RESULT.match(line):
+            results[match[2] or match[3]] = match[1] or match[4]
+    bad = [name for name, result in results.items() if result in ("FAILED", "ERROR")]
+    bad += [line.split(" - ")[0].split(" ", 1)[1] for line in lines if line.startswith("ERROR ")]
     status = job.process.poll()
-    last = lines[-1].strip("= ") if lines and status is not None else "cut off"
-    how = "; ".join([last, *failed[:10]])
+    if status is None:
+        counts = {r: list(results.values()).count(r) for r in RESULTS.split("|")}
+        told = [f"{count} {r.lower()}" for r, count in counts.items() if count]
+        last = f"cut off after {', '.join(told) or 'no test'}"
+    else:
+        last = lines[-1].strip("= ") if lines else "nothing said"
+    names = list(dict.fromkeys(bad))
+    how = "; ".join([last, *(f"failed: {name}" for name in names[:10])])
     return {"check": "pytest -m gpu", "how": how, "right": status == 0}
 
 
@@ -328,60 +432,81 @@ def show(bench: Bench, seconds: float) -> Outcome:
     """Trains for what is left of the time after starting, saving and sampling, and samples."""
     until = time.monotonic() + seconds
     run, pictures = bench.work / "show", bench.work / "pictures"
-    training = 2.0 if bench.tiny else max(5.0, seconds - 35)
+    training = 2.0 if bench.tiny else max(5.0, seconds - STARTING - SAMPLING)
     train = bench.hdit("train", show_config(bench), "--run", run, "--minutes", training / 60)
-    found = bench.outcome({"show-train": train}, seconds)
-    log = run / "metrics.jsonl"
-    if log.exists() and (lines := log.read_text().splitlines()):
-        last = json.loads(lines[-1])
-        speeds = sorted(json.loads(line)["images_per_second"] for line in lines)
+    trained = bench.outcome({"show-train": train}, max(1.0, seconds - SAMPLING), SAVING)
+    if row := row_of_training(run / "metrics.jsonl"):
         source = "shapes" if bench.images is None else bench.images.name
-        row = {
-            "data": source,
-            "images drawn": last["images"],
-            "steps": last["step"],
-            "images/s, median": speeds[len(speeds) // 2],
-            "loss": last["loss"],
-            "peak memory, GiB": last["peak_memory"] / 2**30,
-        }
-        data = {"machine": {}, "rows": [row], "errors": []}
+        data = {"machine": {}, "rows": [{"data": source} | row], "errors": []}
         write(bench.out / file_of(6), json.dumps(data, indent=1) + "\n")
-    if found.status != DONE:
-        return found
+    if not any((run / "checkpoints").glob("[0-9]*")):
+        return trained
     number = 4 if bench.tiny else 64
     sample = bench.hdit("sample", run, "-n", number, "--out", pictures)
-    found = bench.outcome({"show-sample": sample}, max(1.0, until - time.monotonic()))
+    sampled = bench.outcome({"show-sample": sample}, max(1.0, until - time.monotonic()))
     if (pictures / "grid.png").exists():
         shutil.copyfile(pictures / "grid.png", bench.out / "grid.png")
-    return found
+    words = [found.status for found in (trained, sampled) if found.status != DONE]
+    return Outcome("; ".join(words) or DONE, trained.failed or sampled.failed)
+
+
+def row_of_training(log: Path) -> Row | None:
+    """What metrics.jsonl of a run says of its speed and end; None if there is nothing."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    if not lines:
+        return None
+    last = json.loads(lines[-1])
+    speeds = sorted(json.loads(line)["images_per_second"] for line in lines)
+    return {
+        "images drawn": last["images"],
+        "steps": last["step"],
+        "images/s, median": speeds[len(speeds) // 2],
+        "loss": last["loss"],
+        "peak memory, GiB": last["peak_memory"] / 2**30,
+    }
 
 
 def warming(bench: Bench, wanted: list[int]) -> dict[str, list[str]]:
-    """Commands that compile for the sections to come, and time nothing."""
-    found = {}
+    """Commands that compile for the sections to come, and time nothing; the longest first."""
     if bench.tiny:
-        if 3 in wanted:
-            found["warm-models"] = bench.script("bench_models.py", "--tiny", "--warm")
-        return found
+        models_too = capped(bench.script("bench_models.py", "--tiny", "--warm"), 0.1)
+        return {"warm-models": models_too} if 3 in wanted else {}
     if bench.device != "cuda":
         return {}
+    on_cuda = ["--device", "cuda", "--warm"]
+    found = {}
     if 3 in wanted:
-        for name in ("hdit-ffhq1024", "hdit-imagenet256", "dit-xl-2-256"):
-            found[f"warm-{name}"] = bench.script("bench_models.py", "--warm", "--model", name)
+        for name, share in WARM_MODELS.items():
+            command = bench.script("bench_models.py", *on_cuda, "--model", name)
+            found[f"warm-{name}"] = capped(command, share)
+    if 4 in wanted:
+        command = megapixel_command(bench, "warm-megapixel", "--steps", 2)
+        found["warm-megapixel"] = capped(command, WARM_SHARES["megapixel"])
+    if 6 in wanted:
+        run = bench.work / "warm-show"
+        train = bench.hdit(
+            "train", show_config(bench), "--run", run,
+            "--set", "training.images=256", "--set", "training.checkpoint_every=256",
+        )  # fmt: skip
+        sample = bench.hdit(
+            "sample", run, "-n", 64, "--steps", 2, "--out", bench.work / "warm-pictures"
+        )
+        both = (shlex.join(capped(c, WARM_SHARES["show"])) for c in (train, sample))
+        found["warm-show"] = ["sh", "-c", " && ".join(both)]
     if 2 in wanted:
         for side, contender in WARM_ATTENTION:
             name = f"warm-{contender.replace(': ', '-')}-{side}"
-            found[name] = bench.script(
-                "bench_attention.py", "--warm", "--side", side, "--contender", contender
+            command = bench.script(
+                "bench_attention.py", *on_cuda, "--side", side, "--contender", contender
             )
-    if 4 in wanted:
-        found["warm-megapixel"] = megapixel_command(bench, "warm-megapixel", "--steps", 2)
-    if 6 in wanted:
-        found["warm-show"] = bench.hdit(
-            "train", show_config(bench), "--run", bench.work / "warm-show",
-            "--set", "training.images=256", "--set", "training.checkpoint_every=256",
-        )  # fmt: skip
+            found[name] = capped(command, WARM_SHARES["attention"])
     return found
+
+
+def capped(command: list[str], share: float) -> list[str]:
+    """The same command in a process that may take so much of the device's memory."""
+    python, *rest = command
+    return [python, "-c", CAPPED, str(share), *(rest[1:] if rest[0] == "-m" else rest)]
 
 
 def sections(wanted: list[int]) -> list[Section]:
@@ -395,7 +520,7 @@ def sections(wanted: list[int]) -> list[Section]:
         Section(2, "Neighborhood attention", "attention", 60, 15, attention),
         Section(3, "Training steps", "models", 130, 30, models),
         Section(4, "Megapixel sampling", "megapixel", 45, 20, megapixel),
-        Section(6, "A model to show", "show", 120, 45, show),
+        Section(6, "A model to show", "show", 120, 60, show),
     ]
     return [section for section in every if section.number in wanted]
 
@@ -485,19 +610,46 @@ def summary(rows: list[Row]) -> list[Row]:
     return found
 
 
+def fold(out: Path, chosen: list[Section], outcomes: dict[int, Outcome], device: str) -> Row:
+    """Moves what sections have recorded into one file, beside how each went -> all of it.
+
+    Few files come back from some machines.
+    """
+    found = read(out / FOLDED) or {"machine": {}, "sections": {}}
+    for section in chosen:
+        if section.number not in outcomes:
+            continue
+        entry = found["sections"].setdefault(section.name, {"rows": [], "errors": []})
+        recorded = read(out / section.file) or {}
+        entry |= recorded | outcomes[section.number]._asdict()
+        found["machine"] = found["machine"] or recorded.get("machine") or {}
+    if not found["machine"] and any(entry["rows"] for entry in found["sections"].values()):
+        said = output_of([sys.executable, "-c", MACHINE, device, str(ROOT / "scripts")])
+        found["machine"] = json.loads(said) if said else {}
+    write(out / FOLDED, json.dumps(found, indent=1) + "\n")
+    for section in chosen:
+        if section.number in outcomes:
+            (out / section.file).unlink(missing_ok=True)
+    for partial in out.glob(".*.partial"):  # of what was killed while it wrote
+        partial.unlink()
+    return found
+
+
 def report(
-    command: str, date: str, chosen: list[Section], outcomes: dict[int, Outcome], out: Path
+    command: str,
+    date: str,
+    chosen: list[Section],
+    outcomes: dict[int, Outcome],
+    data: dict[int, dict[str, Any]],
+    machine: Row,
 ) -> str:
-    """Markdown of all sections that are through, from their JSON files in `out`."""
-    data = {section.number: read(out / section.file) for section in chosen}
-    machines = [d["machine"] for d in data.values() if d and d.get("machine")]
-    machine = machines[0] if machines else {}
+    """Markdown of all sections that are through, from what they have recorded."""
     blocks = [
         f"## On {machine.get('device', 'a device that no section has named')}",
         f"```\n{command}\n```\n{date}",
     ]
     for section in chosen:
-        outcome, found = outcomes.get(section.number), data[section.number]
+        outcome, found = outcomes.get(section.number), data.get(section.number)
         if outcome is None:
             continue
         blocks.append(f"### {section.title}\n\n{about(machine)}")
@@ -550,6 +702,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds for everything")
     parser.add_argument("--only", type=section_numbers, default=NUMBERS, metavar="N,...")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--commit", metavar="HASH", help="of the figures, where git knows none")
     parser.add_argument("--tiny", action="store_true", help="shapes and models that take no time")
     found = parser.parse_args(arguments)
     if found.images is not None and not found.images.is_dir():
@@ -573,14 +726,21 @@ def main() -> None:
         print("without --images, section 6 draws shapes to train on", flush=True)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     chosen = sections(arguments.only)
+    if arguments.commit:
+        os.environ["HDIT_COMMIT"] = arguments.commit
+    elif not commit():
+        print("warning: the commit is not known; name it with --commit", flush=True)
 
     def save(outcomes: dict[int, Outcome]) -> None:
-        write(out / "benchmarks.md", report(as_typed(arguments), date, chosen, outcomes, out))
+        found = fold(out, chosen, outcomes, arguments.device)
+        data = {s.number: found["sections"].get(s.name) for s in chosen}
+        text = report(as_typed(arguments), date, chosen, outcomes, data, found["machine"])
+        write(out / "benchmarks.md", text)
 
-    with TemporaryDirectory() as work:
-        bench = Bench(out, Path(work), arguments.device, arguments.tiny, images)
-        for name in [section.file for section in chosen] + ["grid.png"] * (6 in arguments.only):
+    with TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        for name in [*FILES.values(), FOLDED, "benchmarks.md", "grid.png"]:
             (out / name).unlink(missing_ok=True)  # of a run before
+        bench = Bench(out, Path(work), arguments.device, arguments.tiny, images)
         outcomes = run_all(chosen, bench, arguments.deadline, save)
     print("\n" + (out / "benchmarks.md").read_text())
     if any(outcome.failed for outcome in outcomes.values()):

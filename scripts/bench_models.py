@@ -74,7 +74,6 @@ STEPS = [  # config, side of what the model sees, batch, classes
 ]
 TINY_STEPS = [("digits-hdit", 8, 2, 10), ("digits-dit", 8, 2, 10)]
 DOUBLINGS = 4
-WARM_SHARE = 0.3  # of the device's memory, for a process that only compiles, beside others
 ATTENTION = re.compile(
     "attention|flash|fmha|sdpa|neighborhood|forward_kernel|dq_kernel|dkv_kernel", re.IGNORECASE
 )
@@ -414,8 +413,6 @@ def step_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, i
 def steps(arguments: argparse.Namespace, record: Record) -> None:
     """The most telling first, in case that time runs out."""
     device = torch.device(arguments.device)
-    if arguments.warm and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(WARM_SHARE)
 
     def run(case: Case, style: str) -> bool:
         peers = ["hdit", "diffusers"] if case.config.model.kind == "dit" else ["hdit"]
@@ -442,7 +439,7 @@ def steps(arguments: argparse.Namespace, record: Record) -> None:
             release(device)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=default_device().type)
     parser.add_argument("--pairs", type=int, default=15, help="rounds")
@@ -460,7 +457,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows as they come")
     parser.add_argument("--warm", action="store_true", help="compile for steps, time nothing")
     parser.add_argument("--tiny", action="store_true", help="of steps, on models that take no time")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse()
     device = torch.device(arguments.device)
     if arguments.tiny and device.type == "cpu":
         run_graphs_as_they_are()

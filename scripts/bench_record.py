@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,25 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def output_of(command: list[str]) -> str | None:
+    """What a program prints, or None where there is none, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The commit of this checkout: HDIT_COMMIT of the environment, or else what git says.
+
+    A copy without its .git folder has only the first.
+    """
+    # "*": git refuses a checkout that belongs to another user, as in a container
+    git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
+    return os.environ.get("HDIT_COMMIT") or output_of([*git, "rev-parse", "--short", "HEAD"])
 
 
 class Record:

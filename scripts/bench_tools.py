@@ -8,17 +8,16 @@ on another of several sets of inputs, is what a round times.
 from __future__ import annotations
 
 import platform
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 import torch
 
-from bench_record import Record, Row
+from bench_record import Record, Row, commit, one_line, output_of
 
 T = TypeVar("T")
 Call = Callable[[], object]
@@ -30,6 +29,14 @@ GRAPH_SECONDS = 2e-3  # of the calls in a graph together: launching it takes som
 
 class DeviceLost(Exception):
     """A kernel broke the CUDA context: nothing more can run in this process."""
+
+
+class CallFailed(Exception):
+    """A contender's call raised while it was timed: `name` is the contender's."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__(f"{name}: {one_line(error)}")
+        self.name, self.error = name, error
 
 
 def seconds(call: Call, device: torch.device) -> float:
@@ -47,14 +54,24 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def rounds(contenders: Calls, pairs: int, device: torch.device, warm: bool = True) -> Times:
-    """Seconds of each contender in each round; the order turns from round to round."""
+    """Seconds of each contender in each round; the order turns from round to round.
+
+    Raises CallFailed where a contender's call raises, on CUDA also where its kernels fail later.
+    """
+
+    def timed(name: str) -> float:
+        try:
+            return seconds(contenders[name], device)
+        except Exception as error:  # of any kind: compilers have their own
+            raise CallFailed(name, error) from error
+
     names = list(contenders)
     for name in names if warm else ():
-        contenders[name]()
+        timed(name)
     times: Times = {name: [] for name in names}
     for i in range(pairs):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(seconds(contenders[name], device))
+            times[name].append(timed(name))
     return times
 
 
@@ -114,12 +131,17 @@ def attempt(record: Record, what: str, run: Callable[[], T], device: torch.devic
         return run()
     except Exception as error:  # of any kind: compilers have their own
         record.fail(what, error)
-        if device.type == "cuda":
-            try:
-                torch.cuda.synchronize(device)
-            except RuntimeError:
-                raise DeviceLost(what) from error
+        check_context(what, device)
     return None
+
+
+def check_context(what: str, device: torch.device) -> None:
+    """Raises DeviceLost, with `what` as its message, where CUDA's context is broken."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise DeviceLost(what) from error
 
 
 def run_graphs_as_they_are() -> None:
@@ -133,7 +155,7 @@ def run_graphs_as_they_are() -> None:
 
 
 def machine(device: torch.device) -> Row:
-    """What a figure was measured on, and by which commit."""
+    """What a figure was measured on, and by which commit, if that is known."""
     found: Row = {"device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -146,13 +168,15 @@ def machine(device: torch.device) -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _said(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]),
+        "commit": commit(),
     }
+    if not found["commit"]:
+        print("warning: the commit is not known; name it in HDIT_COMMIT", file=sys.stderr)
     return {name: value for name, value in found.items() if value}
 
 
 def _driver() -> str | None:
-    text = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    text = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return text.splitlines()[0] if text else None
 
 
@@ -161,12 +185,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _said(command: list[str]) -> str | None:
-    """What a program prints, or None where there is none, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

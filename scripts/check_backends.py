@@ -40,7 +40,7 @@ LOSS_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 """Largest relative errors of models: each of a dozen layers adds what attention may be off."""
 
-SHAPE = DataShape(3, 64, 64, 5, 0.5)
+DATA_SHAPE = DataShape(3, 64, 64, 5, 0.5)
 SPECS = {
     "HDiT": HDiTSpec.model_validate({
         "patch_size": 4,
@@ -119,17 +119,17 @@ class Model:
     def __init__(self, name: str, device: torch.device):
         torch.manual_seed(0)
         self.spec, self.device = SPECS[name], device
-        network = build(self.spec, SHAPE)
+        network = build(self.spec, DATA_SHAPE)
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.03)
         self.state = network.state_dict()
-        self.x, self.target = torch.randn(2, 4, *SHAPE.chw).to(device)
+        self.x, self.target = torch.randn(2, 4, *DATA_SHAPE.chw).to(device)
         self.c_noise = torch.linspace(-1, 1, 4, device=device)
         self.cond = Cond(torch.arange(4, device=device))
 
     def loss_and_gradients(self, dtype: torch.dtype, compiled: bool) -> tuple[Tensor, Tensor]:
-        network = build(self.spec, SHAPE)
+        network = build(self.spec, DATA_SHAPE)
         network.load_state_dict(self.state)
         network.to(self.device)
         if compiled:
@@ -208,12 +208,16 @@ def check_models(device: torch.device, record: Record, compiled: bool, tiny: boo
                     add(record, name, way, f"{how}, {what}", error, bounds[dtype])
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=default_device().type)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows as they come")
     parser.add_argument("--tiny", action="store_true", help="fewer ways, to try this script")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse()
     device = torch.device(arguments.device)
     warnings.simplefilter("ignore")  # of torch.compile itself
     if arguments.tiny and device.type == "cpu":

@@ -251,12 +251,16 @@ def complete(checkpoints: Path) -> list[str]:
     return sorted(path.name for path in checkpoints.iterdir() if path.name.isdigit())
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows as they come")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--patience", type=float, default=60, help="seconds for each command")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse()
     record = Record(arguments.json)
     with TemporaryDirectory() as name:
         checks = Checks(Path(name), record, arguments.patience)

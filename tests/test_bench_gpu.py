@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,13 +16,16 @@ import torch
 
 import bench_attention
 import bench_gpu
+import bench_models
 import bench_record
 import bench_tools
 import check_backends
 import check_cli
+import sample_ffhq1024
 from bench_gpu import Bench, Outcome, Section, allowance
 from bench_record import Record, markdown, shown
-from hdit_kernels import reference
+from hdit_kernels import flex, reference
+from hdit_kernels.neighborhood import Problem
 
 CPU = torch.device("cpu")
 
@@ -73,6 +78,128 @@ def test_config_of_the_model_to_show_is_valid_on_either_device(tmp_path, bench):
         assert config.data.shape == (3, 128, 128)
         assert config.training.compile is True
         assert config.training.precision == config.sampling.precision == "bf16"
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def parse_hdit(words):
+    """Parses a command line of hdit, and loads the config that `train` is given."""
+    import typer
+
+    from hdit import cli
+    from hdit.config.schema import load
+
+    group = typer.main.get_command(cli.app)
+    with group.make_context("hdit", list(words)) as context:
+        _, command, rest = group.resolve_command(context, list(words))
+        with command.make_context(words[0], rest) as inner:
+            if words[0] == "train":
+                load(words[1], inner.params["overrides"] or [])
+            return inner.params
+
+
+def parse_words(words, monkeypatch):
+    """Parses a command by what it starts -> (script or "hdit", options)."""
+    assert words[0] == sys.executable
+    if words[1:3] == ["-c", bench_gpu.CAPPED]:
+        assert 0 < float(words[3]) <= 0.25
+        words = [words[0], *(["-m"] if not words[4].endswith(".py") else []), *words[4:]]
+    if words[1:3] == ["-m", "hdit.cli"]:
+        return "hdit", parse_hdit(words[3:])
+    parsers = {
+        "bench_attention.py": bench_attention.parse,
+        "bench_models.py": bench_models.parse,
+        "check_backends.py": check_backends.parse,
+        "check_cli.py": check_cli.parse,
+        "sample_ffhq1024.py": lambda words: sample_ffhq1024.arguments(),
+    }
+    assert Path(words[1]).is_file()
+    monkeypatch.setattr(sys, "argv", words[1:])
+    return Path(words[1]).name, parsers[Path(words[1]).name](words[2:])
+
+
+@pytest.fixture
+def on_cuda(tmp_path):
+    """A bench for CUDA, as on the machine with the GPU; nothing runs."""
+    (tmp_path / "images").mkdir()
+    return Bench(tmp_path, tmp_path, "cuda", False, tmp_path / "images")
+
+
+def test_commands_that_warm_on_cuda_are_what_their_scripts_take(on_cuda, monkeypatch):
+    found = []
+    for command in bench_gpu.warming(on_cuda, bench_gpu.NUMBERS).values():
+        if command[:2] == ["sh", "-c"]:
+            words = shlex.split(command[2])
+            at = words.index("&&")
+            found += [words[:at], words[at + 1 :]]
+        else:
+            found.append(command)
+    parsed = [parse_words(command, monkeypatch) for command in found]
+    assert [name for name, _ in parsed].count("hdit") == 2
+    sides = {side for _, side, _, _ in bench_attention.CUDA_SHAPES}
+    names = {f"flex: {name}" for name in flex.VARIANTS}
+    problem = Problem("cuda", torch.bfloat16, 64, 64, 7, 64, True, (9, 0))
+    names |= {f"triton: {name}" for name in bench_attention.plans(problem)}
+    models = {name for name, *_ in bench_models.STEPS}
+    for script, options in parsed:
+        if script == "bench_attention.py":
+            assert options.warm
+            assert set(options.side) <= sides
+            for beginning in options.contender:
+                assert any(name.startswith(beginning) for name in names), beginning
+        elif script == "bench_models.py":
+            assert options.warm
+            assert set(options.model) <= models
+        elif script == "sample_ffhq1024.py":
+            assert options.steps == 2
+
+
+def test_commands_of_the_sections_on_cuda_are_what_their_scripts_take(on_cuda, monkeypatch):
+    commands = {n: c for n, c in bench_gpu.checks(on_cuda, 90).items() if n != "tests"}
+
+    def outcome(given, *rest):
+        commands.update(given)
+        if "show-train" in given:
+            (on_cuda.work / "show" / "checkpoints" / "0001").mkdir(parents=True)
+        return Outcome("done")
+
+    monkeypatch.setattr(on_cuda, "outcome", outcome)
+    for section in bench_gpu.sections([2, 3, 4, 6]):
+        assert section.run(on_cuda, 100) == Outcome("done")
+    parsed = {name: parse_words(command, monkeypatch) for name, command in commands.items()}
+    assert set(parsed) == {
+        "backends", "cli", "attention", "models", "megapixel", "show-train", "show-sample",
+    }  # fmt: skip
+    assert parsed["show-train"][1]["minutes"] == pytest.approx((100 - 55) / 60)
+
+
+def test_model_to_show_samples_from_a_checkpoint_however_training_ended(bench, monkeypatch):
+    ran = []
+
+    def outcome(given, seconds, *rest):
+        ran.extend(given)
+        if "show-train" in given:
+            (bench.work / "show" / "checkpoints" / "0001").mkdir(parents=True)
+            return Outcome("show-train was cut off after 9 s")
+        return Outcome("show-sample failed with status 1", failed=True)
+
+    monkeypatch.setattr(bench, "outcome", outcome)
+    found = bench_gpu.show(bench, 90)
+    assert ran == ["show-train", "show-sample"]
+    assert found.failed
+    assert found.status == "show-train was cut off after 9 s; show-sample failed with status 1"
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_capped_process_runs_what_it_would_without_a_cap(tmp_path, module):
+    (tmp_path / "beside.py").write_text("it = 'beside'")
+    script = tmp_path / "script.py"
+    script.write_text("import sys, beside; print(__name__, sys.argv[1:], beside.it)")
+    start = ["-m", "script"] if module else [str(script)]
+    command = bench_gpu.capped([sys.executable, *start, "--a", "b"], 0.1)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "__main__ ['--a', 'b'] beside\n"
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -181,11 +308,12 @@ def test_process_past_its_cap_is_ended_with_what_it_started(bench, tmp_path):
         f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     )
     started = time.monotonic()
-    with bench.jobs({"it": python(code)}) as jobs:
+    with bench.group() as group:
+        group.start({"it": python(code)})
         while not (child.exists() and child.read_text()):
             time.sleep(0.02)
-        bench.wait(jobs, time.monotonic() + 0.1)
-        outcome = bench_gpu.outcome_of(jobs, 0.1)
+        group.wait(time.monotonic() + 0.1)
+        outcome = bench_gpu.outcome_of(group.jobs, 0.1)
     assert outcome == Outcome("it was cut off after 0 s", failed=False)
     assert time.monotonic() - started < 30
     path = Path("/proc", child.read_text(), "stat")
@@ -205,12 +333,95 @@ def test_processes_see_no_gpu_where_a_cpu_is_asked_for(bench):
     assert "'' " + str(bench_gpu.ROOT) in said
 
 
+def right(bench, monkeypatch, own, warm, seconds=30.0):
+    monkeypatch.setattr(bench_gpu, "checks", lambda bench, seconds: own)
+    return bench_gpu.right(bench, seconds, warm)
+
+
+def test_section_1_has_failed_where_a_check_is_cut_off(bench, monkeypatch):
+    own = {"tests": python("pass"), "backends": python("import time; time.sleep(60)")}
+    outcome = right(bench, monkeypatch, own, {}, 1.0)
+    assert outcome == Outcome("backends was cut off after 1 s", failed=True)
+
+
+def test_what_warms_waits_for_its_turn_and_says_why_it_failed(bench, monkeypatch, capsys):
+    """No more than so many at once; those that time runs out for are named."""
+    monkeypatch.setattr(bench_gpu, "WARM_AT_ONCE", 1)
+    monkeypatch.setattr(bench_gpu, "WARM_AFTER", 1)
+    order = bench.work / "order"
+    note = f"open({str(order)!r}, 'a').write"
+    code = f"import time; {note}('('); time.sleep(0.2); {note}(')')"
+    warm = {"a": python(code), "b": python(code + "; raise SystemExit('no such side')")}
+    assert right(bench, monkeypatch, {"tests": python("pass")}, warm) == Outcome("done")
+    assert order.read_text() == "()()"
+    said = capsys.readouterr().out
+    assert "b failed; the end of its output:\nno such side\n" in said
+    assert "b ended with status 1: what comes may compile longer" in said
+    warm = {"c": python("import time; time.sleep(60)"), "d": python("pass")}
+    right(bench, monkeypatch, {"tests": python("pass")}, warm, 1.0)
+    said = capsys.readouterr().out
+    assert "c was not through" in said
+    assert "d was not started" in said
+
+
+def test_files_of_tests_for_a_gpu_are_found_kernels_first():
+    found = bench_gpu.gpu_tests()
+    assert found[0].startswith("tests/kernels/")
+    assert {
+        "tests/kernels/test_triton.py",
+        "tests/kernels/test_flex.py",
+        "tests/test_doctor.py",
+    } <= (set(found))
+    assert "tests/test_cli.py" not in found
+
+
+SAID_BY_PYTEST = """
+created: 2/2 workers
+
+test_a.py::test_p[a b]
+[gw0] [ 14%] PASSED test_a.py::test_p[a b]
+[gw1] [ 42%] SKIPPED test_a.py::test_s
+[gw1] [ 57%] ERROR test_a.py::test_e
+test_a.py::test_f
+[gw0] [ 71%] FAILED test_a.py::test_f
+test_a.py::test_long
+"""
+END_OF_PYTEST = """
+FAILED test_a.py::test_f - assert 0
+ERROR test_a.py::test_e - ValueError: x
+ERROR test_b.py - ImportError: y
+========= 1 failed, 1 passed, 1 skipped, 2 errors in 18.76s ==========
+"""
+
+
+def said_by_pytest(text, status):
+    return SimpleNamespace(said=lambda: text, process=SimpleNamespace(poll=lambda: status))
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_tests_are_counted_also_where_they_are_cut_off(spread):
+    text = SAID_BY_PYTEST
+    if not spread:
+        text = re.sub(r"^\[gw.*\] (\S+) (.*)$", r"\2 \1 (PASSED) [ 57%]", text, flags=re.MULTILINE)
+    row = bench_gpu.row_of_tests(said_by_pytest(text, None))
+    assert row["how"] == (
+        "cut off after 1 passed, 1 failed, 1 error, 1 skipped; failed: test_a.py::test_e; "
+        "failed: test_a.py::test_f"
+    )
+    assert not row["right"]
+    row = bench_gpu.row_of_tests(said_by_pytest(text + END_OF_PYTEST, 1))
+    assert row["how"] == (
+        "1 failed, 1 passed, 1 skipped, 2 errors in 18.76s; failed: test_a.py::test_e; "
+        "failed: test_a.py::test_f; failed: test_b.py"
+    )
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "capability": "9.0", "torch": "2.11.0"}
 
 
-def test_report_has_a_table_of_each_section_and_what_became_of_the_others(tmp_path):
+def test_report_has_a_table_of_each_section_and_what_became_of_the_others():
     right = [
         {"check": "a", "how": "fp32", "relative error": 1e-6, "at most": 1e-4, "right": True},
         {"check": "a", "how": "bf16", "relative error": 3e-2, "at most": 2e-2, "right": False},
@@ -220,16 +431,14 @@ def test_report_has_a_table_of_each_section_and_what_became_of_the_others(tmp_pa
         {"problem": "64x64", "contender": "flex: default", "ms": 0.1234, "list": [1]},
         {"problem": "64x64", "contender": "triton: one pass", "ms": 0.0312, "list": None},
     ]
-    for name, rows, errors in (
-        ("1-right", right, []),
-        ("2-attention", times, ["natten: ImportError: not there"] * 2),
-    ):
-        data = {"machine": MACHINE, "rows": rows, "errors": errors}
-        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    data = {
+        1: {"rows": right, "errors": []},
+        2: {"rows": times, "errors": ["natten: ImportError: not there"] * 2},
+    }
     chosen = bench_gpu.sections([1, 2, 3])
     outcomes = {1: Outcome("backends failed with status 1", True), 2: Outcome("done")}
     outcomes[3] = Outcome("passed over: 30 s are of use, 4 left")
-    text = bench_gpu.report("the command", "2030-01-02", chosen, outcomes, tmp_path)
+    text = bench_gpu.report("the command", "2030-01-02", chosen, outcomes, data, MACHINE)
     about = "NVIDIA H100 80GB HBM3, capability 9.0, torch 2.11.0"
     assert text.startswith("## On NVIDIA H100 80GB HBM3\n\n```\nthe command\n```\n2030-01-02\n")
     assert (
@@ -245,16 +454,56 @@ def test_report_has_a_table_of_each_section_and_what_became_of_the_others(tmp_pa
     assert "Section 3: passed over: 30 s are of use, 4 left." in text
 
 
-def test_report_names_the_capability_in_the_section_with_the_figures(tmp_path):
+def test_report_names_the_capability_in_the_section_with_the_figures():
     """There the test of `auto` looks for both before it lets a table name triton."""
     row = {"problem": "64x64", "direction": "both", "contender": "triton: product", "ms": 0.25}
-    data = {"machine": MACHINE, "rows": [row], "errors": []}
-    (tmp_path / "2-attention.json").write_text(json.dumps(data))
+    data = {2: {"rows": [row], "errors": []}}
     chosen = bench_gpu.sections([2])
-    text = bench_gpu.report("it", "today", chosen, {2: Outcome("done")}, tmp_path)
+    text = bench_gpu.report("it", "today", chosen, {2: Outcome("done")}, data, MACHINE)
     (section,) = [part for part in re.split(r"^#+ ", text, flags=re.MULTILINE) if "ms" in part]
     assert "capability 9.0," in section
     assert re.search(r"^\|(.*\|)? *triton\b.*\|.*\d", section, re.MULTILINE)
+
+
+def test_figures_of_all_sections_are_folded_into_one_file(tmp_path, monkeypatch):
+    """A session with a GPU may bring back eight files, and packs its caches into one of them."""
+    chosen = bench_gpu.sections([1, 2, 6])
+    rows = {"1-right": [{"check": "a"}], "2-attention": [{"ms": 1.0}]}
+    for name, found in rows.items():
+        bench_record.write(
+            tmp_path / f"{name}.json",
+            json.dumps({"machine": MACHINE, "rows": found, "errors": []}),
+        )
+    (tmp_path / ".2-attention.json.partial").write_text("{")
+    outcomes = {1: Outcome("done", seconds=3.0)}
+    bench_gpu.fold(tmp_path, chosen, outcomes, "cpu")
+    assert (tmp_path / "2-attention.json").exists(), "of a section that goes on"
+    outcomes |= {2: Outcome("failed"), 6: Outcome("passed over")}
+    found = bench_gpu.fold(tmp_path, chosen, outcomes, "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["sections.json"]
+    assert found == json.loads((tmp_path / "sections.json").read_text())
+    assert found["machine"] == MACHINE
+    assert found["sections"]["right"]["rows"] == rows["1-right"]
+    assert found["sections"]["right"]["seconds"] == 3.0
+    assert found["sections"]["attention"]["status"] == "failed"
+    assert found["sections"]["show"]["rows"] == []
+
+
+def test_section_that_names_no_machine_has_it_asked_for(tmp_path):
+    data = {"machine": {}, "rows": [{"loss": 1.0}], "errors": []}
+    (tmp_path / "6-show.json").write_text(json.dumps(data))
+    found = bench_gpu.fold(tmp_path, bench_gpu.sections([6]), {6: Outcome("done")}, "cpu")
+    assert found["machine"]["device"].startswith("CPU (")
+
+
+def test_commit_is_that_of_the_environment_where_git_knows_none(monkeypatch, capsys):
+    monkeypatch.delenv("HDIT_COMMIT", raising=False)
+    monkeypatch.setattr(bench_record, "output_of", lambda command: None)
+    assert "commit" not in bench_tools.machine(CPU)
+    assert "warning: the commit is not known; name it in HDIT_COMMIT" in capsys.readouterr().err
+    monkeypatch.setenv("HDIT_COMMIT", "abc1234")
+    assert bench_tools.machine(CPU)["commit"] == "abc1234"
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,6 +571,84 @@ def test_rounds_turn_and_ratios_are_taken_within_a_round(monkeypatch):
     assert [len(t) for t in times.values()] == [3, 3]
     assert bench_tools.faster(times, "a", "b") == 2.0
     assert bench_tools.faster(times, "a", "c") is None
+
+
+def failing_after(calls, message="illegal address"):
+    """A call that goes well so many times."""
+    made = []
+
+    def call(*ignored):
+        made.append(1)
+        if len(made) > calls:
+            raise RuntimeError(message)
+
+    return call
+
+
+def test_call_that_fails_in_rounds_is_named():
+    contenders = {"a": lambda: None, "b": failing_after(2)}
+    with pytest.raises(bench_tools.CallFailed, match="b: RuntimeError: illegal address") as caught:
+        bench_tools.rounds(contenders, 3, CPU)
+    assert caught.value.name == "b"
+
+
+def timed(ready, record, shape=(1, 9, 10, 2)):
+    contenders = dict.fromkeys(["a", "b"], bench_attention.Contender(None, None))
+    ceilings = bench_tools.matmul(CPU, torch.float32, 8), bench_tools.copy(CPU, 64)
+    arguments = SimpleNamespace(device="cpu", dtype="float32", pairs=3)
+    return bench_attention.timed(ready, contenders, ceilings, shape, "forward", arguments, record)
+
+
+def test_contender_that_fails_while_timed_is_left_out_and_the_others_are_timed():
+    ready = {
+        "a": bench_attention.Ready(lambda: None, 1, None, "calls"),
+        "b": bench_attention.Ready(failing_after(2), 1, None, "calls"),
+    }
+    record = Record(None)
+    rows = timed(ready, record)
+    assert [row["contender"] for row in rows[2:]] == ["a"]
+    assert list(ready) == ["a"]
+    assert record.errors == [
+        "1x9x10x2, forward, b, while it was timed: RuntimeError: illegal address"
+    ]
+
+
+def test_contender_that_breaks_the_context_while_timed_is_named(monkeypatch):
+    def lost(what, device):
+        raise bench_tools.DeviceLost(what)
+
+    monkeypatch.setattr(bench_attention, "check_context", lost)
+    ready = {"b": bench_attention.Ready(failing_after(1), 1, None, "calls")}
+    with pytest.raises(bench_tools.DeviceLost, match=r"^b$"):
+        timed(ready, Record(None))
+
+
+def test_contender_without_gradient_is_timed_forward_and_says_why_not_both():
+    """As flex's blocks of 64 in bfloat16."""
+    problem = Problem("cuda", torch.bfloat16, 64, 64, 7, 64, True, (9, 0))
+    able = {name: v for name, v in flex.VARIANTS.items() if not v.unsupported(problem)}
+    once = problem._replace(grad=False)
+    forward = {name: v for name, v in flex.VARIANTS.items() if not v.unsupported(once)}
+    record = Record(None)
+    arguments = SimpleNamespace(contender=["flex"], without=[])
+    found = bench_attention.by_direction(problem, arguments, record)
+    assert list(found["both"]) == [f"flex: {name}" for name in able]
+    assert list(found["forward"]) == [f"flex: {name}" for name in forward]
+    for name in forward:
+        contender = found["forward"][f"flex: {name}"]
+        assert (contender.both is None) == (name not in able)
+        if name not in able:
+            reason = flex.VARIANTS[name].unsupported(problem)
+            assert f"flex: {name}, both: {reason}" in record.errors
+    said = list(record.errors)
+    bench_attention.by_direction(problem, arguments, record)
+    assert record.errors == said, "once, and not for each shape"
+
+
+def test_contender_without_gradient_computes_none():
+    contender = bench_attention.without_gradient(lambda q, k, v: q + k + v)
+    assert contender.both is None
+    assert not contender.forward(*inputs()[:3]).requires_grad
 
 
 def test_each_set_of_inputs_is_used():
@@ -418,6 +745,10 @@ def test_contender_that_breaks_the_context_is_left_out_by_a_process_that_goes_on
     found = Record(json_file, go_on=True)
     assert found.rows == [{"problem": "before"}]
     assert "it broke the CUDA context" in found.errors[0]
+    monkeypatch.setattr(sys, "argv", commands[0][1:])
+    with pytest.raises(SystemExit, match="triton: product broke the CUDA context again"):
+        bench_attention.main()
+    assert len(commands) == 1, "it does not begin anew for ever"
 
 
 # ---- right or not --------------------------------------------------------------------------------
@@ -446,6 +777,14 @@ def test_backend_that_is_wrong_is_found(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", list(check_backends.SPECS))
+def test_models_to_check_have_a_finite_loss(name):
+    model = check_backends.Model(name, CPU)
+    loss, gradients = model.loss_and_gradients(torch.float32, compiled=False)
+    assert loss.isfinite()
+    assert gradients.isfinite().all()
+
+
 def test_failing_command_ends_a_chain_of_checks(tmp_path):
     record = Record(None)
     checks = check_cli.Checks(tmp_path, record, 60)
@@ -466,20 +805,15 @@ def test_whole_benchmark_runs_on_a_cpu_with_tiny_shapes(tmp_path, monkeypatch, c
     said = capfd.readouterr().out
     for number in (1, 2, 3, 4, 6):
         assert f"section {number}: done" in said
-    assert "warm-models ended" not in said
+    assert "warm-models" not in said, "it went through"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [
-        "1-right.json", "2-attention.json", "3-models.json", "4-megapixel.json", "6-show.json",
-        "benchmarks.md", "grid.png", "log.txt",
-    ]  # fmt: skip
-    rows = json.loads((tmp_path / "out" / "1-right.json").read_text())["rows"]
+    assert names == ["benchmarks.md", "grid.png", "log.txt", "sections.json"]
+    sections = json.loads((tmp_path / "out" / "sections.json").read_text())["sections"]
+    rows = sections["right"]["rows"]
     assert all(row["right"] for row in rows)
     assert {"pytest -m gpu", "HDiT, cpu", "DiT, flash", "hdit encode", "hdit evaluate"} <= {
         row["check"] for row in rows
     }
-    contenders = [
-        row["contender"]
-        for row in json.loads((tmp_path / "out" / "3-models.json").read_text())["rows"]
-    ]
+    contenders = [row["contender"] for row in sections["models"]["rows"]]
     assert {"hdit, compiled", "diffusers, compiled", "hdit, eager"} <= set(contenders)
     assert (tmp_path / "out" / "benchmarks.md").read_text() in said

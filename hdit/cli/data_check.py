@@ -90,10 +90,10 @@ def _open(place: str, kind: str | None, options: dict[str, Any], overrides: list
     given = {key: value for key, value in options.items() if value is not None}
     found = or_preset(place)
     if Path(found).suffix == ".toml":
-        for key in [*given, *(["kind"] if kind else [])]:
-            raise UserError(f"--{key}: has no effect with a config; use --set data.KEY=VALUE")
+        if idle := [*given, *(["kind"] if kind else [])]:
+            raise UserError(f"--{idle[0]}: has no effect with a config; use --set data.KEY=VALUE")
         return check.by_index(load(found, overrides).data.open())
     if overrides:
-        raise UserError("--set: has no effect without a config; name a .toml in place of PATH")
+        raise UserError("--set: has no effect without a config; name a config in place of PATH")
     defaults: dict[str, Any] = {"size": "256", "channels": 3, "crop": "center"}
     return check.open_source(place, kind, **(defaults | given))

@@ -95,9 +95,8 @@ def evaluate(
     else:
         given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
         given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(f"{name}: has no effect, as A ({a}) is no model to sample")
+        if idle := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{idle[0]}: has no effect, as A ({a}) is no model to sample")
         candidate = image_sets.open_set(or_preset(a))
     extractor = open_features(features, default_device(), lambda text: typer.echo(text, err=True))
     workers = processes() if workers is None else workers

@@ -17,7 +17,7 @@ SMALL = 64  # images with a shorter side are enlarged in a grid, by a whole fact
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(c h w) uint8, grey or RGB."""
+    """A Pillow image of pixels (c h w) uint8, grey or RGB."""
     pixels = image.cpu().numpy()
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0).copy())
 
@@ -34,7 +34,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 
 
 def to_png(images: Tensor, columns: int | None = None) -> str:
-    """The same as the content of a PNG file, in base64, for a page."""
+    """The grid of `save_grid` as a PNG file in base64, for a page."""
     content = io.BytesIO()
     to_picture(_tiled(images, columns)).save(content, format="PNG")
     return base64.b64encode(content.getvalue()).decode()

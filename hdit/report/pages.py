@@ -23,6 +23,8 @@ figure { margin: 1.5em 0 } img { image-rendering: pixelated; max-width: 100% }
 
 
 class Column(NamedTuple):
+    """A figure of the table: how a record gives it, and how it is written."""
+
     title: str
     value: Callable[[Record], float | None]
     format: Callable[[float], str]
@@ -93,6 +95,7 @@ def markdown(records: Sequence[Record], missing: dict[str, str]) -> str:
 
 
 def title(records: Sequence[Record]) -> str:
+    """The number of rows and the budget, as a heading."""
     if not records:
         return "No cell is done"
     [(key, value)] = records[0]["budget"].items()
@@ -100,7 +103,7 @@ def title(records: Sequence[Record]) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """On what it ran, and what the figures are of."""
+    """Sentences that say which machine ran it, and what the figures measure."""
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
     )

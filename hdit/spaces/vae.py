@@ -72,7 +72,10 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (b 3 H W) of 0 to 255 -> (b 2c h w), the posterior's mean and deviation."""
+        """Images (b c h w) of 0 to 255 -> mean and deviation of their posteriors, stacked.
+
+        The result has twice the latents' channels, and 1/factor of the images' sides.
+        """
         self.check_channels(images.shape[1])
 
         def part(images: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (b c h w) -> images (b 3 H W) uint8, `factor` times as high and wide."""
+        """x0 (b c h w) -> images uint8, `factor` times as high and wide."""
         latents = x0.float() / self.scale + self.shift
         size = latents.shape[-2] * latents.shape[-1] * self.factor**2
         return _in_parts(lambda part: to_pixels(self.model.decode(part).sample), latents, size)

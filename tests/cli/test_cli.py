@@ -508,7 +508,7 @@ def test_data_check_and_evaluate_take_a_preset(hdit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = hdit("data", "check", "digits-hdit")
     assert status == 1
-    assert "'digits' has no pictures to check" in err
+    assert err.startswith("error: data.kind: 'digits' has no ")
     status, _, err = hdit("evaluate", "digits-hdit", "digits-hdti")
     assert status == 1
     assert err.startswith("error: digits-hdti: does not exist")
