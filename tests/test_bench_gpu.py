@@ -370,7 +370,7 @@ def test_files_of_tests_for_a_gpu_are_found_kernels_first():
     assert {
         "tests/kernels/test_triton.py",
         "tests/kernels/test_flex.py",
-        "tests/test_doctor.py",
+        "tests/doctor/test_doctor.py",
     } <= (set(found))
     assert "tests/test_cli.py" not in found
 

@@ -549,7 +549,7 @@ def test_config_of_stored_latents_refuses_what_needs_images(config, overlay, mes
         parse(merge(raw, {"data": overlay, "space": {"stored": "latents"}}), "it")
 
 
-def test_stored_latents_of_another_number_of_classes_are_refused(config, pictures, vae, tmp_path):
+def test_stored_latents_of_another_number_of_classes_are_refused(config, images, vae, tmp_path):
     encode(config, tmp_path / "latents", **OF_FOUR)
     raw = config.model_dump(mode="json", exclude_none=True)
     raw = merge(raw, {"data": {"classes": 3}, "space": {"stored": str(tmp_path / "latents")}})

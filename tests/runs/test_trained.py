@@ -215,7 +215,7 @@ def test_evaluate_samples_models_of_other_projects(hdits, dits, hdit, tmp_path, 
 def test_evaluate_refuses_a_model_of_another_project_as_reference(hdits, hdit):
     status, _, err = hdit("evaluate", hdits[0] / "config.toml", hdits[-1])
     assert status == 1
-    assert "is a model; the reference must be pictures" in err
+    assert "is a model; the reference must be images" in err
 
 
 def test_digits_are_checked_of_any_model(hdits, monkeypatch, capsys):
