@@ -15,7 +15,7 @@ from pathlib import Path
 # the clone may be on the path by an editable installation
 installed = sys.argv.pop(1)
 sys.path[:] = [installed] + [
-    p for p in sys.path if not any(Path(p, name).is_dir() for name in ("hdit", "hdit_kernels"))
+    p for p in sys.path if not any(Path(p, name, "__init__.py").is_file() for name in ("hdit", "hdit_kernels"))
 ]
 import hdit, hdit_kernels
 from hdit.cli import main
