@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 # the clone may be on the path by an editable installation
 installed = sys.argv.pop(1)
+parts = ("hdit/__init__.py", "hdit_kernels/__init__.py")
 sys.path[:] = [installed] + [
-    p for p in sys.path if not any(Path(p, name, "__init__.py").is_file() for name in ("hdit", "hdit_kernels"))
+    p for p in sys.path if not any(Path(p, part).is_file() for part in parts)
 ]
 import hdit, hdit_kernels
 from hdit.cli import main
