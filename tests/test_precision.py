@@ -9,8 +9,8 @@ from hdit.errors import UserError
 from hdit.nn.compiling import ENOUGH_CALLS, compiles
 from hdit.runs import checkpoint
 from hdit.sampling import sample as sampling
-from hdit.sampling.sample import settled
-from hdit.training.objective import settled as settled_training
+from hdit.sampling.sample import settle_sampling
+from hdit.training.objective import settle_training
 from hdit.training.trainer import Trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -85,9 +85,9 @@ def test_samples_are_made_in_the_precision_of_training_where_it_is(
 ):
     hardware(bf16, tf32)
     overrides = [f"training.precision={training}", f"sampling.precision={sampling}"]
-    found = settled(config.load(tiny, overrides), CPU, 4, warn=pytest.fail)
+    found = settle_sampling(config.load(tiny, overrides), CPU, 4, warn=pytest.fail)
     assert found.sampling.precision == expected
-    again = settled(found, CPU, 4, warn=pytest.fail)
+    again = settle_sampling(found, CPU, 4, warn=pytest.fail)
     assert again == found
 
 
@@ -100,7 +100,7 @@ def test_a_run_writes_what_auto_became_and_stays_with_it(tiny, tmp_path, hardwar
     assert config.load(tmp_path / "config.toml").training.precision == "fp32"
     assert checkpoint.find(tmp_path, print).config.training.precision == "fp32"
     hardware(bf16=True)  # resumed on a newer machine
-    assert settled_training(auto, CPU).training.precision == "bf16"
+    assert settle_training(auto, CPU).training.precision == "bf16"
     resumed = Trainer(auto, tmp_path)
     assert resumed.config.training.precision == "fp32"
     assert resumed.fit()
@@ -134,7 +134,7 @@ def test_auto_compiles_on_cuda_for_calls_enough(setting, place, calls, expected)
 def test_samples_compile_for_images_enough(tiny, images, expected):
     """50 steps for each batch of 64."""
     overrides = ["sampling.batch_size=64", "sampling.steps=50", "sampling.precision=fp32"]
-    found = settled(config.load(tiny, overrides), CUDA, images, warn=pytest.fail)
+    found = settle_sampling(config.load(tiny, overrides), CUDA, images, warn=pytest.fail)
     assert found.sampling.compile is expected
 
 

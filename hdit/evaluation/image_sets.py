@@ -27,7 +27,7 @@ from hdit.data.sources.listing import is_hidden, is_image, order
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample, settled
+from hdit.sampling.sample import check_guidance, sample, settle_sampling
 
 Prepare = Callable[[Tensor], Tensor] | None
 """Of one image, (3 h w) uint8, what a batch is stacked of; None is the image itself."""
@@ -238,7 +238,7 @@ class Sampled:
     ):
         """`trained` has the settings of sampling that are wanted. Raises UserError."""
         check_guidance(trained.config, trained.shape)
-        self.trained = trained.configured(settled(trained.config, device, n, warn))
+        self.trained = trained.configured(settle_sampling(trained.config, device, n, warn))
         config, classes, self.device = self.trained.config, trained.classes, device
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None

@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,24 +16,21 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from hdit import randomness
 from hdit.config import RunConfig, merge
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.source import Source, Stream, references
 from hdit.device import default_device, float32_products, precision_on
-from hdit.diffusion.denoiser import Denoiser
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
 from hdit.experiments.matrix import FORMAT, Cell, MatrixError, Measures
 from hdit.files import write_text
 from hdit.models.cost import cost
-from hdit.protocols import Cond, DataShape, NormalNoise, Space
 from hdit.report.grids import to_png
-from hdit.runs.building import make_denoiser
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample, settled
+from hdit.sampling.sample import check_guidance, sample, settle_sampling
+from hdit.training.objective import Objective
 from hdit.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -145,15 +141,15 @@ def measure_trained(model: Trained, measures: Measures) -> dict[str, Any]:
     """
     number = max(measures.grid, measures.samples if measures.features else 0)
     device, shape = default_device(), model.shape
-    config = settled(model.config, device, number, log.warning)
+    config = settle_sampling(model.config, device, number, log.warning)
     held_out = open_held_out(config, measures)
     space = model.space(device)
     network = model.network().to(device)
     precision = precision_on(device, config.sampling.precision)
-    denoiser = make_denoiser(network, config, shape, precision)
+    objective = Objective(network, config, shape, space, device, precision=precision)
     edges = np.geomspace(measures.sigma_min, measures.sigma_max, measures.bins + 1)
     with float32_products(precision):
-        losses, count = x0_losses(denoiser, space, held_out, shape, measures, edges, device)
+        losses, count = x0_losses(objective, held_out, measures, edges)
     result: dict[str, Any] = {
         "measured_in": precision,
         "sigma_edges": edges.tolist(),
@@ -177,15 +173,8 @@ def measure_trained(model: Trained, measures: Measures) -> dict[str, Any]:
     return result
 
 
-@torch.inference_mode()
 def x0_losses(
-    denoiser: Denoiser,
-    space: Space,
-    held_out: Source | Stream,
-    shape: DataShape,
-    measures: Measures,
-    edges: np.ndarray,
-    device: torch.device,
+    objective: Objective, held_out: Source | Stream, measures: Measures, edges: np.ndarray
 ) -> tuple[list[float], int]:
     """Mean of (D - x0)^2 over elements and images in each bin of noise levels; their number.
 
@@ -193,22 +182,9 @@ def x0_losses(
     """
     sums, count = np.zeros(len(edges) - 1), 0
     for images, labels, counters in _chosen(held_out, measures.images, measures.batch_size):
-        x0 = space.normalize(
-            space.encode(images.to(device)), _normal("held-out posterior", counters, device)
-        )
-        noise = _normal("held-out noise", counters, device)(shape.chw)
-        u = randomness.uniform(0, "held-out sigma", counters).numpy()
-        cond = Cond(labels.to(device) if shape.num_classes else None)
-        for i, (low, high) in enumerate(pairwise(edges)):
-            sigma = torch.from_numpy(low * (high / low) ** u).to(x0)
-            denoised = denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)
-            sums[i] += (denoised - x0).double().square().mean((1, 2, 3)).sum().item()
+        sums += objective.x0_errors(images, labels, counters, edges).sum(1).cpu().numpy()
         count += len(images)
     return (sums / count).tolist(), count
-
-
-def _normal(purpose: str, counters: np.ndarray, device: torch.device) -> NormalNoise:
-    return lambda shape: randomness.normal(randomness.keys(0, purpose, counters, device), shape)
 
 
 def _gaussian(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:

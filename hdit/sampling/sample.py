@@ -28,7 +28,7 @@ from hdit.protocols import Cond, DataShape, Denoise, Space
 from hdit.runs.building import make_denoiser
 
 
-def settled(
+def settle_sampling(
     config: RunConfig, device: torch.device, images: int, warn: Callable[[str], None]
 ) -> RunConfig:
     """With what "auto" comes to in [sampling], for so many images on this device.
@@ -133,7 +133,7 @@ def sample(
     and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
     is called after each step of each batch; `space` is config's, opened, if it is at hand.
     """
-    spec = settled(config, device, len(seeds), warn=lambda text: None).sampling
+    spec = settle_sampling(config, device, len(seeds), warn=lambda text: None).sampling
     precision = precision_on(device, spec.precision)
     space = space or config.space.open(device)
     networks = [_Counted(backbone.eval())]

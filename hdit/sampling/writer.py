@@ -20,7 +20,7 @@ from hdit.files import write_text
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settled
+from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
 
 GRID_LIMIT = 100  # images in the grid
 
@@ -48,7 +48,7 @@ def write_samples(
     keep_freed_memory()
     check_guidance(trained.config, trained.shape)
     device = default_device()
-    config = settled(trained.config, device, len(seeds), lambda text: _warn(console, text))
+    config = settle_sampling(trained.config, device, len(seeds), lambda text: _warn(console, text))
     trained = trained.configured(config)
     record = _record(trained, seeds, labels, raw)
     if guide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from hdit import randomness
 from hdit.config.schema import RunConfig
 from hdit.data.batches import Batch
-from hdit.device import precision_on, to_device
+from hdit.device import Precision, precision_on, to_device
 from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
 from hdit.protocols import Cond, DataShape, Network, NormalNoise, Space
 from hdit.runs.building import make_denoiser
 
 
-def settled(
+def settle_training(
     config: RunConfig, device: torch.device, warn: Callable[[str], None] = lambda text: None
 ) -> RunConfig:
     """With the precision that "auto" comes to in [training] on this device.
@@ -48,11 +49,15 @@ class Objective:
         *,
         stored: bool = False,
         compiled: bool = False,
+        precision: Precision | None = None,
     ):
-        """`stored` tells that batches hold a VAE's posteriors; `compiled`, to compile the warp."""
+        """`stored` tells that batches hold a VAE's posteriors; `compiled`, to compile the warp.
+
+        `precision` is that of [training] if it is None.
+        """
         self.config, self.shape, self.space, self.device = config, shape, space, device
         self.stored, self.compiled = stored, compiled
-        precision = precision_on(device, config.training.precision)
+        precision = precision or precision_on(device, config.training.precision)
         self.denoiser = make_denoiser(network, config, shape, precision)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -64,6 +69,28 @@ class Objective:
         return self.denoiser.loss(
             x0, noise, self._sigma(batch), self._cond(batch, aug), d.weighting, d.loss_scales
         )
+
+    @torch.no_grad()
+    def x0_errors(
+        self, images: Tensor, labels: Tensor, counters: np.ndarray, edges: np.ndarray
+    ) -> Tensor:
+        """Mean of (D - x0)^2 over an image's elements, at a noise level between each two edges.
+
+        images (b c h w) as they lie on disk, labels and counters (b,), edges (n + 1,) ->
+        (n, b) float64. Noise and levels follow from the counters alone, whatever the run's seed, so
+        that two models are measured alike.
+        """
+        stored = self.space.encode(to_device(images, self.device))
+        x0 = self.space.normalize(stored, self._normal("held-out posterior", counters, seed=0))
+        noise = self._normal("held-out noise", counters, seed=0)(self.shape.chw)
+        u = randomness.uniform(0, "held-out sigma", counters).numpy()
+        cond = Cond(to_device(labels, self.device) if self.shape.num_classes else None)
+        errors = []
+        for low, high in pairwise(edges):
+            sigma = to_device(torch.from_numpy(low * (high / low) ** u), self.device).to(x0.dtype)
+            denoised = self.denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)
+            errors.append((denoised - x0).double().square().mean((1, 2, 3)))
+        return torch.stack(errors)
 
     def _x0(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the diffusion sees of a batch, and the parameters of its augmentation, if any."""
@@ -100,8 +127,9 @@ class Objective:
         assert labels is not None, "the model has classes"
         return replace(cond, labels=to_device(labels, self.device))
 
-    def _normal(self, purpose: str, counters: np.ndarray) -> NormalNoise:
-        seed = self.config.training.seed
+    def _normal(self, purpose: str, counters: np.ndarray, seed: int | None = None) -> NormalNoise:
+        """Noise of each counter; under the run's seed if none is given."""
+        seed = self.config.training.seed if seed is None else seed
         return lambda shape: randomness.normal(
             randomness.keys(seed, purpose, counters, self.device), shape
         )

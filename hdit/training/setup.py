@@ -24,10 +24,9 @@ from hdit.protocols import DataShape, Space
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
-from hdit.sampling.sample import check_guidance
-from hdit.sampling.sample import settled as settle_sampling
+from hdit.sampling.sample import check_guidance, settle_sampling
 from hdit.training.metrics import TrainingError
-from hdit.training.objective import Objective, settled
+from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer_tensors
 from hdit.training.resume import check_resume, keep_precision
 
@@ -82,7 +81,7 @@ def prepare(
     if config.sampling.grid:
         check_guidance(config, shape)
     found = checkpoint.newest(run.checkpoints, warn)
-    config = settled(keep_precision(config, found), device, warn)
+    config = settle_training(keep_precision(config, found), device, warn)
     if config.sampling.grid:  # or its precision would be found missing after a checkpoint
         settle_sampling(config, device, config.sampling.grid, warn)
     if found:

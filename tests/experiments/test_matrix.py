@@ -220,7 +220,7 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
         assert record["x0_loss"][i] == pytest.approx(error.mean().item(), rel=1e-4)
 
 
-def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sittings(tmp_path):
+def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sessions(tmp_path):
     text = write(tmp_path / "m.toml").read_text().replace("images = 64", "seconds = 0.3")
     (tmp_path / "m.toml").write_text(text)
     cell = read_matrix(tmp_path / "m.toml")[1][0]
