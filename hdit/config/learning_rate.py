@@ -27,6 +27,7 @@ class LRSpec(Spec):
         return (1 - self.warmup ** (step + 1)) * self.decayed(step, lr)
 
     def decayed(self, step: int, lr: float) -> float:
+        """The rate at a step without the warm-up, where `lr` is the rate that it begins from."""
         raise NotImplementedError
 
 
@@ -36,6 +37,7 @@ class ConstantLR(LRSpec):
     kind: Literal["constant"] = "constant"
 
     def decayed(self, step: int, lr: float) -> float:
+        """lr at every step."""
         return lr
 
 
@@ -48,6 +50,7 @@ class InverseLR(LRSpec):
     min_lr: float = Field(0.0, ge=0, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
+        """max(min_lr, lr (1 + step/inv_gamma)^-power)."""
         return max(self.min_lr, lr * (1 + step / self.inv_gamma) ** -self.power)
 
 
@@ -60,6 +63,7 @@ class ExponentialLR(LRSpec):
     min_lr: float = Field(0.0, ge=0, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
+        """max(min_lr, lr decay^(step/steps))."""
         return max(self.min_lr, lr * self.decay ** (step / self.steps))
 
 

@@ -68,6 +68,7 @@ class DiffusionSpec(DependentSpec):
         return low, high, by
 
     def resolved(self, context: Context) -> Self:
+        """With c_noise, the beta schedule where a part is defined by it, and its parts resolved."""
         schedule = self.timesteps if self.by_timesteps else None
         filled = self.filled(c_noise=context.c_noise, beta_schedule=schedule)
         return DependentSpec.resolved(filled, replace(context, valid_range=filled.valid_range()))
@@ -91,6 +92,7 @@ class OptimizerSpec(DependentSpec):
     weight_decay: float = Field(1e-2, ge=0, description="decoupled from the gradient")
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong): a lowest rate above lr."""
         if self.schedule.lowest > self.lr:
             yield (
                 "schedule.min_lr",
@@ -135,9 +137,11 @@ class TrainingSpec(DependentSpec):
     ema: EMASpec = EMASpec()
 
     def resolved(self, context: Context) -> Self:
+        """With its parts resolved, and log_every of 10 batches where it is absent."""
         return super().resolved(context).filled(log_every=10 * self.batch_size)
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong), of its parts and of how a batch is taken in parts."""
         yield from super().check(context)
         if self.gradient_noise_scale and self.accumulate == 1:
             yield (
@@ -172,6 +176,7 @@ class GuidanceSpec(DependentSpec):
     batched: bool = Field(True, description="one call of double batch, or two calls")
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong): more guided channels than the image has."""
         channels = context.shape.channels
         if self.channels is not None and self.channels > channels:
             yield (
@@ -209,6 +214,7 @@ class SamplingSpec(DependentSpec):
         return self.sigma_min or max(start, low), self.sigma_max or min(end, high)
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong): noise levels that denoiser or sigma schedule cannot have."""
         low, high = self.sigma_range(context)
         fix = "set sigma_min and sigma_max within it"
         yield from (("", text) for text in context.misfits(low, high, fix))

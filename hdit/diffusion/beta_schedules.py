@@ -28,6 +28,7 @@ class BetaSchedule(Spec):
         return _sigmas(self, device or torch.device("cpu"))
 
     def sigma_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level: those of timesteps 0 and T-1."""
         return float(self.sigmas()[0]), float(self.sigmas()[-1])
 
     def t(self, sigma: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ class LinearSchedule(BetaSchedule):
         return self
 
     def betas(self) -> Tensor:
+        """(T,) float64, evenly spaced from beta_start to beta_end, times 1000/steps."""
         scale = 1000 / self.steps
         start, end = scale * self.beta_start, scale * self.beta_end
         return torch.linspace(start, end, self.steps, dtype=torch.float64)
@@ -82,6 +84,7 @@ class CosineSchedule(BetaSchedule):
     beta_max: float = Field(0.999, gt=0, lt=1, description="largest beta")
 
     def betas(self) -> Tensor:
+        """(T,) float64: 1 - abar(t + 1)/abar(t), at most beta_max."""
         t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
         alpha_bar = torch.cos((t + self.shift) / (1 + self.shift) * (math.pi / 2)).square()
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=self.beta_max)

@@ -121,6 +121,7 @@ class BoundWithVariance(Bound):
     """One whose network learns a variance: a DenoiseWithVariance."""
 
     def moments(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b c h w), sigma (b,) -> D(x; sigma) and the network's v, both (b c h w)."""
         denoised, v = self.denoiser.moments(x, sigma, self.cond)
         assert v is not None, "bound by Denoiser.bind"
         return denoised, v

@@ -42,6 +42,7 @@ class DensitySpec(DependentSpec):
         return low, high
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong): noise levels outside the range of the denoiser."""
         start, end = self.sigma_range(context.shape, context.beta_schedule)
         yield from (("", text) for text in context.misfits(start, end, self.fix))
 
@@ -126,10 +127,12 @@ class Lognormal(Bounded):
     std: float = Field(1.2, gt=0, le=20, description="of ln sigma")
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """Phi(z) and Phi(-z) of z = (ln sigma - mean)/std."""
         z = (sigma.log() - self.mean) / self.std
         return _normal_cdf(z), _normal_cdf(-z)
 
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """exp(mean + std z), with z the normal quantile of `below`."""
         return torch.exp(self.mean + self.std * _normal_quantile(below, above))
 
 
@@ -150,6 +153,7 @@ class SplitLognormal(Bounded):
         return 2 * self.std_low / total, 2 * self.std_high / total
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """Those of two half normals of ln sigma that meet at the mode."""
         twice_low, twice_high = self._twice_halves()
         x = sigma.log() - self.mode
         low = twice_low * _normal_cdf(x / self.std_low)
@@ -157,6 +161,7 @@ class SplitLognormal(Bounded):
         return torch.where(x < 0, low, 1 - high), torch.where(x < 0, 1 - low, high)
 
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """exp(mode + std z), with std_low or std_high by the side of the mode."""
         twice_low, twice_high = self._twice_halves()
         low = self.std_low * torch.special.ndtri((below / twice_low).clamp(max=0.5))
         high = self.std_high * torch.special.ndtri((above / twice_high).clamp(max=0.5))
@@ -173,13 +178,16 @@ class LogLogistic(Bounded):
     scale: float = Field(0.5, gt=0, le=20, description="of ln sigma")
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """sigmoid(z) and sigmoid(-z) of z = (ln sigma - loc)/scale."""
         z = (sigma.log() - self._loc(sigma_data)) / self.scale
         return torch.sigmoid(z), torch.sigmoid(-z)
 
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """exp(loc + scale ln(below/above))."""
         return torch.exp(self._loc(sigma_data) + self.scale * (below / above).log())
 
     def resolved(self, context: Context) -> Self:
+        """With its bounds, and loc of ln sigma_data where it is absent."""
         return super().resolved(context).filled(loc=self._loc(context.shape.sigma_data))
 
     def _loc(self, sigma_data: float) -> float:
@@ -207,10 +215,12 @@ class VDiffusion(Bounded):
     usual = (1e-3, 1e3)
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """(2/pi) atan(sigma/sd) and (2/pi) atan(sd/sigma)."""
         below, above = torch.atan(sigma / sigma_data), torch.atan(sigma_data / sigma)
         return below * (2 / math.pi), above * (2 / math.pi)
 
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """sd tan(pi/2 below)."""
         below, above = (p * (math.pi / 2) for p in (below, above))
         return sigma_data * torch.where(below < above, below.tan(), 1 / above.tan())
 
@@ -222,9 +232,11 @@ class UniformFlow(Bounded):
     usual = (1e-3, FLOW_SIGMA_MAX)
 
     def probabilities(self, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        """t = sigma/(1 + sigma), and 1 - t = 1/(1 + sigma)."""
         return sigma / (1 + sigma), 1 / (1 + sigma)
 
     def quantile(self, below: Tensor, above: Tensor, sigma_data: float) -> Tensor:
+        """sigma = t/(1 - t)."""
         return below / above
 
 
@@ -261,6 +273,7 @@ class CosineInterpolated(WithBounds):
         )
 
     def resolved(self, context: Context) -> Self:
+        """With its bounds, and noise_d_low and noise_d_high by the size of the image."""
         low, high = self._noise_d(max(context.shape.height, context.shape.width))
         return super().resolved(context).filled(noise_d_low=low, noise_d_high=high)
 

@@ -14,6 +14,8 @@ from hdit.protocols import Denoise
 
 
 class Likelihood(NamedTuple):
+    """ln p(x) of each image of a batch, and what it took to compute."""
+
     nats: Tensor  # (b,) ln of the density of x, summed over dimensions
     evaluations: int  # of the denoiser and of its gradient
 

@@ -71,9 +71,11 @@ class EpsVP(Predicts):
         return Scales(sigma.new_ones(sigma.shape), -sigma, 1 / (sigma.square() + 1).sqrt())
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
+        """The noise levels of the beta schedule's first and last timestep."""
         return schedule.sigma_range()
 
     def start(self, sigma_max: float) -> float:
+        """sqrt(sigma_max^2 + 1), the standard deviation at which VP's own x has unit variance."""
         return math.sqrt(sigma_max**2 + 1)  # VP's own x has unit variance there
 
 
@@ -100,6 +102,7 @@ class Flow(Predicts):
         return Scales(c, -sigma * c, c)
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
+        """0 to 999, which is time 0.999."""
         return 0.0, FLOW_SIGMA_MAX
 
 

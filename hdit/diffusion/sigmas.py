@@ -57,6 +57,7 @@ class Karras(SigmaSchedule):
     rho: float = Field(7.0, gt=0, description="steps are denser at low noise for larger rho")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64: the rho-th power of a line from sigma_max^(1/rho) to sigma_min^(1/rho)."""
         return _down(sigma_max ** (1 / self.rho), sigma_min ** (1 / self.rho), n) ** self.rho
 
 
@@ -66,6 +67,7 @@ class Exponential(SigmaSchedule):
     kind: Literal["exponential"] = "exponential"
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64, evenly spaced in ln sigma."""
         return _down(math.log(sigma_max), math.log(sigma_min), n).exp()
 
 
@@ -76,6 +78,7 @@ class Polyexponential(SigmaSchedule):
     rho: float = Field(1.0, gt=0, description="1 is exponential")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64: ln sigma = low + u^rho (high - low), with u linear from 1 to 0."""
         low, high = math.log(sigma_min), math.log(sigma_max)
         return (low + _down(1, 0, n) ** self.rho * (high - low)).exp()
 
@@ -99,10 +102,12 @@ class VP(SigmaSchedule):
         return (math.sqrt(root) - self.beta_min) / self.beta_d
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
+        """sigma(0.001) and sigma(1)."""
         low, high = self._sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64)).tolist()
         return low, high
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64: sigma(t), with t evenly spaced between the times of the two bounds."""
         return self._sigma(_down(self._t(sigma_max), self._t(sigma_min), n))
 
 
@@ -120,11 +125,13 @@ class LinearT(SigmaSchedule):
     stride: bool = False
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
+        """The noise levels of the beta schedule's first and last timestep."""
         return schedule.sigma_range()
 
     def misfit(
         self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule
     ) -> str | None:
+        """Why it cannot have these noise levels, one being that timesteps do not reach as far."""
         first, last = schedule.sigma_range()
         if sigma_min < first * (1 - 1e-6) or sigma_max > last * (1 + 1e-6):
             return (
@@ -153,6 +160,7 @@ class LinearT(SigmaSchedule):
         return respaced(length, self.sections or [n])
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64: those of `timesteps` between the timesteps nearest to the two bounds."""
         ends = schedule.t(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
         first, last = ends.round().long().tolist()
         return schedule.sigmas()[first : last + 1][self.timesteps(n, last - first + 1)].flip(0)
@@ -169,6 +177,7 @@ class FlowShift(SigmaSchedule):
     shift: float = Field(1.0, gt=0, description="factor on sigma; 1 is none")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
+        """(n,) float64: shift t/(1 - t), with t evenly spaced between the unshifted bounds."""
         low, high = sigma_min / self.shift, sigma_max / self.shift
         t = _down(high / (1 + high), low / (1 + low), n)
         return self.shift * t / (1 - t)

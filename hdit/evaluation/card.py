@@ -114,6 +114,11 @@ def measure(
     which: int,
     on_images: Callable[[int], None],
 ) -> Measured:
+    """Computes features of all images of a set: their Gaussian, and those that KID draws from.
+
+    `which` tells the set's draw for KID from the other's; `on_images` hears of each batch's number.
+    Raises UserError where images are of several sizes, or features of several widths.
+    """
     kept = torch.zeros(len(images), dtype=torch.bool)
     kept[torch.from_numpy(kept_for_kid(len(images), KID_SEED, which))] = True
     moments: Moments | None = None
@@ -175,6 +180,7 @@ def protocol(card: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of hdit, Python, torch, Pillow and, where it is installed, clean-fid."""
     found = {"hdit": hdit.__version__, "python": platform.python_version()}
     found |= {"torch": torch.__version__, "pillow": PIL.__version__}
     with suppress(metadata.PackageNotFoundError):

@@ -102,6 +102,7 @@ class CleanResize:
 
     @cached_property
     def resize(self) -> Callable[[np.ndarray], np.ndarray]:
+        """clean-fid's resizer of an image (h w c), made at first use."""
         from cleanfid.resize import build_resizer
 
         return build_resizer("clean")
@@ -169,6 +170,7 @@ def inception_file(download: Callable[[str], Any], say: Callable[[str], None]) -
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

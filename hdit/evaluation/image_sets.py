@@ -55,6 +55,8 @@ class ImageSet(Protocol):
 
 
 class Item(NamedTuple):
+    """One image as read and prepared; the digest is of its size and pixels."""
+
     prepared: Tensor
     size: tuple[int, int]
     digest: bytes
@@ -69,6 +71,7 @@ def item(image: Tensor, prepare: Prepare) -> Item:
 
 
 def part(items: list[Item]) -> Part:
+    """Collates images into a part, stacked to (b ...) where all are of one shape."""
     prepared = [item.prepared for item in items]
     one = len({image.shape for image in prepared}) == 1
     sizes, digests = [item.size for item in items], [item.digest for item in items]
@@ -111,9 +114,11 @@ class FolderFiles:
         return len(self.names)
 
     def name(self, index: int) -> str:
+        """Path of an image, the folder's included."""
         return str(self.root / self.names[index])
 
     def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens an image; its class is 0, whatever folder it is in."""
         return open_image(self.name(index)), 0
 
 
@@ -149,13 +154,16 @@ class Listed:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        """The name by which the files know an image."""
         return self.files.name(index)
 
     def image(self, index: int) -> Tensor:
+        """Reads an image as RGB: (3 h w) uint8."""
         with self.files.load(index)[0] as image:
             return to_tensor(to_mode(image, 3))
 
     def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        """Reads all images, once, in parts of `batch_size`. Raises DataError."""
         return read(self, prepare, batch_size, workers)
 
 
@@ -175,15 +183,18 @@ class Configured:
         return len(self.references)
 
     def name(self, index: int) -> str:
+        """Name of an image: its place in the order of the data."""
         return f"image {index}"
 
     def image(self, index: int) -> Tensor:
+        """Reads an image: (c h w) uint8. Raises DataError where the source skipped a file."""
         found = self.source[self.references[index]]
         for file in found.skipped:
             raise DataError(f"{file.path}: {file.reason}; mend or remove it")
         return found.image
 
     def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:
+        """Reads all images, once, in parts of `batch_size`. Raises DataError."""
         return read(self, prepare, batch_size, workers)
 
 
@@ -261,6 +272,7 @@ class Sampled:
         return len(self.seeds)
 
     def name(self, index: int) -> str:
+        """Name of a sample: its seed."""
         return f"seed {self.seeds[index]}"
 
     def parts(self, prepare: Prepare, batch_size: int, workers: int) -> Iterator[Part]:

@@ -67,6 +67,7 @@ class AdaLNZero(_Summed):
     kind: Literal["adaln_zero"] = "adaln_zero"
 
     def blocks(self, spec: DiTSpec) -> Blocks:
+        """depth adaLN-Zero blocks, conditioned on c (b d)."""
         return Blocks(AdaLNZeroBlock(spec) for _ in range(spec.depth))
 
     def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
@@ -80,6 +81,7 @@ class AdaLNConditioning(_Summed):
     kind: Literal["adaln"] = "adaln"
 
     def blocks(self, spec: DiTSpec) -> Blocks:
+        """depth adaLN blocks, conditioned on c (b d)."""
         return Blocks(AdaLNBlock(spec) for _ in range(spec.depth))
 
     def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
@@ -93,6 +95,7 @@ class CrossAttention(_Sequence):
     kind: Literal["cross_attention"] = "cross_attention"
 
     def blocks(self, spec: DiTSpec) -> Blocks:
+        """depth cross-attention blocks, conditioned on c (b s d)."""
         return Blocks(CrossAttentionBlock(spec) for _ in range(spec.depth))
 
     def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
@@ -108,6 +111,7 @@ class InContext(_Sequence):
     kind: Literal["in_context"] = "in_context"
 
     def blocks(self, spec: DiTSpec) -> Blocks:
+        """depth ViT blocks over the grid's tokens and those of c (b s d)."""
         return InContextBlocks(Block(spec) for _ in range(spec.depth))
 
     def block_macs(self, spec: DiTSpec, tokens: int, s: int) -> int:
@@ -173,6 +177,7 @@ class DiTSpec(BackboneSpec):
             raise SpecError(problems)
 
     def remarks(self, shape: DataShape, params: int) -> Iterator[str]:
+        """Yields the number of parameters as the paper counts it, with the fixed position table."""
         h, w = self.grid(shape)
         yield f"with DiT's fixed position table: {params + h * w * self.width:,} parameters"
 
@@ -199,6 +204,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(channels * p * p, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Projects each p x p patch to a token: (b c H W) -> (b h w d)."""
         return self.proj(rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=self.p, q=self.p))
 
 
@@ -212,6 +218,7 @@ class TimestepEmbed(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embeds t by sinusoids and an MLP: (b,) -> (b d)."""
         return self.mlp(timestep_embedding(t, TIME_FEATURES).to(next(self.parameters()).dtype))
 
 
@@ -232,9 +239,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, p * p * channels)
 
     def unpatchify(self, x: Tensor) -> Tensor:
+        """Puts the pixels of each token in their place: (b h w p*p*c) -> (b c H W)."""
         return rearrange(x, "b h w (p q c) -> b c (h p) (w q)", p=self.p, q=self.p)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Norm, projection, unpatchify: x (b h w d) -> (b c H W); c has no effect."""
         return self.unpatchify(self.linear(self.norm_final(x)))
 
 
@@ -246,6 +255,7 @@ class AdaLNFinalLayer(FinalLayer):
         self.adaLN_modulation = AdaLNModulation(width, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """adaLN, projection, unpatchify: x (b h w d), c (b d) -> (b c H W)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.unpatchify(self.linear(modulated_norm(x, shift, scale)))
 
@@ -265,6 +275,7 @@ class Block(nn.Module):
         self.mlp = MLP(d, int(d * spec.mlp_ratio))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Self-attention, then MLP: x (b h w d) -> (b h w d)."""
         x = x + self.attn(self.norm1(x), None)
         return x + self.mlp(self.norm2(x))
 
@@ -277,6 +288,7 @@ class AdaLNBlock(Block):
         self.adaLN_modulation = AdaLNModulation(spec.width, 4)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (b h w d), c (b d), which gives both norms shift and scale -> (b h w d)."""
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)
         x = x + self.attn(modulated_norm(x, shift1, scale1), None)
         return x + self.mlp(modulated_norm(x, shift2, scale2))
@@ -290,6 +302,7 @@ class AdaLNZeroBlock(Block):
         self.adaLN_modulation = AdaLNModulation(spec.width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (b h w d), c (b d), which gives shift, scale and gate of each branch -> (b h w d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         attended = self.attn(modulated_norm(x, shift1, scale1), None)
         x = gated_residual(x, attended, gate1)
@@ -307,6 +320,7 @@ class SequenceAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Queries from the grid x (b h w d), keys and values from c (b s d) -> (b h w d)."""
         h, n = x.shape[1], self.n_heads
         q = rearrange(self.q_proj(x), "b h w (n e) -> b n (h w) e", n=n)
         k, v = rearrange(self.kv_proj(c), "b s (t n e) -> t b n s e", t=2, n=n)
@@ -326,6 +340,7 @@ class CrossAttentionBlock(Block):
         self.cross_attn = SequenceAttention(spec.width, spec.num_heads)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Self-attention, cross-attention to c, MLP: x (b h w d), c (b s d) -> (b h w d)."""
         x = x + self.attn(self.norm1(x), None)
         x = x + self.cross_attn(self.norm_cross(x), c)
         return x + self.mlp(self.norm2(x))
@@ -335,6 +350,7 @@ class Blocks(nn.ModuleList, Runs):
     """The blocks, one after the other: x (b h w d), c as they take it -> (b h w d)."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Runs, or checkpoints, each block in turn: x (b h w d) -> (b h w d)."""
         for block in self:
             x = self.run(block, x, c)
         return x
@@ -344,6 +360,7 @@ class InContextBlocks(Blocks):
     """Blocks over the sequence of the grid's tokens and those of c (b s d), a grid of one row."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Appends c (b s d) to the tokens x (b h w d), runs the blocks, drops it: (b h w d)."""
         h, w = x.shape[1:3]
         x = rearrange(x, "b h w d -> b 1 (h w) d")
         x = super().forward(torch.cat([x, c[:, None]], dim=2), c)  # (b 1 h*w+s d)
@@ -408,6 +425,7 @@ class DiT(BackboneModule):
         return Group(decay=matrix and not name.startswith("y_embedder."))
 
     def parts(self, shape: DataShape) -> list[PartCost]:
+        """Parameters and MACs of conditioning, patch in, blocks and patch out at a data shape."""
         d, (h, w) = self.spec.width, self.spec.grid(shape)
         tokens, s = h * w, 2 if shape.num_classes else 1  # t, and y
         patch = tokens * self.spec.patch_size**2 * d  # of one channel
@@ -427,6 +445,7 @@ class DiT(BackboneModule):
         ]
 
     def stages(self) -> Iterator[tuple[str, nn.Module]]:
+        """The blocks, then the final layer as "patch out"."""
         yield from super().stages()
         yield "patch out", self.final_layer
 
@@ -440,6 +459,10 @@ class DiT(BackboneModule):
         return self._tables[key]
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        """x (b c H W), c_noise (b,), cond -> (b out H W).
+
+        Raises ValueError where the patch does not divide H and W, or the labels do not fit.
+        """
         check_labels(cond.labels, self.num_classes)
         multiple = self.spec.multiple
         if x.shape[2] % multiple or x.shape[3] % multiple:

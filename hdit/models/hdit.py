@@ -166,6 +166,7 @@ class HDiTSpec(BackboneSpec):
             raise SpecError(problems)
 
     def unmet(self) -> Iterator[tuple[str, str]]:
+        """Yields (key, what is wrong): a vector_width, as no data source has such vectors."""
         if self.vector_width:
             yield "vector_width", "must be 0: no data brings such vectors yet"
 
@@ -222,6 +223,7 @@ class AttentionBlock(nn.Module):
         self.residual = _residual(spec, level.width)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        """x (b h w d), pos (h w 2), cond (b m) -> (b h w d)."""
         return self.residual(x, self.core(self.norm(x, cond), pos), cond)
 
 
@@ -236,6 +238,7 @@ class FeedForwardBlock(nn.Module):
         self.residual = _residual(spec, level.width)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        """x (b h w d), cond (b m) -> (b h w d); pos has no effect."""
         return self.residual(x, self.core(self.norm(x, cond)), cond)
 
 
@@ -250,6 +253,7 @@ class Layer(Runs):
         self.ff = FeedForwardBlock(spec, level)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        """Attention, if any, and feed-forward: x (b h w d), pos (h w 2), cond (b m) -> x alike."""
         for block in self.children():
             x = self.run(block, x, pos, cond)
         return x
@@ -265,6 +269,7 @@ class Layers(nn.ModuleList):
         super().__init__(Layer(spec, level, first + j) for j in range(level.depth))
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        """Runs the layers in turn: x (b h w d), pos (h w 2), cond (b m) -> (b h w d)."""
         for layer in self:
             x = layer(x, pos, cond)
         return x
@@ -280,6 +285,7 @@ class MappingBlock(nn.Module):
         self.core = GEGLU(spec.width, spec.d_ff, spec.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b m) -> (b m)."""
         return x + self.core(self.norm(x))
 
 
@@ -293,6 +299,7 @@ class MappingNetwork(nn.Module):
         self.out_norm = RMSNorm(spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps the sum of the embeddings to the conditioning vector: (b m) -> (b m)."""
         x = self.in_norm(x)
         for block in self.blocks:
             x = block(x)
@@ -308,6 +315,7 @@ class TokenMerge(nn.Module):
         self.proj = nn.Linear(p * p * in_width, out_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b H W d) -> (b H/p W/p out)."""
         x = rearrange(x, "b (h p) (w q) d -> b h w (p q d)", p=self.p, q=self.p)
         return self.proj(x)
 
@@ -321,6 +329,7 @@ class TokenSplit(nn.Module):
         self.proj = nn.Linear(in_width, p * p * out_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b h w d) -> (b p*h p*w out)."""
         return rearrange(self.proj(x), "b h w (p q d) -> b (h p) (w q) d", p=self.p, q=self.p)
 
 
@@ -328,6 +337,7 @@ class AddSplit(TokenSplit):
     """TokenSplit, added to the skip."""
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """skip + split(x): x (b h w d), skip (b 2h 2w out) -> (b 2h 2w out)."""
         return skip + super().forward(x)
 
 
@@ -339,6 +349,7 @@ class ConcatSplit(TokenSplit):
         self.skip_proj = nn.Linear(2 * out_width, out_width, bias=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """Linear([split(x) | skip]): x (b h w d), skip (b 2h 2w out) -> (b 2h 2w out)."""
         return self.skip_proj(torch.cat([super().forward(x), skip], dim=-1))
 
 
@@ -350,6 +361,7 @@ class LerpSplit(TokenSplit):
         self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """skip + fac (split(x) - skip): x (b h w d), skip (b 2h 2w out) -> (b 2h 2w out)."""
         x = super().forward(x)
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
@@ -365,6 +377,7 @@ class AdditivePositions(nn.Module):
         self._tables: dict[tuple[object, ...], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b h w d) -> (b h w d); the table of a grid is kept for the next call."""
         key = (x.shape[1:], x.device, x.dtype)
         if key not in self._tables:
             self._tables[key] = sincos_positions(*x.shape[1:]).to(x)
@@ -461,6 +474,7 @@ class HDiT(BackboneModule):
         yield "patch out", self.patch_out
 
     def parts(self, shape: DataShape) -> list[PartCost]:
+        """Parameters and MACs of mapping network, patches, levels, merges and splits."""
         spec, grids = self.spec, self.spec.grids(shape)
         h, w = grids[0]
         patch = h * w * spec.patch_size**2 * spec.levels[0].width  # of one channel
@@ -533,6 +547,10 @@ class HDiT(BackboneModule):
         return levels
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
+        """x (b c H W), c_noise (b,), cond -> (b out H W).
+
+        Raises ValueError where H or W is no multiple of `spec.multiple`, or cond does not fit.
+        """
         multiple = self.spec.multiple
         if x.shape[2] % multiple or x.shape[3] % multiple:
             size = "x".join(map(str, x.shape[2:]))

@@ -44,6 +44,7 @@ class Global(Spec):
         return h * w
 
     def check(self, h: int, w: int) -> list[tuple[str, str]]:
+        """[(key, what is wrong)] on a grid of h x w: nothing, any grid will do."""
         return []
 
 
@@ -67,6 +68,7 @@ class Neighborhood(Spec):
         return self.kernel_size**2
 
     def check(self, h: int, w: int) -> list[tuple[str, str]]:
+        """[(key, what is wrong)] on a grid of h x w: a window that is even or larger than it."""
         k, side = self.kernel_size, min(h, w)
         if k % 2 == 0:
             return [("kernel_size", f"must be odd, got {k}; use {k - 1} or {k + 1}")]
@@ -97,6 +99,7 @@ class ShiftedWindow(Spec):
         return self.window_size**2
 
     def check(self, h: int, w: int) -> list[tuple[str, str]]:
+        """[(key, what is wrong)] on a grid of h x w: windows that do not divide it."""
         if h % self.window_size or w % self.window_size:
             text = f"{self.window_size} does not divide the level's grid of {h}x{w}"
             return [("window_size", text)]
@@ -109,6 +112,7 @@ class NoAttention(Spec):
     kind: Literal["none"] = "none"
 
     def check(self, h: int, w: int) -> list[tuple[str, str]]:
+        """[(key, what is wrong)] on a grid of h x w: nothing."""
         return []
 
 
@@ -164,6 +168,7 @@ class CosineQK(nn.Module):
         self.scale = nn.Parameter(torch.full((n_heads,), 10.0))
 
     def forward(self, qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (b h w 3 n e) -> scaled q and k, rotated if there is a table, and v: (b h w n e)."""
         return qk_prologue(qkv, self.scale, table)
 
 
@@ -175,6 +180,7 @@ class DotQK(nn.Module):
         self.softmax_scale = d_head**-0.5
 
     def forward(self, qkv: Tensor, table: None) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (b h w 3 n e) -> q, k and v, each (b h w n e)."""
         q, k, v = qkv.unbind(3)
         return q, k, v
 
@@ -183,6 +189,7 @@ class Unrotated(nn.Module):
     """No rotation: positions were added to the tokens."""
 
     def forward(self, pos: Tensor | None) -> None:
+        """No table, wherever the tokens are."""
         return None
 
 
@@ -212,6 +219,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, pos: Tensor | None) -> Tensor:
+        """Projects to q, k and v, attends, projects back: x (b h w d) -> (b h w d)."""
         qkv = rearrange(self.qkv_proj(x), "b h w (t n e) -> b h w t n e", t=3, n=self.n_heads)
         q, k, v = self.qk(qkv, self.rope(pos))
         x = self.attend(q, k, v, self.qk.softmax_scale)

@@ -12,6 +12,7 @@ Run = Callable[..., Tensor]
 
 
 def call(block: nn.Module, *arguments: Tensor) -> Tensor:
+    """Calls the block; autograd keeps its activations for backward."""
     return block(*arguments)
 
 

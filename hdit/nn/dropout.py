@@ -17,4 +17,5 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drops each element with probability p: (...) -> (...)."""
         return fused.dropout(x, self.p) if self.training and self.p else x

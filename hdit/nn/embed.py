@@ -24,6 +24,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("weight", torch.randn(out_features // 2, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (b i) -> (b o), in the dtype of the frequencies: all cosines, then all sines."""
         phase = F.linear(2 * math.pi * x.to(self.weight.dtype), self.weight)
         return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
@@ -64,6 +65,7 @@ class ClassEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes + 1, width))
 
     def forward(self, labels: Tensor) -> Tensor:
+        """labels (b,) -> (b d); NULL_LABEL takes the last row."""
         return F.embedding(torch.where(labels == NULL_LABEL, self.num_classes, labels), self.weight)
 
 

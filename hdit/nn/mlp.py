@@ -19,6 +19,7 @@ class GEGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(... d) -> (... d), with dropout of the hidden features."""
         return self.down_proj(self.dropout(geglu(self.up_proj(x))))
 
 
@@ -32,6 +33,7 @@ class GELU(nn.Module):
         self.down_proj = nn.Linear(d_ff, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(... d) -> (... d), with dropout of the hidden features."""
         return self.down_proj(self.dropout(F.gelu(self.up_proj(x))))
 
 
@@ -44,4 +46,5 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(d_ff, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(... d) -> (... d)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

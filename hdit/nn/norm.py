@@ -21,6 +21,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """scale * x / rms(x): (... d) -> (... d)."""
         return norm(x, at_least_float32(self.scale))
 
 
@@ -35,6 +36,7 @@ class AdaLN(nn.Module):
         self.linear = nn.Linear(cond_width, 2 * width, bias=False)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """(1 + a) * LN(x) + b: x (b h w d), cond (b m) -> (b h w d)."""
         scale, shift = self.linear(cond).chunk(2, dim=-1)
         return modulated_norm(x, shift, scale)
 
@@ -47,4 +49,5 @@ class AdaRMSNorm(nn.Module):
         self.linear = nn.Linear(cond_width, width, bias=False)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """(1 + Linear(cond)) * x / rms(x): x (b h w d), cond (b m) -> (b h w d)."""
         return norm(x, 1 + at_least_float32(self.linear(cond)))

@@ -13,6 +13,7 @@ class Residual(nn.Module):
     """x + branch."""
 
     def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
+        """x and branch (b h w d) -> (b h w d); cond has no effect."""
         return x + branch
 
 
@@ -24,4 +25,5 @@ class GatedResidual(nn.Module):
         self.gate = nn.Linear(cond_width, width, bias=False)
 
     def forward(self, x: Tensor, branch: Tensor, cond: Tensor) -> Tensor:
+        """x and branch (b h w d), cond (b m) -> (b h w d)."""
         return gated_residual(x, branch, self.gate(cond))

@@ -70,6 +70,7 @@ class Metrics:
         self.started += time.monotonic() - began
 
     def note_skipped(self, files: list[Skipped]) -> None:
+        """Names each file that is skipped for the first time, and keeps it for the count."""
         for file in files:
             if file.path not in self.skipped:
                 self.skipped[file.path] = file

@@ -54,9 +54,11 @@ class Progress:
         self.bar.stop()
 
     def advance(self, images: int) -> None:
+        """Moves the bar to `images` images, counted from the beginning of training."""
         self.bar.update(self.task, completed=images)
 
     def describe(self, loss: float) -> None:
+        """Shows the loss; without a terminal, in a line of text every 30 seconds at most."""
         self.bar.update(self.task, loss=f"{loss:.4f}")
         if self.lines and time.monotonic() - self.said >= QUIET:
             task = self.bar.tasks[self.task]

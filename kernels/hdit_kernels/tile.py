@@ -118,6 +118,7 @@ def chunks(q: Tensor, kernel_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor
 
 @torch.library.custom_op("hdit_kernels::neighborhood_tile", mutates_args=())
 def tile_forward(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Attends tile by tile, each tile of queries to its halo: (b h w n e) -> (b h w n e)."""
     query, key, value = heads_first(q), heads_first(k), heads_first(v)
     out = torch.empty_like(query)
     for queries, halo, mask in chunks(q, kernel_size):

@@ -36,6 +36,7 @@ KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
 
 def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine, or None if they can."""
     if ABSENT:
         return ABSENT
     if INTERPRETED:
@@ -48,6 +49,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(problem: Problem) -> str | None:
+    """Why the kernels cannot compute this problem, or None if they can."""
     if reason := unavailable():
         return reason
     if problem.dtype not in DTYPES:
@@ -235,6 +237,7 @@ def _plan(q: Tensor, kernel_size: int) -> Plan:
 def triton_forward(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """`forward` under the plan that fits the device: out (b h w n e), logsumexp (b n h w)."""
     return forward(q, k, v, kernel_size, scale, _plan(q, kernel_size))
 
 
@@ -243,6 +246,7 @@ def triton_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
     kernel_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward` under the plan that fits the device: gradients of q, k, v (b h w n e)."""
     plan = _plan(q, kernel_size)
     return backward(grad, q, k, v, out, logsumexp, kernel_size, scale, plan)
 
@@ -290,5 +294,6 @@ def _(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
+    """Neighborhood attention of valid q, k, v (b h w n e) -> (b h w n e), in q's dtype."""
     out, _ = triton_forward(q, k, v, kernel_size, scale)
     return out

@@ -25,11 +25,14 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """How each of the three kernels is cut: forward, gradient of q, gradients of k and v."""
+
     forward: Launch
     dq: Launch
     dkv: Launch
 
     def with_tma(self) -> Plan:
+        """The plan with every kernel addressing memory by tensor descriptors."""
         return Plan(*(launch._replace(tma=True) for launch in self))
 
     def persisting(self, programs: int) -> Plan:

@@ -32,9 +32,11 @@ class ReverseProcess(SamplerSpec):
     """Base of the spec of `ddpm`, whose variance is learned if the model learns one."""
 
     def resolved(self, context: Context) -> Self:
+        """With the variance, where it is absent: learned if the model learns one, else lower."""
         return self.filled(variance="learned" if context.learned_variance else "lower")
 
     def check(self, context: Context) -> Iterator[Problem]:
+        """Yields (key, what is wrong): a learned variance of a model that learns none."""
         options: Any = self  # its fields are those of the function
         if options.variance == "learned" and not context.learned_variance:
             yield (
