@@ -87,7 +87,7 @@ def _classes(settings: RunConfig) -> tuple[int, str | None]:
 
 
 def _memory(settings: RunConfig, shape: DataShape, images: int, device: str | None) -> Table:
-    """Of an eager step on the device, or if None on the one that a run here takes."""
+    """The memory of an eager step on `device`; None is the device that a run here would take."""
     import torch
 
     from hdit.device import autocast_dtype, precision_on

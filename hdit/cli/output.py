@@ -1,4 +1,4 @@
-"""Where verbs print: results to standard output, all else to standard error."""
+"""Output of the verbs: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class _Place(NamedTuple):
 
 
 def _locate(root: type[Spec], loc: tuple[int | str, ...]) -> _Place:
-    """Where pydantic says an error is; its path also holds the `kind` of each union member."""
+    """Finds the key of an error of pydantic, whose path also names the `kind` of union members."""
     path: list[str] = []
     options: list[type[Spec]] = [root]
     holder: type[Spec] | None = None
@@ -67,7 +67,17 @@ def _all_keys(spec: type[Spec], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
+RENAMED = {
+    "sampling.ladder": "sampling.sigmas",
+    "diffusion.schedule": "diffusion.beta_schedule",
+    "diffusion.noise_label": "diffusion.c_noise",
+}
+"""Keys of earlier versions, and what they are called now, where the nearest key is another."""
+
+
 def _nearest(root: type[Spec], place: _Place) -> str:
+    if place.path in RENAMED:
+        return f"; did you mean {RENAMED[place.path]}?"
     *parents, last = place.path.split(".")
     siblings = list(place.holder.model_fields) if place.holder else []
     if kinds := [_kind(other) for other in place.others if last in other.model_fields]:

@@ -13,7 +13,7 @@ MATRICES = "matrices"  # folder of those that are no configs of a run
 
 
 def folder() -> Path:
-    """Where the presets lie: `hdit/presets` of an installed wheel, `configs` of a clone."""
+    """The folder of the presets: `hdit/presets` of an installed wheel, `configs` of a clone."""
     package = Path(__file__).parents[1]
     installed = package / "presets"
     return installed if installed.is_dir() else package.parent / "configs"

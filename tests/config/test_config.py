@@ -1175,3 +1175,16 @@ def test_config_of_latents_tells_the_shape_that_the_model_sees():
         config.space.open(torch.device("cpu"))
     [line] = complaints("space={kind='latent', factor=7, tile=0}", "model.patch_size=1", base=DIT2)
     assert line == "space.factor: 7 does not divide the image of 64x64"
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("sampling.ladder.kind=karras", "sampling.sigmas"),
+        ("diffusion.schedule={kind='cosine'}", "diffusion.beta_schedule"),
+        ("diffusion.noise_label=timestep", "diffusion.c_noise"),
+    ],
+)
+def test_config_key_of_an_earlier_version_is_told_its_name(override, name):
+    [line] = complaints(override)
+    assert line.endswith(f"; did you mean {name}?")
