@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	@echo "The images: $(DEMO)/images/grid.png, and one PNG for each image beside it."
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

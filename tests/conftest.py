@@ -39,9 +39,15 @@ grid = 4
 """
 
 
+LONG = ("test_docs", "test_compiling", "test_doctor", "test_trainer", "test_matrix", "test_native")
+"""Modules whose tests take longest. A process runs a module alone, and one that began last would
+keep all others waiting."""
+
+
 def pytest_collection_modifyitems(items):
-    """Warnings are no errors where a GPU is: torch's compilers warn there of what nobody can mend,
-    such as that a card could multiply in TF32."""
+    """Long modules come first. And warnings are no errors where a GPU is: torch's compilers warn
+    there of what nobody can mend, such as that a card could multiply in TF32."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.filterwarnings("default"))
