@@ -30,7 +30,7 @@ from hdit.spaces import PixelSpace, SpaceSpec
 
 
 class DiffusionSpec(DependentSpec):
-    """What is predicted, and which noise levels are trained with which weight."""
+    """Choose what the network predicts, and which noise levels are trained with which weight."""
 
     parametrization: Parametrization = EDM()
     c_noise: CNoise | None = Field(
@@ -236,13 +236,13 @@ class RunConfig(Spec):
     sampling: SamplingSpec = SamplingSpec()
 
     def data_shape(self, num_classes: int) -> DataShape:
-        """What the backbone sees; the number of classes is known once the data is open."""
+        """Shape of what the backbone sees; `num_classes` is known once the data is open."""
         shape = self.space.shape(*self.data.shape)
         return DataShape(*shape, num_classes, self.space.sigma_data)
 
     @property
     def beta_schedule(self) -> LinearSchedule | CosineSchedule:
-        """Of the VP components, whether the denoiser goes by it or not."""
+        """Beta schedule of the VP components; linear if the config names none."""
         return self.diffusion.timesteps
 
     def valid_range(self) -> tuple[float, float, str]:
@@ -254,7 +254,7 @@ class RunConfig(Spec):
         return self.sampling.sigma_range(self.context())
 
     def output_channels(self, shape: DataShape) -> int:
-        """Of the backbone: what it predicts, and a variance if it learns one."""
+        """Channels that the backbone predicts: those of x, and as many again for a variance."""
         return shape.channels * (2 if self.diffusion.learned_variance else 1)
 
     def context(self) -> Context:
