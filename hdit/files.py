@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -45,6 +46,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8) whole, or leaves the old one."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file (UTF-8) whole, or leaves the old one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

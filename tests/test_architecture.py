@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 LAYERS = (
     {"hdit_kernels"},
-    {"errors"},
-    {"protocols", "files", "plugins"},
+    {"errors", "names"},
+    {"protocols", "files", "plugins", "reading", "tensors"},
     {"device"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},

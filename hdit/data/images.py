@@ -29,9 +29,9 @@ from hdit.data.source import (
     Size,
     Skipped,
     check_classes,
-    printable,
 )
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
+from hdit.names import printable
 from hdit.protocols import Spec
 
 MAX_PIXELS = 178_956_970  # Pillow opens no image that has more

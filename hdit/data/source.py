@@ -16,15 +16,10 @@ class DataError(UserError):
 
 
 class Skipped(NamedTuple):
-    """A file that could not be read, in words that a terminal can show (see `printable`)."""
+    """A file that could not be read, in words that a terminal can show (see hdit.names)."""
 
     path: str
     reason: str
-
-
-def printable(text: str) -> str:
-    """Escapes what a terminal cannot show, or obeys: a file may have any name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check_classes(wanted: int | list[str] | None, found: list[str], place: str) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hdit.data.check.report import DataReport
-from hdit.data.source import printable
+from hdit.names import printable
 
 DEFAULT_SIGMA_DATA = 0.5  # of hdit.spaces, which this package does not import
 MANY_CLASSES = 30  # beyond it only the smallest and largest are printed
