@@ -1,12 +1,14 @@
 """Files of tensors."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from hdit.tensors import NotFiniteError, check_finite, is_finite, save_tensors
 
+PACKAGE = Path(__file__).parents[1] / "hdit"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2)
 
 
@@ -20,6 +22,11 @@ def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path, mask):
         os.umask(old)
     modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b")]
     assert modes[0] == modes[1]
+
+
+def test_weights_are_written_in_one_place():
+    callers = [path for path in PACKAGE.rglob("*.py") if "save_file(" in path.read_text()]
+    assert [path.name for path in callers] == ["tensors.py"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
