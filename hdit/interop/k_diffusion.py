@@ -411,7 +411,8 @@ def _their_training(config: RunConfig) -> dict[str, Any]:
         "lr_sched": lr_sched,
         "ema_sched": {
             "type": "inverse",
-            "power": ema.power,
+            # Theirs always warms up; with this power only the first step, which copies.
+            "power": ema.power if ema.warmup else 100.0,
             "inv_gamma": ema.inv_gamma,
             "max_value": ema.max_decay,
         },
