@@ -111,6 +111,8 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
                 "size": [height, width],
                 "channels": channels if channels in (1, 3) else 3,
                 "augment": m.number("augment_prob", 0),
+                "crop": "shorter_side",
+                "flip": m.number("augment_prob", 0) > 0,  # theirs mirrors as part of it
             },
             "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
