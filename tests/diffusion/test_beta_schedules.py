@@ -85,7 +85,9 @@ def test_sigma_is_the_inverse_of_t_and_increases(schedule, fractions):
     # a step of ln sigma is 3e-3 or more, of values up to 10 that are known to 2e-15
     torch.testing.assert_close(schedule.t(sigma), t, rtol=0, atol=1e-11)
     torch.testing.assert_close(schedule.sigma(schedule.t(sigma)), sigma, rtol=1e-13, atol=0)
-    assert (sigma[t.argsort()].diff() >= 0).all()
+    ordered = sigma[t.argsort()]
+    # At a whole timestep it is the table's, beside it exp(ln): off by as many digits as above.
+    assert (ordered.diff() >= -2e-15 * ordered[1:]).all()
     low, high = schedule.sigma_range()
     assert low * (1 - 1e-14) <= sigma.min()
     assert sigma.max() <= high * (1 + 1e-14)
