@@ -147,6 +147,14 @@ def test_dpm_adaptive_gives_an_image_whatever_is_beside_it():
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
 
 
+def test_dpm_adaptive_goes_the_rest_of_the_way_however_short():
+    """A first step of 0.05 in ln sigma leaves 0.005, half a percent of x."""
+    low = math.exp(-0.055)
+    sigmas = Exponential()(2, low, 1.0, TABLE)[:-1]
+    out = dpm_adaptive(gaussian, start(1.0), sigmas, h_init=0.05)
+    torch.testing.assert_close(out, exact(start(1.0), 1.0, low), rtol=1e-4, atol=0)
+
+
 def test_dpm_adaptive_denoises_at_the_end_of_a_sigma_schedule_to_zero():
     sigmas = Exponential()(3, 0.1, 10, TABLE)
     to_low = dpm_adaptive(gaussian, start(10), sigmas[:-1])
