@@ -446,6 +446,16 @@ def test_bound_of_a_float32_noise_level_is_that_of_its_timestep(t):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("t", [1.05, 40.5, 700.95])
+def test_bounds_between_timesteps_are_of_a_step_of_one(t):
+    times = torch.tensor([t, t - 1], dtype=torch.float64)
+    sigma, expected = TABLE.sigma(times)
+    previous, log_low, log_high = bounds_in_table(sigma[None], TABLE)
+    low, high = posterior_variances(sigma.item(), expected.item())
+    assert previous.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert (log_low.item(), log_high.item()) == pytest.approx((math.log(low), math.log(high)))
+
+
 # ---- the bound in training -----------------------------------------------------------------------
 
 
