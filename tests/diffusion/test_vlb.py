@@ -481,6 +481,17 @@ def test_bound_moves_the_variance_alone_and_the_error_the_mean_alone(t):
     assert (gradient_v != 0).all()
 
 
+def test_bound_has_weight_1_in_the_loss_at_any_number_of_timesteps():
+    table, x0 = LinearSchedule(steps=200), hfill((3, 2, 4, 4), 1).double()
+    sigma, noise = table.sigmas()[[0, 50, 199]], hfill((3, 2, 4, 4), 2, 1.7).double()
+    f, v = 0.9 * noise, 0.3 * noise
+    model = Denoiser(lambda *_: torch.cat([f, v], 1), EpsVP(), "timestep", 1.0, table, True)
+    loss = model.loss(x0, noise, sigma, Cond(), EpsWeight())
+    error = (f - noise).square().mean((1, 2, 3))
+    bound = vlb(x0, sigma, x0 + per_image(sigma) * (noise - f), v, table)
+    torch.testing.assert_close(loss, error + bound, rtol=1e-9, atol=0)
+
+
 # ---- the bound of Gaussian data ------------------------------------------------------------------
 
 
