@@ -312,7 +312,7 @@ def training_step(case: Case, theirs: bool, compiled: bool) -> Step:
     def step() -> None:
         loss = denoiser.loss(x0, noise, sigma, case.cond, d.weighting, d.loss_scales).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), config.training.clip_grad_norm)
+        nn.utils.clip_grad_norm_(network.parameters(), config.training.largest_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, network, 0.9999)

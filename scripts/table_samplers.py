@@ -11,6 +11,7 @@ itself.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,17 +65,17 @@ def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
 class Impulses:
     """Noise whose factor in the result can be read off: each pixel gets one independent part of it.
 
-    Overlapping stretches share a part, as on a Brownian path whose clock is sigma^(1/7).
+    Overlapping stretches share a part, as on a Brownian path whose time is sigma.
     """
 
     def __init__(self, levels: list[float]):
-        self.clock = sorted({level ** (1 / 7) for level in levels})
+        self.levels = sorted(set(levels))
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        low, high = sorted((sigma ** (1 / 7), sigma_next ** (1 / 7)))
+        low, high = sorted((sigma, sigma_next))
         parts = [
             math.sqrt((b - a) / (high - low)) if low <= a and b <= high else 0.0
-            for a, b in zip(self.clock, self.clock[1:], strict=False)
+            for a, b in pairwise(self.levels)
         ]
         return torch.tensor([0.0, *parts], dtype=torch.float64).view(1, 1, 1, -1)
 
@@ -95,7 +96,7 @@ def std_of_samples(sampler: SamplerSpec, sigmas: Tensor) -> tuple[float, int]:
 
     sampler(counted, torch.ones(1, 1, 1, 1, dtype=torch.float64), sigmas, noise=record)
     impulses = Impulses(asked)
-    x = torch.zeros(1, 1, 1, max(len(impulses.clock), 1), dtype=torch.float64)
+    x = torch.zeros(1, 1, 1, max(len(impulses.levels), 1), dtype=torch.float64)
     x[..., 0] = math.hypot(SD, sigmas[0].item())
     return sampler(gaussian, x, sigmas, noise=impulses).norm().item(), evaluations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hdit.config.errors import ConfigError, explain
 from hdit.config.learning_rate import ConstantLR, LearningRate
@@ -102,11 +103,26 @@ class OptimizerSpec(DependentSpec):
 
 
 class EMASpec(Spec):
-    """Average of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k."""
+    """Average of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k.
+
+    Without warmup it begins from the initial weights, and the decay is max_decay at every step.
+    """
 
     max_decay: float = Field(0.9999, ge=0, lt=1, description="upper bound of the decay")
+    warmup: bool = Field(True, description="false for max_decay from the first step, as in DiT")
     power: float = Field(0.6667, gt=0, description="how fast the decay nears 1")
     inv_gamma: float = Field(1.0, gt=0, description="scale of k, in steps")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        fields = type(self).model_fields
+        if not self.warmup and any(
+            getattr(self, key) != fields[key].default for key in ("power", "inv_gamma")
+        ):
+            raise ValueError(
+                "power and inv_gamma have no effect with warmup = false; leave them out"
+            )
+        return self
 
 
 class TrainingSpec(DependentSpec):
@@ -130,11 +146,18 @@ class TrainingSpec(DependentSpec):
     gradient_checkpointing: bool = Field(
         False, description="keep no activations within a block: less memory, a third more work"
     )
-    clip_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    clip_grad_norm: float = Field(
+        1.0, ge=0, description="largest norm of the gradient; 0 does not clip"
+    )
     gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
+
+    @property
+    def largest_grad_norm(self) -> float:
+        """The norm that gradients are clipped to: infinity where they are not clipped."""
+        return self.clip_grad_norm or math.inf
 
     def resolved(self, context: Context) -> Self:
         """With its parts resolved, and log_every of 10 batches where it is absent."""

@@ -10,17 +10,22 @@ from torch import Tensor
 
 from hdit.errors import SolverError
 
-DEPTH = 16  # the clock has 2^DEPTH ticks: some to each of 4,000 steps
+DEPTH = 16  # 2^DEPTH ticks between 0 and sigma_max: some to each of 4,000 steps
+ROOT = 7  # ticks are even in sigma^(1/ROOT)
 
 
 class BrownianPath:
     """Noise for the stretches of a sampler: the increments of one Brownian path W, scaled to 1.
 
-    noise(a, b) = (W(b) - W(a)) / sqrt(|clock(b) - clock(a)|) is standard normal, independent of
-    that of any stretch that does not overlap, and changes its sign with the direction. The clock is
-    proportional to sigma^(1/7), in which common sigma schedules are about even, and ticks 2^16
-    times between 0 and sigma_max. W is a function of `normal` alone, and not of what was asked
-    before: a midpoint displacement (Levy's construction), descended to the tick that is asked for.
+    noise(a, b) = (W(b) - W(a)) / sqrt(|b - a|) is standard normal, independent of that of any
+    stretch that does not overlap, and changes its sign with the direction. The path's time is sigma
+    itself, as in k-diffusion: two stretches that overlap, as `dpmpp_sde` draws them, have the
+    correlation |overlap| / sqrt(|a - b| |c - d|).
+
+    W is kept at 2^16 ticks from 0 to sigma_max, and a noise level goes to the nearest. They are
+    even in sigma^(1/7), in which common sigma schedules are about even. W is a function of `normal`
+    alone, and not of what was asked before: a midpoint displacement (Levy's construction),
+    descended to the tick that is asked for.
 
     A step of an even sigma schedule draws about 17 - log2(steps) tensors, and 18 are kept.
 
@@ -32,26 +37,26 @@ class BrownianPath:
         # The intervals that hold the tick asked for last: (node, left, right, W(left), W(right)).
         self.path: list[tuple[int, int, int, Tensor, Tensor]] = []
 
-    def clock(self, sigma: float) -> int:
-        """Ticks from 0 to sigma."""
+    def tick(self, sigma: float) -> int:
+        """The tick nearest to sigma."""
         if not 0 <= sigma <= self.sigma_max * (1 + 1e-9):
             raise ValueError(
                 f"the path reaches from 0 to sigma_max {self.sigma_max:.6g}, got sigma {sigma:.6g}"
             )
-        return min(round((sigma / self.sigma_max) ** (1 / 7) * 2**DEPTH), 2**DEPTH)
+        return min(round((sigma / self.sigma_max) ** (1 / ROOT) * 2**DEPTH), 2**DEPTH)
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        start, end = self.clock(sigma), self.clock(sigma_next)
+        start, end = self.tick(sigma), self.tick(sigma_next)
         if start == end:
             raise SolverError(
                 f"noise levels {sigma:.9g} and {sigma_next:.9g} are too close for the path of the "
                 f"noise, which has 2^{DEPTH} ticks; take fewer steps"
             )
         before = self._at(start)  # first, as it is the end of the step before
-        return (self._at(end) - before).mul_(math.sqrt(2**DEPTH / abs(end - start)))
+        return (self._at(end) - before).div_(math.sqrt(abs(time_of(end) - time_of(start))))
 
     def _at(self, tick: int) -> Tensor:
-        """W at a tick; its variance is tick / 2^DEPTH."""
+        """W at a tick; its variance is time_of(tick)."""
         while len(self.path) > 1 and not self.path[-1][1] <= tick <= self.path[-1][2]:
             self.path.pop()
         if not self.path:
@@ -60,11 +65,23 @@ class BrownianPath:
         node, left, right, at_left, at_right = self.path[-1]
         while left < tick < right:
             middle = (left + right) // 2
-            spread = math.sqrt((right - left) / 2**DEPTH) / 2
-            at_middle = torch.lerp(at_left, at_right, 0.5).add_(self.normal(node), alpha=spread)
+            share, spread = bridge(time_of(left), time_of(middle), time_of(right))
+            at_middle = torch.lerp(at_left, at_right, share).add_(self.normal(node), alpha=spread)
             if tick >= middle:
                 node, left, at_left = 2 * node + 1, middle, at_middle
             else:
                 node, right, at_right = 2 * node, middle, at_middle
             self.path.append((node, left, right, at_left, at_right))
         return at_left if tick == left else at_right
+
+
+def time_of(tick: int) -> float:
+    """The noise level of a tick, as a share of sigma_max."""
+    return (tick / 2**DEPTH) ** ROOT
+
+
+def bridge(left: float, middle: float, right: float) -> tuple[float, float]:
+    """(share, spread): W(middle), given W at both ends, is normal about the mean
+    lerp(W(left), W(right), share), with the standard deviation spread."""
+    share = (middle - left) / (right - left)
+    return share, math.sqrt((middle - left) * (1 - share))

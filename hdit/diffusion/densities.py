@@ -139,7 +139,7 @@ class Lognormal(Bounded):
 class SplitLognormal(Bounded):
     """ln sigma is normal with one standard deviation below its mode and another above it.
 
-    k-diffusion: "split-lognormal".
+    k-diffusion: "split-lognormal", which is neither stratified nor cut.
     """
 
     kind: Literal["split_lognormal"] = "split_lognormal"
@@ -169,7 +169,10 @@ class SplitLognormal(Bounded):
 
 
 class LogLogistic(Bounded):
-    """ln sigma is logistic."""
+    """ln sigma is logistic.
+
+    k-diffusion: "loglogistic", which without bounds goes from 0 to infinity.
+    """
 
     kind: Literal["loglogistic"] = "loglogistic"
     loc: float | None = Field(
@@ -256,7 +259,7 @@ class CosineInterpolated(WithBounds):
     """Shifted cosine schedules: that of noise_d_low at high noise, of noise_d_high at low noise.
 
     Source: Hoogeboom et al., 2023, equation 5; with sigma_data as in Crowson et al., 2024.
-    k-diffusion: "cosine-interpolated".
+    k-diffusion: "cosine-interpolated", whose noise_d_low is 32 for smaller images too.
     """
 
     kind: Literal["cosine_interpolated"] = "cosine_interpolated"

@@ -109,10 +109,13 @@ def vlb(x0: Tensor, sigma: Tensor, denoised: Tensor, v: Tensor, table: BetaSched
     x0 and denoised, which is D(x0 + sigma noise; sigma): (b c h w); sigma (b,) of the table; v as
     the network gives it (b c h w), or () -1 for the lower variance and 1 for the upper. The term is
     the divergence of the model's step from the posterior; at timestep 0, the negative
-    log-likelihood of the 8-bit x0. For training, detach `denoised`: the mean learns from the
-    other loss (Nichol & Dhariwal, section 3.4).
+    log-likelihood of the 8-bit x0. There both fixed variances are the posterior's of timestep 1,
+    which iDDPM found the better for pixels; a learned one still reaches up to beta's. For training,
+    detach `denoised`: the mean learns from the other loss (Nichol & Dhariwal, section 3.4).
     """
     previous, log_low, log_high = bounds_in_table(sigma, table)
+    if v.ndim == 0:
+        log_high = torch.where(previous > 0, log_high, log_low)
     share = per_image(1 - (previous / sigma) ** 2, x0)  # of x0 in the mean; that of x is the same
     log_variance = learned_log_variance(v, per_image(log_low, x0), per_image(log_high, x0))
     kl = normal_kl(share * x0, per_image(log_low, x0), share * denoised, log_variance)

@@ -20,6 +20,8 @@ TRAINING = {
     "checkpoint_every": 12_800_000,
     "batch_size": 256,
     "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0},
+    "clip_grad_norm": 0,
+    "ema": {"warmup": False},
 }
 """The paper's recipe."""
 

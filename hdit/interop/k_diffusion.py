@@ -111,6 +111,8 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
                 "size": [height, width],
                 "channels": channels if channels in (1, 3) else 3,
                 "augment": m.number("augment_prob", 0),
+                "crop": "shorter_side",
+                "flip": m.number("augment_prob", 0) > 0,  # theirs mirrors as part of it
             },
             "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
@@ -411,7 +413,8 @@ def _their_training(config: RunConfig) -> dict[str, Any]:
         "lr_sched": lr_sched,
         "ema_sched": {
             "type": "inverse",
-            "power": ema.power,
+            # Theirs always warms up; with this power only the first step, which copies.
+            "power": ema.power if ema.warmup else 100.0,
             "inv_gamma": ema.inv_gamma,
             "max_value": ema.max_decay,
         },

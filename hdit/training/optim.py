@@ -74,7 +74,9 @@ def load_optimizer_tensors(
 
 
 def ema_decay(step: int, spec: EMASpec) -> float:
-    """Decay of the step-th update, counted from 0: the first copies the weights."""
+    """Decay of the step-th update, counted from 0: with a warm-up the first copies the weights."""
+    if not spec.warmup:
+        return spec.max_decay
     return min(spec.max_decay, 1 - (1 + step / spec.inv_gamma) ** -spec.power)
 
 

@@ -145,7 +145,7 @@ class Trainer:
             total += loss.detach()
             if t.gradient_noise_scale and micro == 0:
                 small = self._square_of_gradient() * t.accumulate**2
-        norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.clip_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.largest_grad_norm)
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
             self.noise_scale.update(small, norm.square(), part, t.batch_size)

@@ -1162,6 +1162,13 @@ def test_config_rate_below_which_it_must_not_fall_is_at_most_its_own():
     assert line.startswith("training.optimizer.schedule.min_lr: must be at most ")
 
 
+@pytest.mark.parametrize("setting", ["power=0.75", "inv_gamma=10.0"])
+def test_config_ema_without_warmup_takes_no_shape_of_it(setting):
+    [line] = complaints(f"training.ema={{warmup=false, {setting}}}")
+    assert line.startswith("training.ema: power and inv_gamma have no effect with warmup = false")
+    assert changed("training.ema={warmup=false, max_decay=0.99}").training.ema.max_decay == 0.99
+
+
 def test_config_kind_without_its_table_is_shown_one():
     [line] = complaints("diffusion.parametrization=flow")
     assert line.startswith("diffusion.parametrization: must be a table, got 'flow'; write ")

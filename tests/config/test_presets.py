@@ -58,6 +58,51 @@ def test_config_that_is_neither_says_what_there_is(empty, config, wanted):
         presets.find_config(Path(config))
 
 
+DIT = [name for name in presets.presets() if name.startswith("dit-")]
+
+
+@pytest.mark.parametrize("name", [*DIT, "ablation/r1"])
+def test_preset_of_a_dit_has_the_recipe_of_its_paper(name):
+    """Peebles & Xie, 2023, section 4, and the defaults of its code."""
+    config = load(CONFIGS / f"{name}.toml").model_dump(exclude={"data", "space", "model"})
+    training, diffusion = config["training"], config["diffusion"]
+    assert training["optimizer"] == {
+        "kind": "adamw",
+        "lr": 1e-4,
+        "schedule": {"kind": "constant", "warmup": 0},
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0,
+    }
+    assert training["ema"]["max_decay"] == 0.9999
+    assert not training["ema"]["warmup"]
+    assert training["clip_grad_norm"] == 0
+    assert training["batch_size"] == 256
+    assert training["label_dropout"] == 0.1
+    schedule = {"kind": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 2e-2}
+    assert diffusion == {
+        "parametrization": {"kind": "eps_vp"},
+        "c_noise": "timestep",
+        "weighting": {"kind": "eps"},
+        "loss_scales": 1,
+        "density": {"kind": "uniform_vp"},
+        "beta_schedule": schedule,
+        "learned_variance": True,
+    }
+    assert config["sampling"]["sampler"] == {"kind": "ddpm", "variance": "learned"}
+    assert config["sampling"]["sigmas"]["kind"] == "linear_t"
+    assert config["sampling"]["steps"] == 250
+
+
+@pytest.mark.parametrize("name", DIT)
+def test_preset_of_a_latent_dit_has_the_data_of_its_paper(name):
+    config = load(CONFIGS / f"{name}.toml")
+    assert config.data.flip
+    assert config.data.classes == 1000
+    assert config.data_shape(1000).chw == (4, config.data.shape[1] // 8, config.data.shape[2] // 8)
+    assert config.sampling.guidance.channels == 3
+
+
 def test_presets_of_a_wheel_lie_in_the_package(empty, monkeypatch):
     monkeypatch.setattr(presets, "__file__", str(empty / "hdit" / "config" / "presets.py"))
     assert presets.folder() == empty / "configs"

@@ -84,8 +84,11 @@ def test_sigma_is_the_inverse_of_t_and_increases(schedule, fractions):
     sigma = schedule.sigma(t)
     # a step of ln sigma is 3e-3 or more, of values up to 10 that are known to 2e-15
     torch.testing.assert_close(schedule.t(sigma), t, rtol=0, atol=1e-11)
-    torch.testing.assert_close(schedule.sigma(schedule.t(sigma)), sigma, rtol=1e-13, atol=0)
-    assert (sigma[t.argsort()].diff() >= 0).all()
+    # t near 1000 is known to 6e-14 of a step, of which the cosine's last is 3.5 in ln sigma
+    torch.testing.assert_close(schedule.sigma(schedule.t(sigma)), sigma, rtol=1e-12, atol=0)
+    ordered = sigma[t.argsort()]
+    # At a whole timestep it is the table's, beside it exp(ln): off by as many digits as above.
+    assert (ordered.diff() >= -2e-15 * ordered[1:]).all()
     low, high = schedule.sigma_range()
     assert low * (1 - 1e-14) <= sigma.min()
     assert sigma.max() <= high * (1 + 1e-14)
@@ -99,7 +102,7 @@ def test_t_is_linear_in_the_log_of_sigma_between_entries(schedule, where, share)
     sigma = torch.tensor([below ** (1 - share) * above**share], dtype=torch.float64)
     assert schedule.t(sigma).item() == pytest.approx(left + share, abs=1e-11)
     at = torch.tensor([left + share], dtype=torch.float64)
-    assert schedule.sigma(at).item() == pytest.approx(sigma.item(), rel=1e-13)
+    assert schedule.sigma(at).item() == pytest.approx(sigma.item(), rel=1e-12)  # as above
 
 
 @pytest.mark.parametrize("schedule", schedules(1000), ids=lambda schedule: schedule.kind)

@@ -253,6 +253,16 @@ def test_cosine_interpolated_between_equal_ends_is_the_shifted_cosine_schedule(d
     torch.testing.assert_close(angle, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("size", "low"), [(8, 8), (32, 32), (256, 32)])
+def test_cosine_interpolated_by_default_shifts_no_image_below_32_pixels(size, low):
+    u = torch.linspace(0, 1, 9, dtype=torch.float64)
+    by_default = CosineInterpolated()(u, shape(size), SCHEDULE)
+    named = CosineInterpolated(noise_d_low=low, noise_d_high=size)(u, shape(size), SCHEDULE)
+    assert torch.equal(by_default, named)
+    if size <= 32:
+        torch.testing.assert_close(by_default, VDiffusion()(u, shape(size), SCHEDULE))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("size", [8, 256])
 def test_density_by_default_increases_from_end_to_end(kind, size):

@@ -91,12 +91,68 @@ def test_dpm_adaptive_comes_to_the_exact_solution(case, order):
     assert errors[-1] < 1e-5
 
 
+def adaptive_by_hand(x, high, low, order, rtol, atol, h):
+    """k-diffusion's loop for one image (c h w), in eps form -> (x at low, steps accepted or not).
+
+    DPM-Solver-1 and -2, or -2 with r1 = 1/3 and -3; its controller with the default gains.
+    """
+
+    def eps(x, lam):
+        sigma = math.exp(-lam)
+        return (x - x * 0.25 / (0.25 + sigma**2)) / sigma
+
+    lam, end, previous, accepted = -math.log(high), -math.log(low), x, []
+    while lam < end - 1e-5:
+        h = min(h, end - lam)
+        e, to = eps(x, lam), math.exp(-(lam + h))
+        r = 1 / 2 if order == 2 else 1 / 3
+        u = x - math.exp(-(lam + r * h)) * math.expm1(r * h) * e
+        e1 = eps(u, lam + r * h)
+        first = x - to * math.expm1(h) * e
+        second = first - to / (2 * r) * math.expm1(h) * (e1 - e)
+        pair = first, second
+        if order == 3:
+            at = math.exp(-(lam + 2 * h / 3))
+            gain = math.expm1(2 * h / 3)
+            u2 = x - at * gain * e - at * 2 * (gain / (2 * h / 3) - 1) * (e1 - e)
+            e2 = eps(u2, lam + 2 * h / 3)
+            pair = second, first - to * 3 / 2 * (math.expm1(h) / h - 1) * (e2 - e)
+        delta = torch.maximum(pair[0].abs(), previous.abs()).mul(rtol).clamp(min=atol)
+        error = ((pair[0] - pair[1]) / delta).norm() / math.sqrt(x.numel())
+        factor = 1 + math.atan((error.item() + 1e-8) ** (-1 / order) - 1)
+        accepted.append(factor >= 0.81)
+        if accepted[-1]:
+            x, previous, lam = pair[1], pair[0], lam + h
+        h *= factor
+    return x, accepted
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(("rtol", "h"), [(0.05, 0.05), (0.01, 2.0)])
+def test_dpm_adaptive_takes_the_steps_of_k_diffusion(rtol, h, order):
+    sigmas, x, steps = Exponential()(2, 0.02, 20.0, TABLE)[:-1], start(20.0, (1, 3, 4, 4)), []
+    options = {"order": order, "rtol": rtol, "atol": rtol / 6, "h_init": h}
+    out = dpm_adaptive(gaussian, x, sigmas, on_step=lambda *step: steps.append(step), **options)
+    expected, accepted = adaptive_by_hand(x[0], 20.0, 0.02, order, rtol, rtol / 6, h)
+    assert len(steps) == len(accepted)
+    assert set(accepted) == {True, False}
+    torch.testing.assert_close(out[0], expected, rtol=1e-8, atol=1e-12)
+
+
 def test_dpm_adaptive_gives_an_image_whatever_is_beside_it():
     x = torch.cat([start(10, (1, 3, 4, 4)), 40 * start(10, (2, 3, 4, 4))])
     sigmas = Exponential()(2, 0.1, 10, TABLE)
     together = dpm_adaptive(gaussian, x, sigmas)
     alone = torch.cat([dpm_adaptive(gaussian, image[None], sigmas) for image in x])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+
+
+def test_dpm_adaptive_goes_the_rest_of_the_way_however_short():
+    """A first step of 0.05 in ln sigma leaves 0.005, half a percent of x."""
+    low = math.exp(-0.055)
+    sigmas = Exponential()(2, low, 1.0, TABLE)[:-1]
+    out = dpm_adaptive(gaussian, start(1.0), sigmas, h_init=0.05)
+    torch.testing.assert_close(out, exact(start(1.0), 1.0, low), rtol=1e-4, atol=0)
 
 
 def test_dpm_adaptive_denoises_at_the_end_of_a_sigma_schedule_to_zero():

@@ -129,6 +129,14 @@ def test_cfg_rescale_is_that_of_lin_et_al(scale, rescale, channels):
         torch.testing.assert_close(actual[i, :channels], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("contrast", [1e-6, 0.0])
+def test_cfg_rescale_of_an_image_almost_without_contrast_is_as_of_any(contrast):
+    guided = cfg(lambda x, _: 2 * x, lambda x, _: x.roll(1, -1), 4, rescale=0.7)
+    expected = contrast * guided(x().double(), sigmas().double())
+    actual = guided(contrast * x().double(), sigmas().double())
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
 def test_cfg_rescale_leaves_images_outside_the_interval_alone():
     cond, uncond = Counted(2), Counted(0.7)
     actual = cfg(cond, uncond, 4, interval=(1.0, 3.0), rescale=0.7)(x(), sigmas())

@@ -544,26 +544,60 @@ def test_multistep_sampler_reaches_its_nominal_order_after_short_first_steps(spe
 # ---- convergence and distribution with noise -----------------------------------------------------
 
 
+def std_of_samples(spec: SamplerSpec, sigmas: torch.Tensor) -> float:
+    """Of Gaussian data, exactly: each normal variable of the path is a dimension of its own, and on
+    a linear denoiser the norm of the result is its std."""
+    seen, sigma_max = {}, sigmas[0].item()
+
+    def unit(i: int) -> torch.Tensor:
+        x = torch.zeros((1, 1, 1, 3000), dtype=torch.float64)
+        x[..., seen.setdefault(i, len(seen))] = 1
+        return x
+
+    x, path = unit(OFF_PATH) * math.hypot(sigma_max, 0.5), BrownianPath(unit, sigma_max)
+    return spec(gaussian, x, sigmas, noise=path).norm().item()
+
+
 @pytest.mark.parametrize("spec", STOCHASTIC, ids=named)
 def test_stochastic_sampler_gives_gaussian_data_its_variance(spec):
-    """The std of its samples, exactly: each normal variable of the path is a dimension of its own,
-    and on a linear denoiser the norm of the result is its std. Slope between 50 and 100 steps.
-    """
-
-    def bias(n: int) -> float:
-        seen = {}
-
-        def unit(i: int) -> torch.Tensor:
-            x = torch.zeros((1, 1, 1, 3000), dtype=torch.float64)
-            x[..., seen.setdefault(i, len(seen))] = 1
-            return x
-
-        x, path = unit(OFF_PATH) * math.hypot(80.0, 0.5), BrownianPath(unit, 80.0)
-        return spec(gaussian, x, karras(n, 0.01, 80.0), noise=path).norm().item() - 0.5
-
-    coarse, fine = bias(50), bias(100)
+    """Slope of the std's error between 50 and 100 steps."""
+    coarse, fine = (std_of_samples(spec, karras(n, 0.01, 80.0)) - 0.5 for n in (50, 100))
     assert abs(fine) < 0.03
     assert math.log2(coarse / fine) == pytest.approx(min(spec.nominal_order, 2), abs=0.25)
+
+
+def std_by_dpmpp_sde(sigmas: list[float], overlap) -> float:
+    """Of Gaussian data, by the variance of each step, which is linear in x and in two noises.
+
+    overlap(a, b, c) is the correlation of the noise from a to b with that from a to c.
+    """
+    variance = sigmas[0] ** 2 + 0.25
+    for s, s_next in pairwise(sigmas):
+        shrink = 0.25 / (0.25 + s**2)  # D(x) / x
+        if s_next == 0:
+            return math.sqrt(variance) * shrink
+        middle = math.sqrt(s * s_next)
+        shrink_middle = 0.25 / (0.25 + middle**2)
+        # sigma_down is to^2 / from, and sigma_up^2 what it lacks of to^2
+        down_middle, down = middle**2 / s, s_next**2 / s
+        up_middle = math.sqrt(middle**2 - down_middle**2)
+        up = math.sqrt(s_next**2 - down**2)
+        x_at_middle = down_middle / s + (1 - down_middle / s) * shrink  # a factor of x
+        of_middle = (1 - down / s) * shrink_middle
+        of_x = down / s + of_middle * x_at_middle
+        of_noise = of_middle * up_middle
+        correlation = overlap(s, middle, s_next)
+        variance = of_x**2 * variance + of_noise**2 + up**2 + 2 * of_noise * up * correlation
+    return math.sqrt(variance)
+
+
+def test_dpmpp_sde_draws_the_noise_of_its_two_stages_from_one_path_in_sigma():
+    """As k-diffusion does; a path in sigma^(1/7) would give 0.405."""
+    sigmas = karras(6, 0.02, 20.0)
+    expected = std_by_dpmpp_sde(sigmas.tolist(), lambda a, b, c: math.sqrt((a - b) / (a - c)))
+    assert expected == pytest.approx(0.41318, abs=1e-5)
+    # The path goes to the nearest tick: 2e-4 of a noise level at most.
+    assert std_of_samples(DPMppSDE(), sigmas) == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("spec", STOCHASTIC, ids=named)

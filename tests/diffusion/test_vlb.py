@@ -181,7 +181,8 @@ def test_moments_match_the_reference(name, dtype):
 @DTYPES
 @pytest.mark.parametrize(("name", "which"), [("fixed_small", 0), ("fixed_large", 1)])
 def test_fixed_variances_match_the_reference(name, which, dtype):
-    """fixed_large takes the variance of timestep 1 at timestep 0, where ours stays beta's."""
+    """At timestep 0 fixed_large takes the variance of timestep 1, and `vlb` does so too; here the
+    bounds are those of a learned variance, which goes up to beta."""
     r = Reference(dtype)
     previous, *bounds = bounds_in_table(r.sigma, TABLE)
     actual = bounds[which] - (1 + previous**2).log()
@@ -445,6 +446,16 @@ def test_bound_of_a_float32_noise_level_is_that_of_its_timestep(t):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("t", [1.05, 40.5, 700.95])
+def test_bounds_between_timesteps_are_of_a_step_of_one(t):
+    times = torch.tensor([t, t - 1], dtype=torch.float64)
+    sigma, expected = TABLE.sigma(times)
+    previous, log_low, log_high = bounds_in_table(sigma[None], TABLE)
+    low, high = posterior_variances(sigma.item(), expected.item())
+    assert previous.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert (log_low.item(), log_high.item()) == pytest.approx((math.log(low), math.log(high)))
+
+
 # ---- the bound in training -----------------------------------------------------------------------
 
 
@@ -468,6 +479,17 @@ def test_bound_moves_the_variance_alone_and_the_error_the_mean_alone(t):
     (expected,) = torch.autograd.grad(bound.sum(), v)
     torch.testing.assert_close(gradient_v, expected, rtol=1e-6, atol=1e-9)
     assert (gradient_v != 0).all()
+
+
+def test_bound_has_weight_1_in_the_loss_at_any_number_of_timesteps():
+    table, x0 = LinearSchedule(steps=200), hfill((3, 2, 4, 4), 1).double()
+    sigma, noise = table.sigmas()[[0, 50, 199]], hfill((3, 2, 4, 4), 2, 1.7).double()
+    f, v = 0.9 * noise, 0.3 * noise
+    model = Denoiser(lambda *_: torch.cat([f, v], 1), EpsVP(), "timestep", 1.0, table, True)
+    loss = model.loss(x0, noise, sigma, Cond(), EpsWeight())
+    error = (f - noise).square().mean((1, 2, 3))
+    bound = vlb(x0, sigma, x0 + per_image(sigma) * (noise - f), v, table)
+    torch.testing.assert_close(loss, error + bound, rtol=1e-9, atol=0)
 
 
 # ---- the bound of Gaussian data ------------------------------------------------------------------
@@ -583,6 +605,49 @@ def test_bits_per_dim_are_just_above_the_entropy_of_the_data():
 
     assert entropy < total(Optimal(s, table), "learned") < entropy + 0.02
     assert entropy + 0.1 < total(exact(s), "upper") < total(exact(s), "lower")
+
+
+def fixed_variances(betas, variance):
+    """iDDPM's: beta's or the posterior's, with the posterior's of timestep 1 at timestep 0."""
+    bar = (1 - betas).cumprod(0)
+    posterior = betas[1:] * (1 - bar[:-1]) / (1 - bar[1:])
+    return torch.cat([posterior[:1], betas[1:] if variance == "upper" else posterior])
+
+
+@pytest.mark.parametrize(("variance", "total"), [("lower", 2.695130813), ("upper", 3.468592400)])
+def test_bits_per_dim_with_a_fixed_variance_are_those_of_the_vp_formula(variance, total):
+    """T = 200, x0 of 8 bits, and an eps that is off by a tenth of itself."""
+    betas = torch.linspace(5e-4, 0.1, 200, dtype=torch.float64)
+    bar, variances = (1 - betas).cumprod(0), fixed_variances(betas, variance)
+    x0 = BYTES[hfill((1, 1, 4, 4), 3, 60, 128).long()]
+    noise = hfill((1, 1, 4, 4), 4, 1.7).double()
+    nats = []
+    for t in range(200):
+        x = bar[t].sqrt() * x0 + (1 - bar[t]).sqrt() * noise
+        before = bar[t - 1] if t else torch.ones_like(bar[0])
+        # Ho et al., 2020: equation 7 of x0, and of what 0.9 noise leaves of x
+        from_x0 = before.sqrt() * betas[t] / (1 - bar[t])
+        from_x = (1 - betas[t]).sqrt() * (1 - before) / (1 - bar[t])
+        guess = (x - (1 - bar[t]).sqrt() * 0.9 * noise) / bar[t].sqrt()
+        mean, model_mean = (from_x0 * image + from_x * x for image in (x0, guess))
+        if t == 0:
+            log_std = variances[0].log().item() / 2
+            pairs = zip(x0.flatten().tolist(), model_mean.flatten().tolist(), strict=True)
+            nats.append(-sum(bytes_log_likelihood(a, b, log_std) for a, b in pairs) / 16)
+            continue
+        posterior = (betas[t] * (1 - before) / (1 - bar[t])).sqrt()
+        q = torch.distributions.Normal(mean, posterior)
+        p = torch.distributions.Normal(model_mean, variances[t].sqrt())
+        nats.append(torch.distributions.kl_divergence(q, p).mean().item())
+    expected = torch.tensor(nats, dtype=torch.float64) / math.log(2)
+
+    def denoise(x, sigma):
+        return x - 0.9 * per_image(sigma) * noise
+
+    bits = vlb_bits_per_dim(denoise, x0, LinearSchedule(steps=200), lambda t: noise, variance)
+    torch.testing.assert_close(bits.terms[:, 0], expected, rtol=1e-8, atol=1e-9)
+    assert bits.terms[0].item() == pytest.approx(2.565574620, abs=1e-8)  # of both: see `vlb`
+    assert (bits.total - bits.prior).item() == pytest.approx(total, abs=1e-8)
 
 
 def test_prior_is_the_divergence_of_the_highest_noise_level_from_the_standard_normal():

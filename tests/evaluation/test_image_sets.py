@@ -77,6 +77,17 @@ def test_grey_is_rgb_and_what_is_transparent_lies_on_white(tmp_path):
     assert (found[2] == 255).all()
 
 
+def test_16_bits_are_scaled_and_a_rotated_image_is_upright(tmp_path):
+    """Where clean-fid cuts off at 255, and takes the pixels as they are stored."""
+    save(tmp_path / "a.png", (pixels(4, 4).astype(np.uint16)) * 257)
+    stored, exif = pixels(4, 4, 3, seed=1), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    Image.fromarray(stored).save(tmp_path / "b.png", exif=exif)
+    found, _ = read(open_set(str(tmp_path)))
+    np.testing.assert_array_equal(found[0], np.stack([pixels(4, 4)] * 3))
+    np.testing.assert_array_equal(found[1].permute(1, 2, 0), np.rot90(stored, -1))
+
+
 def test_folder_npz_and_zip_hold_the_same_pictures(tmp_path):
     arrays = pixels(5, 6, 7, 3)
     np.savez(tmp_path / "set.npz", arr_0=arrays)

@@ -113,6 +113,17 @@ def test_k_diffusion_settings_map_to_ours():
     assert (training.ema.power, training.label_dropout) == (0.75, 0.1)
 
 
+@pytest.mark.parametrize("augment", [0, 0.12])
+def test_k_diffusion_data_are_cropped_and_mirrored_as_there(augment):
+    """Resized once; mirrored where they are augmented, as the first of its changes."""
+    raw = load("hdit_tiny_config_input.json")
+    raw = raw | {"model": raw["model"] | {"augment_prob": augment}}
+    data = k_diffusion.from_config(raw, "a.json")[0].data
+    assert data.crop == "shorter_side"
+    assert data.flip == (augment > 0)
+    assert data.augment.probability == augment
+
+
 def test_k_diffusion_config_reads_alike_as_written_and_as_filled_in():
     both = [
         k_diffusion.from_config(load(f"hdit_tiny_config_{name}.json"), "a.json")

@@ -2,6 +2,8 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hdit import config
+from hdit.config.presets import find_config
+from hdit.config.schema import EMASpec
 from hdit.interop import Contents, InteropError, k_diffusion
 from hdit.runs.conversion import convert
 from hdit.runs.trained import Trained
@@ -193,6 +197,26 @@ def test_k_diffusion_settings_come_back_as_they_went(settings):
     back, _, _ = k_diffusion.from_config(json.loads(json.dumps(raw)), "back.json")
     assert back.diffusion == model.config.diffusion
     assert back.training == model.config.training
+
+
+def test_k_diffusion_ema_without_warmup_warms_up_in_one_step():
+    """Theirs has no other: decay min(max_value, 1 - (1 + k)^-power)."""
+    model = changed()
+    training = model.config.training
+    settings = training.model_copy(update={"ema": EMASpec(warmup=False)})
+    model = replace(model, config=model.config.model_copy(update={"training": settings}))
+    theirs = k_diffusion.to_config(model)[0]["ema_sched"]
+    decay = [min(theirs["max_value"], 1 - (1 + k) ** -theirs["power"]) for k in range(3)]
+    assert decay == [0, 0.9999, 0.9999]
+
+
+def test_facebook_checkpoint_has_the_recipe_of_the_preset(tmp_path):
+    torch.save(dit_tiny(), tmp_path / "dit.pt")
+    convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
+    preset = config.load(find_config(Path("dit-xl-2-256"))).training
+    same = {"images": preset.images, "workers": preset.workers}
+    training = Trained.open(tmp_path / "ours").config.training
+    assert training.model_copy(update=same) == preset
 
 
 def test_k_diffusion_training_settings_without_counterpart_are_named():

@@ -29,6 +29,11 @@ def test_ema_decay_matches_the_reference(power):
         assert ema_decay(int(step), EMASpec(power=power)) == pytest.approx(decay, rel=1e-12, abs=0)
 
 
+def test_ema_without_warmup_has_the_same_decay_at_every_step():
+    spec = EMASpec(warmup=False, max_decay=0.999)
+    assert [ema_decay(step, spec) for step in (0, 1, 10**6)] == [0.999] * 3
+
+
 def test_ema_is_the_running_average_in_closed_form():
     model, ema = nn.Linear(3, 2), nn.Linear(3, 2)
     model.register_buffer("table", torch.zeros(2))

@@ -236,6 +236,18 @@ def test_gradient_is_clipped_to_the_set_norm(tiny, tmp_path):
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_gradient_is_not_clipped_to_a_norm_of_0(tiny, tmp_path):
+    overrides = ["training.clip_grad_norm=0", "sampling.grid=0", "training.images=16"]
+    trainer = Trainer(config.load(tiny, overrides), tmp_path / "run")
+    objective = trainer.objective
+    trainer.objective = lambda batch: 1000 * objective(batch)
+    trainer.fit()
+    gradients = [p.grad for p in trainer.backbone.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert norm > 100
+    assert norm == pytest.approx(metrics(tmp_path / "run")[0]["grad_norm"], rel=1e-5)
+
+
 def trainer_batch(trainer: Trainer, layout: Layout) -> Batch:
     return next(Batches(trainer.source, seed=0, start=0, layout=layout))
 

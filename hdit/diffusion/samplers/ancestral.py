@@ -131,7 +131,8 @@ def dpm2_ancestral(
 ) -> Tensor:
     """`dpm2` with ancestral noise. 2 evaluations a step, but 1 to sigma 0. Order 2 with eta 0.
 
-    k-diffusion: "dpm_2_ancestral".
+    k-diffusion: "dpm_2_ancestral". Where eta above 1 takes a step down to 0, this adds noise up to
+    the next level all the same, and k-diffusion's does not.
     """
     for i, (s, s_next) in enumerate(steps_of(sigmas)):
         denoised = evaluate(denoise, x, s, i, on_step)
@@ -184,7 +185,7 @@ def dpmpp_sde(
     """SDE-DPM-Solver++ of two stages (after Lu et al., 2022, and DPM-Solver-2); eta 0 is an ODE.
 
     2 evaluations a step, but 1 to sigma 0; the second at the fraction r of the step in lam. Order 2
-    with eta 0. The noise of both must be of one path, as BrownianPath gives it.
+    with eta 0. The noise of both must be of one path in sigma, as BrownianPath gives it.
     """
     for i, (s, s_next) in enumerate(steps_of(sigmas)):
         denoised = evaluate(denoise, x, s, i, on_step)

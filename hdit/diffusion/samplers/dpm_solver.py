@@ -88,7 +88,7 @@ def dpm_fast(
 
     Of the sigma schedule it takes the number of steps and both ends; in between go steps of order
     3, and one or two of lower order last, even in lam. A sigma schedule that ends in 0 takes its
-    last evaluation there.
+    last evaluation there; k-diffusion's ends before, and can add noise.
     """
     to_zero = bool(sigmas[-1] == 0)
     thirds, rest = divmod(len(sigmas) - 1 - to_zero, 3)
@@ -145,7 +145,8 @@ def dpm_adaptive(
     Its tolerances choose the steps: sampling.steps and the schedule's shape do not matter.
     rtol and atol bound the difference of the two orders in a step, its root mean square over an
     image; each image has steps of its own, so that it does not depend on the others in its batch.
-    k-diffusion takes them over the whole batch. Raises SolverError where steps shrink to nothing.
+    k-diffusion takes both over the whole batch, ends before 0, and can add noise. Raises
+    SolverError where steps shrink to nothing.
     """
     if order not in (2, 3):
         raise ValueError(f"order: must be 2 or 3, got {order}")
