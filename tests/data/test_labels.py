@@ -481,6 +481,7 @@ def test_npz_that_is_damaged_is_named(tmp_path):
 # ---- hook ----------------------------------------------------------------------------------------
 
 MODULE = """
+import sys
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -519,6 +520,8 @@ def beyond(): return Pets((image, 1), ["cat"])
 def name(): return Pets((image, "cat"), ["cat"])
 def true(): return Pets((image, True), ["cat", "dog"])
 def torn(): return Pets(lambda: 1 / 0)
+def ending(): raise SystemExit(0)
+def ending_later(): return Pets(lambda: sys.exit(0))
 """
 
 
@@ -554,12 +557,19 @@ def test_hook_is_found_in_the_current_folder_and_called(hook):
         ("endless", "returned list_iterator, which has no __len__"),
         ("empty", "returned Pets, which is empty"),
         ("raising", "raised KeyError: 'no pets'"),
+        ("ending", "raised SystemExit: 0"),
         ("bad_classes", r"whose classes must be a list of names, got \[1, 2\]"),
     ],
 )
 def test_hook_that_returns_no_data_set_is_named(hook, function, message):
     with pytest.raises(DataError, match=rf"^data\.hook: '{hook}:{function}'.* ?{message}"):
         pets(hook, function).open()
+
+
+def test_hook_whose_images_end_the_process_is_named(hook):
+    source = pets(hook, "ending_later").open()
+    with pytest.raises(DataError, match=rf"^data\.hook: '{hook}:ending_later': item 0 exits: 0"):
+        source[0]
 
 
 def test_hook_whose_module_cannot_be_imported_is_named(hook):

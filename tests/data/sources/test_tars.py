@@ -494,6 +494,24 @@ def test_labels_are_whole_numbers_or_names(tmp_path):
     assert labelled(tmp_path, b"0", classes=12).classes == [str(i) for i in range(12)]
 
 
+def test_label_of_a_tar_is_a_name_before_it_is_an_index(tmp_path):
+    names = ["3", "1", "01", "x"]
+    source = labelled(tmp_path, b"1", b"01", b"3", b"x", classes=names)
+    assert labels_of(source) == [1, 2, 0, 3]
+    source = labelled(tmp_path, b"1", b"0", classes=names)
+    with pytest.raises(DataError, match=r"has the label '0', but a label must be a name in data"):
+        labels_of(source)
+
+
+@pytest.mark.parametrize("label", ["[" * 9999, '{"y": ' + "9" * 5000 + "}", '{"y": "²"}'])
+def test_label_in_json_that_is_hostile_is_no_traceback(tmp_path, label):
+    source = labelled(
+        tmp_path, b'{"y": 1}', label.encode(), extension="json", classes=2, label_key="json.y"
+    )
+    with pytest.raises(DataError, match=r"1\.png"):
+        labels_of(source)
+
+
 def test_labels_are_found_by_the_key_that_is_set(tmp_path):
     rows = [b'{"y": 2}', b'{"y": "dog", "label": 7}']
     source = labelled(
@@ -870,6 +888,11 @@ def test_compressed_tar_is_refused_with_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=rf"{name} is compressed.*unpack it to a \.tar"):
         TypeAdapter(DataSpec).validate_python({"path": str(tmp_path / name), "size": 8}).open()
+
+
+def test_braces_that_are_nested_too_deep_are_an_error():
+    with pytest.raises(DataError, match="has too many braces, one in another"):
+        open_tars("{a," * 1100 + "b" + "}" * 1100)
 
 
 @pytest.mark.parametrize("path", ["https://x.org/a-{0..3}.tar", "s3://a/b.tar", "pipe:cat a.tar"])
