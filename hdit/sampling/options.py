@@ -77,8 +77,10 @@ def choose_labels(text: str | None, number: int, trained: Trained) -> list[int] 
     if text is None:
         chosen = list(range(len(classes)))
     else:
-        indices = {name: index for index, name in enumerate(classes)}
-        chosen = [_label(part, indices) for part in _listed(text)]
+        indices: dict[str, list[int]] = {}
+        for index, name in enumerate(classes):
+            indices.setdefault(name, []).append(index)
+        chosen = [_label(part, indices, len(classes)) for part in _listed(text)]
     return [chosen[i % len(chosen)] for i in range(number)]
 
 
@@ -97,22 +99,28 @@ def _listed(text: str) -> list[str]:
     )
 
 
-def _label(part: str, indices: dict[str, int]) -> int:
-    """The index of the class that a part of --labels names, or NULL_LABEL."""
+def _label(part: str, indices: dict[str, list[int]], number: int) -> int:
+    """The index of the class that a part of --labels names, or NULL_LABEL.
+
+    `indices` are those of each name: of ImageNet's 1,000 classes two are called "crane".
+    """
     for name in (part, escape(part), part.strip()):
         if name in indices:
-            return indices[name]
+            if len(found := indices[name]) == 1:
+                return found[0]
+            several = " and ".join(f"#{index}" for index in found)
+            raise UserError(f"--labels: {printable(part)!r} are {several}; write one of these")
     part = part.strip()
     if part == "none":
         return NULL_LABEL
     is_number = re.fullmatch("[0-9]{1,18}", part.removeprefix("#")) is not None
-    if is_number and part.startswith("#") and int(part[1:]) < len(indices):
+    if is_number and part.startswith("#") and int(part[1:]) < number:
         return int(part[1:])
     names = [printable(unescape(name)) for name in islice(indices, SHOWN_CLASSES)]
     known = ", ".join(names) + (", ..." if len(indices) > SHOWN_CLASSES else "")
     hint = f"; for the class at that index, write #{part}" if is_number else ""
     if part.startswith("#"):
-        hint = f"; an index is a number from #0 to #{len(indices) - 1}"
+        hint = f"; an index is a number from #0 to #{number - 1}"
     raise UserError(f"--labels: {printable(part)!r} is no class of this model: {known}{hint}")
 
 

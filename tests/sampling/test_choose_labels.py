@@ -69,6 +69,12 @@ def test_classes_in_an_error_are_few_and_can_be_shown():
     assert str(error.value).endswith("17, ...")
 
 
+def test_name_of_two_classes_is_an_error_that_tells_their_indices():
+    assert chosen("dog,#2", "crane", "dog", "crane") == [1, 2, 1, 2]
+    with pytest.raises(UserError, match="'crane' are #0 and #2; write one of these"):
+        chosen("crane", "crane", "dog", "crane")
+
+
 def test_labels_of_a_model_without_classes_are_an_error():
     assert chosen(None) is None
     with pytest.raises(UserError, match="the model was trained without classes"):
