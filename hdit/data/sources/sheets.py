@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hdit.data.source import DataError
@@ -90,11 +91,17 @@ def _metadata(name: str, rows: list[tuple[int, Row]], where: str) -> Rows:
     return Rows(name, files, labels, are_numbers=are_numbers)
 
 
+@lru_cache(maxsize=256)  # the same few columns, in a million rows
+def _plain(column: str) -> str:
+    """The name of a column by which it is compared: without case, blanks and hyphens."""
+    return re.sub(r"[\s_-]+", "_", column.strip().casefold())
+
+
 def _by_column(pairs: Iterable[tuple[str, Any]], line: int) -> Row:
-    """A row by its columns, whose names are compared without case, blanks and hyphens."""
+    """A row by the plain names of its columns."""
     row: Row = {}
     for column, value in pairs:
-        key = re.sub(r"[\s_-]+", "_", column.strip().casefold())
+        key = _plain(column)
         if not key:  # as by the commas at the end of each line that spreadsheets write
             continue
         if key in row:
