@@ -53,6 +53,7 @@ def data_check(
     import json
 
     from hdit.data import check
+    from hdit.names import escape, printable
     from hdit.report.grids import save_grid
 
     path = check.sheet_path(place, sheet)
@@ -63,7 +64,7 @@ def data_check(
         task = bar.add_task("reading", total=len(source))
         report, shown = check.check(source, workers, lambda count: bar.advance(task, count))
     if as_json:
-        written = str(path) if shown else None
+        written = escape(str(path)) if shown else None
         typer.echo(json.dumps(report.to_json() | {"contact_sheet": written}, indent=1))
     else:
         console = plain_console()
@@ -74,7 +75,8 @@ def data_check(
     if shown:
         tiles = check.contact_sheet(source, shown)
         save_grid(tiles, path)
-        typer.echo(f"{len(tiles)} images as training sees them: {path}", err=as_json)
+        said = f"{len(tiles)} images as training sees them: {printable(str(path))}"
+        typer.echo(said, err=as_json)
     if report.unusable:
         typer.echo(f"unusable: {report.unusable}", err=True)
         raise typer.Exit(1)
