@@ -23,12 +23,12 @@ from hdit.names import printable
 LOCK = ".lock"
 """The name of the file that stands for its folder."""
 
-_held: set[int] = set()
+_open_here: set[int] = set()  # descriptors of locks, held or waited for
 
 
 def _leave_to_the_parent() -> None:
-    while _held:
-        os.close(_held.pop())
+    while _open_here:
+        os.close(_open_here.pop())
 
 
 os.register_at_fork(after_in_child=_leave_to_the_parent)
@@ -48,16 +48,16 @@ def locked(
     handle = None
     try:
         handle = _take(path, does, fix, wait)
-        _held.add(handle)
-        os.truncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with suppress(OSError):  # a full disk: who has it is good to know, and no more
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         if handle is not None:
-            path.unlink(missing_ok=True)  # before others can have it, who look whether it is there
-            _held.discard(handle)
-            os.close(handle)
-        with suppress(OSError):  # there is something in them
+            with suppress(OSError):  # else the next owner finds it
+                path.unlink()  # before another can have it, who looks whether it is there
+            _close(handle)
+        with suppress(OSError, ValueError):  # there is something in them, or they cannot be
             for folder in made:
                 folder.rmdir()
 
@@ -65,13 +65,11 @@ def locked(
 def _take(path: Path, does: str, fix: str, wait: Callable[[str], None] | None) -> int:
     """The descriptor of the file, once this process has its lock."""
     while True:
+        _make_folder(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             handle = _open(path)
         except FileNotFoundError:  # whoever had made the folder has just removed it
             continue
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path.parent}: is a file, where a folder is needed") from None
         try:
             try:
                 _flock(handle, path, wait=False)
@@ -85,9 +83,18 @@ def _take(path: Path, does: str, fix: str, wait: Callable[[str], None] | None) -
             if _is_at(handle, path):
                 return handle
         except BaseException:
-            os.close(handle)
+            _close(handle)
             raise
-        os.close(handle)  # of a file that its owner has removed
+        _close(handle)  # of a file that its owner has removed
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: is a file, where a folder is needed") from None
+    except ValueError as error:  # a zero byte
+        raise UserError(f"{printable(str(folder))}: is no name of a folder: {error}") from None
 
 
 def _open(path: Path) -> int:
@@ -99,11 +106,17 @@ def _open(path: Path) -> int:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
         handle = None
-    if handle is not None and stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
     if handle is not None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            _open_here.add(handle)
+            return handle
         os.close(handle)
     raise UserError(f"{path}: is no regular file, as a lock needs; remove it")
+
+
+def _close(handle: int) -> None:
+    _open_here.discard(handle)
+    os.close(handle)
 
 
 def _flock(handle: int, path: Path, *, wait: bool) -> None:

@@ -123,6 +123,29 @@ def test_lock_within_a_file_is_refused(tmp_path):
             locked(folder / LOCK, *DOES).__enter__()
 
 
+def test_lock_in_a_folder_that_can_have_no_such_name_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\\x00b: is no name of a folder: embedded null byte"):
+        locked(tmp_path / "a\0b" / LOCK, *DOES).__enter__()
+
+
+def test_lock_in_a_working_folder_that_is_gone_ends_with_an_error(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match="run"):
+        locked(Path("run") / LOCK, *DOES).__enter__()
+
+
+def test_lock_on_a_full_disk_is_held(tmp_path, monkeypatch):
+    def pwrite(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hdit.locks.os.pwrite", pwrite)
+    message = "another process is painting here; wait"
+    with locked(tmp_path / LOCK, *DOES), pytest.raises(UserError, match=message):
+        locked(tmp_path / LOCK, *DOES).__enter__()
+
+
 def test_lock_of_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
     def flock(handle, how):
         raise OSError(37, "No locks available")

@@ -280,7 +280,7 @@ def test_sweep_that_was_killed_leaves_no_process_and_the_next_one_goes_on(
         log.open("w") as file,
         subprocess.Popen([sys.executable, "-c", starter, *command], stderr=file) as killed,
     ):
-        while not metrics.exists():
+        while not (metrics.exists() and b"\n" in metrics.read_bytes()):
             assert killed.poll() is None
             time.sleep(0.01)
         killed.kill()
