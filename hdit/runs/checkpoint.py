@@ -141,10 +141,14 @@ NEEDED = ("config.toml", "state.json")
 """Files that every checkpoint has, besides those of its tensors."""
 
 
+MAX_STATE = 2**30
+"""Bytes: of a stream it holds all images that are shuffled at the time."""
+
+
 def _read_state(path: Path) -> State:
     """Raises CheckpointError: the file is what was written, so that another version wrote it."""
     try:
-        state = _STATE.validate_json(read_text(path))
+        state = _STATE.validate_json(read_text(path, MAX_STATE))
     except ValidationError as error:
         raise CheckpointError(f"{path}: of another version: state{explain(error)}") from None
     shape, names = state.shape, len(state.classes)

@@ -133,16 +133,12 @@ class RunFolder:
             return
         lines = _read(self.metrics)
         if lines.damaged:
-            aside = self.metrics.with_name(f"{self.metrics.name}.damaged")
-            with aside.open("ab") as file:
-                file.writelines(line.text + b"\n" for line in lines.damaged)
+            aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
+            _write_lines(aside, lines.damaged)
             numbers = ", ".join(str(line.number) for line in lines.damaged[:10])
             more = f" and {len(lines.damaged) - 10:,} more" if len(lines.damaged) > 10 else ""
             warn(f"{self.metrics}: damaged at line {numbers}{more}; kept in {aside.name}")
-        with whole(self.metrics) as part:
-            part.write_bytes(
-                b"".join(line.text + b"\n" for line in lines.good if line.images <= images)
-            )
+        _write_lines(self.metrics, [line for line in lines.good if line.images <= images])
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
@@ -198,6 +194,11 @@ def _read(path: Path) -> _Lines:
         elif number < len(texts):
             lines.damaged.append(_Line(number, text, {}))
     return lines
+
+
+def _write_lines(path: Path, lines: list[_Line]) -> None:
+    with whole(path) as part:
+        part.write_bytes(b"".join(line.text + b"\n" for line in lines))
 
 
 def _values(text: bytes) -> dict[str, Any] | None:

@@ -237,6 +237,14 @@ def test_damaged_line_of_metrics_is_named_and_kept_aside(tiny, run, capfd, bad):
     assert path.read_bytes().startswith(lines[0] + b"\n"), "sound lines stay as they are"
 
 
+def test_lines_that_are_damaged_later_are_kept_beside_the_earlier_ones(tiny, run):
+    for end, aside in ((112, "metrics.jsonl.damaged"), (128, "metrics.jsonl.damaged.2")):
+        with (run / "metrics.jsonl").open("ab") as file:
+            file.write(f"bad {end}\n".encode())
+        assert Trainer(config.load(tiny, [f"training.images={end}"]), run).fit()
+        assert (run / aside).read_text() == f"bad {end}\n"
+
+
 @pytest.mark.parametrize("cut", [b'{"images": 112, "st', b"\0" * 30, b'{"images": 112}'])
 def test_last_line_that_a_kill_cut_is_no_damage(tiny, run, capfd, cut):
     with (run / "metrics.jsonl").open("ab") as file:
