@@ -145,7 +145,7 @@ def trained_seconds(run: Path, images: int) -> float:
     """Of all sessions up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
     seconds, before = 0.0, 0
     for line in read_metrics(run / "metrics.jsonl", images):
-        if line.get("images_per_second", 0) > 0:  # the next line is taken to have that speed too
+        if line.get("images_per_second", 0) > 0:  # what is missing is taken to go as fast
             seconds += (line["images"] - before) / line["images_per_second"]
             before = line["images"]
     return seconds

@@ -7,6 +7,7 @@ then renamed. `latest` beside them names the newest. What does not match its man
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -116,9 +117,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, once all its files match the manifest.
 
     Raises DamagedCheckpoint where they do not, and CheckpointError for a checkpoint that is whole
-    but of another version.
+    but of another version, or may not be read.
     """
     path = folder / MANIFEST
+    if path.exists() and not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: may not be read by this user")
     try:
         manifest = read_object(path)
         check_format(manifest.get("format"), FORMAT, str(path))
@@ -185,7 +188,9 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         return checkpoint
     if folders:
         listing = "\n  ".join(reasons)
-        raise CheckpointError(f"{root}: no checkpoint is complete:\n  {listing}")
+        raise CheckpointError(
+            f"{root}: no checkpoint is complete; bring one back, or name another run:\n  {listing}"
+        )
     return None
 
 

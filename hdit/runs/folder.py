@@ -61,7 +61,7 @@ class RunFolder:
         if counts and (saved is not None or self._has_passed_a_checkpoint(counts)):
             there = "has none any more" if self.checkpoints.exists() else "is gone"
             raise CheckpointError(
-                f"{self.path}: {self.metrics.name} tells of {counts[-1]:,} images and checkpoints "
+                f"{self.path}: {self.metrics.name} tells of {counts[-1]:,} images, and checkpoints "
                 f"were saved, but checkpoints/ {there}; put it back, or name another --run. "
                 f"To start anew here, move {self.metrics.name} away"
             )

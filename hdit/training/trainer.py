@@ -86,7 +86,8 @@ class Trainer:
             stopped = self.images > 0 and self._sample_grid()  # that it may lack since it was ended
             if not (finished or stopped):
                 finished = self._train(seconds)
-        finished = finished and not self._lacks_grid()
+        if self.signalled and self._lacks_grid():
+            finished = False
         if not finished:
             why = "interrupted" if self.signalled else "time is up"
             self._say(f"{why} at {self.images:,} images; the same command resumes")

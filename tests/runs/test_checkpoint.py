@@ -142,6 +142,15 @@ def test_checkpoint_of_a_newer_format_is_no_damaged_one(save):
         assert not isinstance(e.value, DamagedCheckpoint)
 
 
+def test_checkpoint_that_may_not_be_read_is_no_damaged_one(save, monkeypatch):
+    """Root may read everything, so that this asks no real file."""
+    save(16)
+    folder = save(32)
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: folder not in path.parents)
+    with pytest.raises(CheckpointError, match=r"32.manifest\.json: may not be read by this user"):
+        checkpoint.newest(folder.parent, fail)
+
+
 def test_checkpoint_under_the_name_of_another_is_refused(save):
     folder = save(32)
     shutil.copytree(folder, folder.with_name("000000000064"))

@@ -139,7 +139,7 @@ def keep_metrics_and_config(run):
 def test_run_whose_checkpoints_are_gone_does_not_start_anew(tiny, run, lose, said):
     lose(run)
     before = everything(run)
-    with pytest.raises(CheckpointError, match=f"tells of 96 images .*{said}") as error:
+    with pytest.raises(CheckpointError, match=f"tells of 96 images, .*{said}") as error:
         Trainer(config.load(tiny), run)
     for way in ("put it back", "another --run", "move metrics.jsonl away"):
         assert way in str(error.value)
@@ -154,7 +154,7 @@ def test_run_that_was_stopped_early_and_lost_its_checkpoint_does_not_start_anew(
     settings = config.load(tiny, ["training.checkpoint_every=10_000"])
     assert not Trainer(settings, tmp_path / "run").fit(1e-9)
     remove_all(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"tells of 16 images .*is gone"):
+    with pytest.raises(CheckpointError, match=r"tells of 16 images, .*is gone"):
         Trainer(settings, tmp_path / "run")
 
 
