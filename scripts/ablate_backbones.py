@@ -5,7 +5,8 @@
 docs/ablation.md says how a sweep's TOML file reads. DIR gets `cells/*.json`, a record of each
 config that is done; `runs/`, their runs; `table.md` and `index.html`, written anew after each.
 The same command continues after an interrupt, also in the middle of a run. A run that fails is
-reported and tried again at the next call; the others continue. Each is a process of its own.
+reported and tried again at the next call; the others continue. Each is a process of its own, which
+saves and ends if this one is killed; two calls at once never run the same config.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from hdit.device import keep_freed_memory
 from hdit.errors import UserError
-from hdit.experiments.cell import check_cells, finished, run_cell, write_record
+from hdit.experiments.cell import alone_at, check_cells, finished, run_cell, write_record
 from hdit.experiments.matrix import Cell, read_matrix
 from hdit.files import write_text
 from hdit.report.pages import markdown, page
@@ -46,6 +49,39 @@ def wait(process: subprocess.Popen[bytes]) -> int:
         process.terminate()
         process.wait()
         raise
+    finally:
+        if process.stdin:
+            process.stdin.close()
+
+
+def end_with_parent() -> None:
+    """From now on, the end of the process that started this one tells it to save and end."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # a pipe, to which nothing is written: until it is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_one(out: Path, cell: Cell) -> None:
+    """Trains and measures a cell in this process, unless another has just done so."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    keep_freed_memory()
+    with alone_at(cell, out, print):
+        if not finished(out, cell):
+            write_record(out, cell, run_cell(cell, out / "runs" / cell.run))
+
+
+def start(matrix: Path, out: Path, cell: Cell, log: Path) -> int:
+    """Runs a cell in a process of its own, whose output goes to the end of `log` -> its status."""
+    command = [sys.executable, __file__, str(matrix), "--out", str(out), "--cell", cell.slug]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT
+        )
+        return wait(process)
 
 
 def report(out: Path, cells: list[Cell], failed: dict[str, str]) -> None:
@@ -67,10 +103,8 @@ def main() -> int:
         found = [cell for cell in cells if cell.slug == a.cell]
         if not found:
             raise UserError(f"{a.matrix}: has changed since this was started; call it again")
-        [cell] = found
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        keep_freed_memory()
-        write_record(a.out, cell, run_cell(cell, a.out / "runs" / cell.run))
+        end_with_parent()
+        run_one(a.out, found[0])
         return 0
     for cell in cells:
         state = "done" if finished(a.out, cell) else "to do"
@@ -86,19 +120,10 @@ def main() -> int:
         if finished(a.out, cell):
             continue
         print(f"-- {cell.name}, seed {cell.seed}", flush=True)
-        command = [
-            sys.executable,
-            __file__,
-            str(a.matrix),
-            "--out",
-            str(a.out),
-            "--cell",
-            cell.slug,
-        ]
+        with alone_at(cell, a.out, lambda owner: print(f"waiting: {owner}", flush=True)):
+            pass  # not here, or the process of the cell would wait for this one
         log = a.out / "runs" / f"{cell.run}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            status = wait(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+        status = 0 if finished(a.out, cell) else start(a.matrix, a.out, cell, log)
         if record := finished(a.out, cell):
             print(json.dumps({key: record[key] for key in ("images", "images_per_second")}))
         else:

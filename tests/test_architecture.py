@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     {"hdit_kernels"},
     {"errors", "names"},
-    {"protocols", "files", "plugins", "reading", "tensors"},
-    {"device"},
+    {"protocols", "files", "locks", "plugins", "reading", "tensors"},
+    {"device", "manifest"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},
     {"models"},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,7 +38,7 @@ def load_batches(
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_Collate(collate),
-        worker_init_fn=_leave_signals_to_the_parent if workers else None,
+        worker_init_fn=partial(_begin_worker, os.getpid()) if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or it would draw from the global one
     )
@@ -79,10 +82,24 @@ class _Collate(Generic[Item, Loaded]):
         return self.collate(good)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer needs its workers for one more step."""
+def _begin_worker(parent: int, worker: int) -> None:
+    """Leaves signals to the parent, and ends when that is gone.
+
+    Ctrl-C reaches the whole process group; the trainer needs its workers for one more step.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process within a second of a parent that was killed.
+
+    The loader of torch notices only once it has nothing left to load, and 5 seconds later.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _raising(loaded: Iterator[Loaded | DataError]) -> Iterator[Loaded]:

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
 from hdit.experiments.matrix import FORMAT, Cell, MatrixError, Measures
 from hdit.files import write_text
+from hdit.locks import locked
 from hdit.models.cost import cost
 from hdit.report.grids import to_png
 from hdit.runs.folder import read_metrics
@@ -79,6 +81,15 @@ def _open_features(name: str, device: torch.device) -> Extractor:
 # ---- training and measuring ----------------------------------------------------------------------
 
 
+def alone_at(cell: Cell, out: Path, wait: Callable[[str], None]) -> AbstractContextManager[None]:
+    """While the block runs, no other process trains or measures the cell in the folder `out`.
+
+    `wait` is told who does, before this waits for its end.
+    """
+    path = out / "runs" / f".{cell.run}.lock"
+    return locked(path, f"is at {cell.name!r}, seed {cell.seed}", wait=wait)
+
+
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Trains, or goes on with, the cell in its folder, and measures it. Returns its record.
 
@@ -99,8 +110,10 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _facts(cell: Cell, model: Trained, folder: Path) -> dict[str, Any]:
     """What the record says of a cell and its training."""
-    lines = read_metrics(folder / "metrics.jsonl", model.images)
-    assert lines[-1]["images"] == model.images, "a line is written before each checkpoint"
+    path = folder / "metrics.jsonl"
+    lines = [line for line in read_metrics(path, model.images) if line.keys() >= _MEASURED]
+    if not lines:
+        raise MatrixError(f"{path}: has no line of training; remove {folder} to train it anew")
     rows = cost(model.config.model, model.shape, model.config.output_channels(model.shape))
     return {
         "format": FORMAT,
@@ -126,12 +139,16 @@ def _facts(cell: Cell, model: Trained, folder: Path) -> dict[str, Any]:
     }
 
 
+_MEASURED = {"images", "loss", "images_per_second", "peak_memory"}
+
+
 def trained_seconds(run: Path, images: int) -> float:
     """Of all sessions up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
     seconds, before = 0.0, 0
     for line in read_metrics(run / "metrics.jsonl", images):
-        seconds += (line["images"] - before) / line["images_per_second"]
-        before = line["images"]
+        if line.get("images_per_second", 0) > 0:  # what is missing is taken to go as fast
+            seconds += (line["images"] - before) / line["images_per_second"]
+            before = line["images"]
     return seconds
 
 

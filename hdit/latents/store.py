@@ -23,7 +23,10 @@ from torch import Tensor
 
 from hdit.data.source import DataError, Sample
 from hdit.files import whole
+from hdit.locks import LOCK, locked
+from hdit.manifest import FormatError, check_format
 from hdit.protocols import Spec
+from hdit.reading import read_object
 from hdit.tensors import is_finite, save_tensors
 
 FORMAT = 1
@@ -101,7 +104,17 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def begin(folder: Path, manifest: Manifest) -> None:
-    """Makes the folder, or goes on with one of the same manifest. Raises DataError for another."""
+    """Makes the folder, or goes on with one of the same manifest. Raises DataError for another.
+
+    Of processes that come at the same time, one makes it.
+    """
+    if (folder / MANIFEST).exists() or folder.is_file():
+        return _begin(folder, manifest)
+    with locked(folder / LOCK, "begins to write latents here", wait=lambda owner: None):
+        _begin(folder, manifest)
+
+
+def _begin(folder: Path, manifest: Manifest) -> None:
     path = folder / MANIFEST
     if path.exists():
         if lines := read_manifest(folder, str(folder)).differences(manifest):
@@ -112,8 +125,6 @@ def begin(folder: Path, manifest: Manifest) -> None:
             )
         return
     if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
-        if path.exists():  # by now, of another process
-            return begin(folder, manifest)
         raise DataError(f"{folder}: is there already and has no {MANIFEST}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"format": FORMAT} | manifest.model_dump(), indent=1, ensure_ascii=False)
@@ -121,8 +132,8 @@ def begin(folder: Path, manifest: Manifest) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file in a folder without manifest is no other process's, that begins it too."""
-    return not (path.name.startswith(".") and path.suffix == ".part")
+    """Whether a file in a folder without manifest is none of a process that begins it."""
+    return path.name != LOCK and not (path.name.startswith(".") and path.suffix == ".part")
 
 
 def remove_parts(folder: Path) -> None:
@@ -163,16 +174,14 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
     if not folder.is_dir():
         raise DataError(f"{where} does not exist; `hdit encode CONFIG --out DIR` makes it")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found = raw.pop("format")
-        if found != FORMAT:
-            raise DataError(f"{where} has format {found!r}, this version reads {FORMAT}")
+        raw = read_object(path)
+        check_format(raw.pop("format", None), FORMAT, str(path))
         return Manifest.model_validate(raw)
     except FileNotFoundError:
         raise DataError(f"{where} has no {MANIFEST}, which `hdit encode` writes") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
+    except FormatError as error:
+        raise DataError(str(error)) from None
+    except ValueError as error:  # of reading, of the format, of the values
         raise DataError(f"{where}: its {MANIFEST} is damaged: {error}") from None
 
 

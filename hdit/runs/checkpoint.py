@@ -7,18 +7,32 @@ then renamed. `latest` beside them names the newest. What does not match its man
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hdit.config import RunConfig, parse, read_toml
+from hdit.config import RunConfig, parse
 from hdit.errors import UserError
-from hdit.files import fingerprint, whole, write_text
+from hdit.files import whole, write_text
+from hdit.manifest import (
+    DamagedError,
+    FormatError,
+    check_files,
+    check_format,
+    describe,
+    explain,
+    read_files,
+)
 from hdit.protocols import DataShape
+from hdit.reading import ReadingError, parse_toml, read_object, read_text
 from hdit.tensors import check_finite, save_tensors
 
 FORMAT = 1
@@ -29,18 +43,30 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit, and what to do."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written: the one before it can take its place."""
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class State:
     """Where a run stands, and the facts that the model was built from."""
 
-    images: int
-    step: int
-    data_size: int | None  # images in the data set; None of a stream
+    images: Count
+    step: Count
+    data_size: Count | None  # images in the data set; None of a stream
     shape: DataShape
     classes: tuple[str, ...]
     noise_scale: tuple[float, float, int] = (0.0, 0.0, 0)  # of the gradient, as it is averaged
     space: str = ""  # identity of the VAE, where there is one
     stream: dict[str, Any] | None = None  # where a stream of images stands
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+
+_STATE = TypeAdapter(State)
 
 
 @dataclass(frozen=True)
@@ -54,7 +80,12 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Those of model, ema or optimizer, on the CPU. Raises NotFiniteError."""
         path = self.folder / f"{name}.safetensors"
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing from the checkpoint") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
         check_finite(
             tensors,
             str(path),
@@ -79,71 +110,90 @@ def save(
             save_tensors(values, part / f"{name}.safetensors")
         (part / "config.toml").write_text(config.dump(), encoding="utf-8")
         (part / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}
-        manifest = {"format": FORMAT, "files": files}
+        manifest = {"format": FORMAT, "files": describe(part)}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     write_text(root / "latest", final.name + "\n")
     return final
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, once all its files match the manifest; else CheckpointError."""
+    """The checkpoint in a folder, once all its files match the manifest.
+
+    Raises DamagedCheckpoint where they do not, and CheckpointError for a checkpoint that is whole
+    but of another version, or may not be read.
+    """
+    path = folder / MANIFEST
+    if path.exists() and not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: may not be read by this user")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = dict(manifest["files"])
+        manifest = read_object(path)
+        check_format(manifest.get("format"), FORMAT, str(path))
+        check_files(folder, read_files(manifest.get("files"), NEEDED, str(path)))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: is no checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}: has format {manifest.get('format')!r}, this version reads {FORMAT}"
-        )
-    for name, wanted in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing from the checkpoint")
-        found = fingerprint(path)
-        if found["bytes"] != wanted["bytes"]:
-            sizes = f"has {found['bytes']} bytes of {wanted['bytes']}"
-            raise CheckpointError(f"{path}: damaged: {sizes}")
-        if found["sha256"] != wanted["sha256"]:
-            raise CheckpointError(f"{path}: damaged: its checksum is not the manifest's")
-    raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        raise DamagedCheckpoint(f"{folder}: is no checkpoint: it has no {MANIFEST}") from None
+    except ReadingError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DamagedCheckpoint(f"{path}: damaged: {reason}") from None
+    except DamagedError as error:
+        raise DamagedCheckpoint(str(error)) from None
+    except FormatError as error:
+        raise CheckpointError(str(error)) from None
+    config = folder / "config.toml"
+    settings = parse(parse_toml(read_text(config), str(config)), str(config))
+    return Checkpoint(folder, settings, _read_state(folder / "state.json"))
+
+
+NEEDED = ("config.toml", "state.json")
+"""Files that every checkpoint has, besides those of its tensors."""
+
+
+MAX_STATE = 2**30
+"""Bytes: of a stream it holds all images that are shuffled at the time."""
+
+
+def _read_state(path: Path) -> State:
+    """Raises CheckpointError: the file is what was written, so that another version wrote it."""
     try:
-        shape, classes = DataShape(**raw.pop("shape")), tuple(raw.pop("classes"))
-        noise_scale = tuple(raw.pop("noise_scale", State.noise_scale))
-        state = State(**raw, shape=shape, classes=classes, noise_scale=noise_scale)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'state.json'}: of another version: {error}") from None
-    return Checkpoint(folder, parse(read_toml(folder / "config.toml"), str(folder)), state)
+        state = _STATE.validate_json(read_text(path, MAX_STATE))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: of another version: state{explain(error)}") from None
+    shape, names = state.shape, len(state.classes)
+    if min(shape.chw) < 1 or not 0 < shape.sigma_data < float("inf") or shape.num_classes != names:
+        raise CheckpointError(f"{path}: of another version: {shape} with names of {names} classes")
+    return state
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """All that bear a checkpoint's name, newest first."""
     found = root.iterdir() if root.is_dir() else iter(())
-    return sorted((p for p in found if p.is_dir() and p.name.isdigit()), reverse=True)
+    folders = (p for p in found if re.fullmatch("[0-9]+", p.name) and p.is_dir())
+    return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest complete checkpoint, or None where there are none at all.
 
-    Each damaged one on the way is named to `warn`. Where all are damaged, CheckpointError.
+    Each damaged one on the way is named to `warn`. Raises CheckpointError where all are damaged,
+    and for one that is whole but cannot be used: an older one would not be what was asked for.
     """
     folders = checkpoint_folders(root)
     reasons = []
     for folder in folders:
         try:
             checkpoint = open_checkpoint(folder)
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             reasons.append(str(error))
             continue
+        if folder.name != (name := folder_name(checkpoint.state.images)):
+            raise CheckpointError(f"{folder}: is the checkpoint {name}; give it its name again")
         for reason in reasons:
             warn(f"{reason}; going back to {checkpoint.folder}")
         return checkpoint
     if folders:
         listing = "\n  ".join(reasons)
-        raise CheckpointError(f"{root}: no checkpoint is complete:\n  {listing}")
+        raise CheckpointError(
+            f"{root}: no checkpoint is complete; bring one back, or name another run:\n  {listing}"
+        )
     return None
 
 

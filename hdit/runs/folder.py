@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hdit.config import RunConfig
 from hdit.errors import UserError
-from hdit.files import write_text
+from hdit.files import whole, write_json, write_text
+from hdit.locks import LOCK, locked
+from hdit.reading import ReadingError, parse_json, parse_toml, read_bytes, read_text
 from hdit.runs import checkpoint
+from hdit.runs.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint
+
+Say = Callable[[str], None]
 
 
 class RunFolder:
@@ -23,41 +27,118 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.saved = path / ".saved"  # what is known of checkpoints/ if that is lost
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Makes the folder; while the block runs, another trainer is refused."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another process is training this run; wait for its end, or name "
-                    "another --run"
-                ) from None
-            yield
+        fix = "wait for its end, or name another --run"
+        return locked(self.path / LOCK, "is training this run", fix)
 
-    def prepare(self, config: RunConfig, images: int, classes: list[str]) -> None:
-        """Writes config and classes, and sets aside what came after the checkpoint at `images`."""
+    def newest(self, warn: Say) -> Checkpoint | None:
+        """The checkpoint to resume from, or None of a run that has saved none yet.
+
+        Each damaged or lost one that is newer is named to `warn`. Raises CheckpointError where none
+        can be used, or where the run has saved some and all are gone.
+        """
+        for folder in (self.checkpoints, self.path / "samples"):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
+        counts = [line.images for line in _read(self.metrics).good if line.images]
+        found, saved = checkpoint.newest(self.checkpoints, warn), self._last_saved()
+        if found is None:
+            self._check_begun(counts, saved)
+        elif saved is not None and saved > found.state.images:
+            gone = self.checkpoints / checkpoint.folder_name(saved)
+            if not gone.exists():  # nor damaged, which was told
+                warn(f"{gone}: is gone; going back to {found.folder}")
+        return found
+
+    def _check_begun(self, counts: list[int], saved: int | None) -> None:
+        """Raises CheckpointError where there must have been checkpoints, or metrics would be lost.
+
+        A run that was killed before its first one has lines of metrics too.
+        """
+        if counts and (saved is not None or self._has_passed_a_checkpoint(counts)):
+            there = "has none any more" if self.checkpoints.exists() else "is gone"
+            raise CheckpointError(
+                f"{self.path}: {self.metrics.name} tells of {counts[-1]:,} images, and checkpoints "
+                f"were saved, but checkpoints/ {there}; put it back, or name another --run. "
+                f"To start anew here, move {self.metrics.name} away"
+            )
+
+    def _last_saved(self) -> int | None:
+        """Images of the last checkpoint that was saved, if that was noted."""
+        try:
+            text = read_text(self.saved, 100).strip()
+        except (FileNotFoundError, ReadingError):
+            return None
+        return int(text) if text.isascii() and text.isdecimal() else None
+
+    def _has_passed_a_checkpoint(self, counts: list[int]) -> bool:
+        """Whether lines at so many images prove a checkpoint, in a run that noted none.
+
+        A line is written before the checkpoint at it, so that the next line is the proof.
+        """
+        path = self.path / "config.toml"
+        try:
+            every = parse_toml(read_text(path), str(path))["training"]["checkpoint_every"]
+            return sum(count >= every for count in counts) > 1
+        except (FileNotFoundError, ReadingError, KeyError, TypeError):
+            return False
+
+    def note_saved(self, images: int) -> None:
+        """Keeps in mind that there is a checkpoint after so many images."""
+        write_text(self.saved, f"{images}\n")
+
+    def prepare(self, config: RunConfig, images: int, classes: list[str], warn: Say) -> None:
+        """Writes config and classes, and sets aside what came after the checkpoint at `images`.
+
+        Raises UserError where another process has trained the run since it was opened.
+        """
+        later = [p for p in checkpoint.checkpoint_folders(self.checkpoints) if int(p.name) > images]
+        for folder in later:
+            self._check_damaged(folder)
         write_text(self.path / "config.toml", config.dump())
         if classes:
-            mapping = {name: label for label, name in enumerate(classes)}
-            text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n"
-            write_text(self.path / "classes.json", text)
-        if self.metrics.exists():
-            lines = [json.dumps(line) for line in read_metrics(self.metrics, images)]
-            write_text(self.metrics, "".join(f"{line}\n" for line in lines))
+            write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
+        self._keep_metrics(images, warn)
+        if images:
+            self.note_saved(images)
+        else:
+            self.saved.unlink(missing_ok=True)
         if not self.checkpoints.is_dir():
             return
         for part in self.checkpoints.glob(".*.part"):  # of a killed run
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        later = [p for p in checkpoint.checkpoint_folders(self.checkpoints) if int(p.name) > images]
-        for folder in later:  # damaged, or the run would have resumed from it
+        for folder in later:
             folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
         if later and images:
             newest = checkpoint.folder_name(images)
             write_text(self.checkpoints / "latest", newest + "\n")
+
+    def _check_damaged(self, folder: Path) -> None:
+        """Raises UserError for a newer checkpoint that is sound: the run was opened before it."""
+        try:
+            found = checkpoint.open_checkpoint(folder)
+        except DamagedCheckpoint:
+            return
+        raise UserError(
+            f"{self.path}: another process has trained it to {found.state.images:,} images since "
+            "it was opened; the same command goes on from there"
+        )
+
+    def _keep_metrics(self, images: int, warn: Say) -> None:
+        """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside."""
+        if not self.metrics.exists():
+            return
+        lines = _read(self.metrics)
+        if lines.damaged:
+            aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
+            _write_lines(aside, lines.damaged)
+            numbers = ", ".join(str(line.number) for line in lines.damaged[:10])
+            more = f" and {len(lines.damaged) - 10:,} more" if len(lines.damaged) > 10 else ""
+            warn(f"{self.metrics}: damaged at line {numbers}{more}; kept in {aside.name}")
+        _write_lines(self.metrics, [line for line in lines.good if line.images <= images])
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
@@ -69,17 +150,75 @@ class RunFolder:
         return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
 
 
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+class _Line(NamedTuple):
+    """A line of metrics; without `values` if it is damaged."""
+
+    number: int
+    text: bytes
+    values: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        images: int = self.values["images"]
+        return images
+
+
+class _Lines(NamedTuple):
+    good: list[_Line]
+    damaged: list[_Line]
+
+
 def read_metrics(path: Path, images: int) -> list[dict[str, Any]]:
-    """The lines up to the checkpoint at `images`; a killed run leaves later ones, the last cut."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            if line["images"] <= images:
-                found.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    """The sound lines up to the checkpoint at `images`; a killed run leaves later ones.
+
+    Each has `images`, and numbers in those of NUMBERS that it has.
+    """
+    return [line.values for line in _read(path).good if line.images <= images]
+
+
+def _read(path: Path) -> _Lines:
+    """The lines of metrics. The last may be cut, by a kill or a full disk, and is no damage."""
+    try:
+        content = read_bytes(path, MAX_METRICS)
+    except FileNotFoundError:
+        content = b""
+    lines = _Lines([], [])
+    texts = content.split(b"\n")
+    for number, text in enumerate(texts, 1):
+        values = _values(text)
+        if values is not None:
+            lines.good.append(_Line(number, text, values))
+        elif number < len(texts):
+            lines.damaged.append(_Line(number, text, {}))
+    return lines
+
+
+def _write_lines(path: Path, lines: list[_Line]) -> None:
+    with whole(path) as part:
+        part.write_bytes(b"".join(line.text + b"\n" for line in lines))
+
+
+def _values(text: bytes) -> dict[str, Any] | None:
+    """The values of a line, or None if it is not what training writes."""
+    try:
+        values = parse_json(text.decode("utf-8"), "line")
+    except (UnicodeDecodeError, ReadingError):
+        return None
+    if not isinstance(values, dict) or type(values.get("images")) is not int:
+        return None
+    numbers = (values.get(name, 0) for name in NUMBERS)
+    sound = values["images"] >= 0 and all(type(n) in (int, float) for n in numbers)
+    return values if sound else None
+
+
+NUMBERS = ("step", "loss", "images_per_second", "peak_memory")
+"""What is read of a line again, besides its images."""
+
+MAX_METRICS = 2**30
+"""Bytes: millions of lines."""
 
 
 def _unused(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,6 +17,7 @@ from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
 from hdit.files import write_text
+from hdit.locks import LOCK, locked
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
@@ -58,23 +58,22 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
-    samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_old_samples(out)
-    write_text(out / "samples.json", json.dumps(record, indent=1))
-    started = monotonic()
-    paths = [out / entry["file"] for entry in record["samples"]]
-    try:
-        evaluations, shown = _write_images(samples, paths, config.sampling, console)
-    except (NotFiniteError, SolverError):  # the model is ruined: nothing of it is kept
+    with locked(out / LOCK, "is writing samples here", "wait for its end, or name another --out"):
+        _check_free(out, overwrite)  # again: another process may have just ended
+        samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
         _remove_old_samples(out)
-        with suppress(OSError):
-            out.rmdir()
-        raise
-    seconds = monotonic() - started
-    save_grid(torch.stack(shown), out / "grid.png")
-    record["evaluations"] = evaluations
-    write_text(out / "samples.json", json.dumps(record, indent=1))
+        write_text(out / "samples.json", json.dumps(record, indent=1))
+        started = monotonic()
+        paths = [out / entry["file"] for entry in record["samples"]]
+        try:
+            evaluations, shown = _write_images(samples, paths, config.sampling, console)
+        except (NotFiniteError, SolverError):  # the model is ruined: nothing of it is kept
+            _remove_old_samples(out)
+            raise
+        seconds = monotonic() - started
+        save_grid(torch.stack(shown), out / "grid.png")
+        record["evaluations"] = evaluations
+        write_text(out / "samples.json", json.dumps(record, indent=1))
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
@@ -141,7 +140,9 @@ def _check_free(out: Path, overwrite: bool) -> None:
     """Raises UserError for a file, and for a folder with something in it unless `overwrite`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    if overwrite or not out.exists():
+        return
+    if any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
 
 

@@ -21,7 +21,6 @@ from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
 from hdit.protocols import DataShape, Space
-from hdit.runs import checkpoint
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
 from hdit.sampling.sample import check_guidance, settle_sampling
@@ -82,7 +81,7 @@ def prepare(
     shape = config.data_shape(len(source.classes))
     if config.sampling.grid:
         check_guidance(config, shape)
-    found = checkpoint.newest(run.checkpoints, warn)
+    found = run.newest(warn)
     config = settle_training(keep_precision(config, found), device, warn)
     if config.sampling.grid:  # or its precision would be found missing after a checkpoint
         settle_sampling(config, device, config.sampling.grid, warn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Trainer:
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         self.accelerator, hosts = open_processes()
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
+        with self._alone():
+            setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
         self.config, self.layout, self.shape = setup.config, setup.layout, setup.shape
         self.source, self.space, self.objective = setup.source, setup.space, setup.objective
         self.backbone, self.network, self.ema = setup.backbone, setup.network, setup.ema
@@ -60,6 +61,10 @@ class Trainer:
         self.interrupts = Interrupts(hosts)
         self.metrics = Metrics(self.accelerator, self.config.training, self._name_skipped)
 
+    def _alone(self) -> AbstractContextManager[None]:
+        """Refuses another trainer of this run. The main process speaks for all of its own."""
+        return self.run.locked() if self.main else nullcontext()
+
     @property
     def signalled(self) -> bool:
         """Whether Ctrl-C or SIGTERM ended the session."""
@@ -71,23 +76,21 @@ class Trainer:
         Returns False if it was not the end, with all saved.
         """
         self.interrupts.clear()
-        if self.images >= self.config.training.images:
+        precision = precision_on(self.device, self.config.training.precision)
+        finished = self.images >= self.config.training.images
+        if finished:
             self._say(
                 f"{self.run.path}: already at its end, {self.images:,} images; "
                 "raise training.images to go on"
             )
-            return True
-        precision = precision_on(self.device, self.config.training.precision)
-        with (
-            self.run.locked() if self.main else nullcontext(),
-            self.interrupts.watching(),
-            float32_products(precision),
-        ):
-            if self.main:
-                self.run.prepare(self.config, self.images, self.source.classes)
-            if self.images:
-                self._sample_grid()  # the run may have been killed before it was made
-            finished = self._train(seconds)
+        with self._alone(), self.interrupts.watching(), float32_products(precision):
+            if self.main and not finished:
+                self.run.prepare(self.config, self.images, self.source.classes, self._warn)
+            stopped = self.images > 0 and self._sample_grid()  # that it may lack since it was ended
+            if not (finished or stopped):
+                finished = self._train(seconds)
+        if self.signalled and self._lacks_grid():
+            finished = False
         if not finished:
             why = "interrupted" if self.signalled else "time is up"
             self._say(f"{why} at {self.images:,} images; the same command resumes")
@@ -123,9 +126,7 @@ class Trainer:
                 if save:
                     with self.metrics.paused():
                         self._save(stream.state())
-                        if not self.signalled:
-                            self._sample_grid()
-                        self.accelerator.wait_for_everyone()
+                        last |= self._sample_grid()
                 if last:
                     return self.images >= t.images
 
@@ -205,16 +206,31 @@ class Trainer:
             stream,
         )
         saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
+        self.run.note_saved(self.images)
         self._say(f"{self.images:,} images: {saved}")
 
-    def _sample_grid(self) -> None:
-        """The grid of the present EMA, if the config asks for one and it is not there yet.
+    def _sample_grid(self) -> bool:
+        """Makes the grid of the present checkpoint, and returns whether to end the session here.
+
+        That is so after a signal: the next session makes the grid, if no step was done in between.
+        """
+        if self._lacks_grid() and not self.signalled:
+            self._make_grid()
+        self.accelerator.wait_for_everyone()
+        asked = self.config.sampling.grid > 0
+        return asked and self.interrupts.agreed(0)  # at once, not only every few steps
+
+    def _lacks_grid(self) -> bool:
+        """Whether the config asks this process for a grid that is not there yet."""
+        grid = self.run.grid(self.images)
+        return self.main and self.config.sampling.grid > 0 and not grid.exists()
+
+    def _make_grid(self) -> None:
+        """The grid of the present EMA, unless a signal ends its sampling.
 
         One that cannot be made is named, and training goes on.
         """
         n, path = self.config.sampling.grid, self.run.grid(self.images)
-        if not self.main or not n or path.exists():
-            return
 
         def stop_if_signalled() -> None:
             if self.signalled:

@@ -119,6 +119,38 @@ def test_sample_keeps_what_is_there(run, hdit, tmp_path):
     assert (out / "mine.txt").read_text() == "mine"
 
 
+def test_two_samples_into_one_folder_at_once_do_not_mix(run, hdit, tmp_path, monkeypatch):
+    """The other begins while the first has written one image, and again once it is done."""
+    out, save, others = tmp_path / "out", samples.save_png, []
+    command = "sample", run, "--out", out, "--overwrite"
+
+    def begin_another(image, path):
+        if not others:
+            others.append(None)
+            others[:] = [hdit(*command, "-n", 1, "--seed", 5)]
+        save(image, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "save_png", begin_another)
+        assert hdit(*command, "-n", 2)[0] == 0
+    [(status, _, err)] = others
+    assert status == 1
+    assert f"{out}: another process is writing samples here (process {os.getpid()} on" in err
+    assert "or name another --out" in err
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ["000000.png", "000001.png", "grid.png", "samples.json"]
+    assert hdit(*command, "-n", 1, "--seed", 5)[0] == 0
+    assert sorted(p.name for p in out.glob("0*")) == ["000005.png"]
+
+
+def test_sample_into_a_file_names_the_option(run, hdit, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, _, err = hdit("sample", run, "-n", 1, "--out", tmp_path / "file")
+    assert status == 1
+    assert "--out: " in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_info_prints_parameters_macs_and_tokens_by_level(tiny, hdit):
     status, out, _ = hdit("info", tiny)
     assert status == 0

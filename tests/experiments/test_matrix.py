@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,13 @@ from hdit.config import ConfigError
 from hdit.data import DigitsSpec
 from hdit.errors import UserError
 from hdit.experiments.cell import (
+    alone_at,
     check_cells,
     finished,
     record_path,
     run_cell,
     trained_seconds,
+    write_record,
     x0_losses,
 )
 from hdit.experiments.matrix import MatrixError, Measures, read_matrix
@@ -35,6 +39,10 @@ from scripts import ablate_backbones
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "scripts" / "ablate_backbones.py"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
+    "OMP_NUM_THREADS": "1",
+}
 
 MATRIX = """
 budget = {{ images = {images} }}
@@ -89,12 +97,11 @@ def done(tmp_path_factory):
     """A matrix that ran, by the script, the last of its three cells to no end: (folder, file)."""
     out = tmp_path_factory.mktemp("ablation")
     matrix = write(out / "matrix.toml", more=BROKEN)
-    environment = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, SCRIPT, matrix, "--out", out / "out"],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
+        env=ENVIRONMENT,
         check=False,
     )
     assert result.returncode == 1, result.stderr + result.stdout
@@ -253,6 +260,89 @@ def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sessions(tmp_pa
     record = run_cell(cell, folder)
     assert 0.1 * (1 - 1e-9) <= first < record["seconds"] >= 0.3 * (1 - 1e-9)
     assert run_cell(cell, folder)["images"] == record["images"], "nothing was left to spend"
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """Runs the script in this process -> its status."""
+
+    def run(matrix, out):
+        monkeypatch.setattr(ablate_backbones.signal, "signal", lambda *arguments: None)
+        monkeypatch.setattr(sys, "argv", ["ablate_backbones.py", str(matrix), "--out", str(out)])
+        return ablate_backbones.main()
+
+    return run
+
+
+def test_sweep_that_was_killed_leaves_no_process_and_the_next_one_goes_on(
+    tmp_path, monkeypatch, sweep
+):
+    """The second begins at once, while the process of the cell is still saving.
+
+    The killed one is any that starts a cell as the script does, which itself would take seconds.
+    """
+    matrix, out = write(tmp_path / "m.toml"), tmp_path / "out"
+    head, cell, rest = matrix.read_text().replace("images = 64", "seconds = 1.5").split("[[cells]]")
+    matrix.write_text(f"{head}[[cells]]{cell}{rest[rest.index('[evaluation]') :]}")
+    [cell] = read_matrix(matrix)[1]
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    metrics = out / "runs" / cell.run / "metrics.jsonl"
+    log = out / "runs" / f"{cell.run}.log"
+    starter = "import sys; from subprocess import *; Popen(sys.argv[1:], stdin=PIPE).wait()"
+    command = [sys.executable, SCRIPT, matrix, "--out", out, "--cell", cell.slug]
+    log.parent.mkdir(parents=True)
+    with (
+        log.open("w") as file,
+        subprocess.Popen([sys.executable, "-c", starter, *command], stderr=file) as killed,
+    ):
+        while not (metrics.exists() and b"\n" in metrics.read_bytes()):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    before = metrics.read_bytes()
+    assert sweep(matrix, out) == 0
+    assert "interrupted; the same command goes on" in log.read_text()
+    assert log.read_text().count("resuming from") == 1
+    assert metrics.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert finished(out, cell)["seconds"] >= 1.5 * (1 - 1e-9)
+
+
+def test_sweep_waits_for_a_cell_that_another_one_runs_and_takes_its_record(
+    done, tmp_path, monkeypatch, capsys, sweep
+):
+    out, matrix = tmp_path / "out", write(tmp_path / "m.toml")
+    cells = read_matrix(matrix)[1]
+    begun, waited_for = threading.Event(), threading.Event()
+
+    def other():
+        with alone_at(cells[0], out, print):
+            begun.set()
+            waited_for.wait()
+            for cell in cells:
+                write_record(out, cell, finished(done[0], cell))
+
+    def wait(cell, folder, tell):
+        return alone_at(cell, folder, lambda owner: (waited_for.set(), tell(owner)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait()
+    monkeypatch.setattr(ablate_backbones, "alone_at", wait)
+    monkeypatch.setattr(ablate_backbones.subprocess, "Popen", None)
+    assert sweep(matrix, out) == 0
+    thread.join()
+    said = capsys.readouterr().out
+    assert said.count("waiting: ") == 1
+    assert f"another process is at 'DiT', seed 0 (process {os.getpid()} on" in said
+
+
+def test_run_without_a_line_of_training_is_named(tmp_path):
+    cell = read_matrix(write(tmp_path / "m.toml"))[1][0]
+    Trainer(cell.config, tmp_path / "cell").fit()
+    (tmp_path / "cell" / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(MatrixError, match=r"metrics\.jsonl: has no line of training; remove"):
+        run_cell(cell, tmp_path / "cell")
 
 
 @pytest.mark.parametrize("saved", [True, False])

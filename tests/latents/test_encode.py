@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hdit.config import RunConfig, load, merge, parse
 from hdit.data.source import DataError
 from hdit.errors import UserError
+from hdit.latents import store
 from hdit.latents.encode import encode, measure_sigma_data
 from hdit.latents.store import Latents
 from hdit.training.trainer import Trainer
@@ -512,6 +514,33 @@ def test_encode_takes_a_manifest_that_another_process_writes_meanwhile(
     monkeypatch.setattr(Path, "exists", late)
     encode(config, folder, **OF_FOUR)
     assert files(folder) == whole
+
+
+def test_encodes_of_other_settings_that_begin_at_once_do_not_mix(
+    config, images, vae, tmp_path, monkeypatch
+):
+    """The second begins when the first has found no manifest, and before it writes its own."""
+    out, foreign, others = tmp_path / "out", store._is_foreign, []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()  # of a killed process
+
+    def begin():
+        with pytest.raises(DataError, match="holds latents of other settings"):
+            encode(settings(images, vae, data={"flip": False}), out, **OF_FOUR)
+
+    def meanwhile(path):
+        if not others:
+            others.append(threading.Thread(target=begin))
+            others[0].start()
+            others[0].join(0.5)
+            assert others[0].is_alive(), "it waits"
+        return foreign(path)
+
+    monkeypatch.setattr(store, "_is_foreign", meanwhile)
+    encode(config, out, **OF_FOUR)
+    others[0].join()
+    assert Latents(str(out)).manifest.flips == 2
+    assert sorted(files(out)) == ["manifest.json", *SHARDS]
 
 
 def test_encode_removes_what_a_killed_process_left(config, tmp_path, whole):

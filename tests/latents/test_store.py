@@ -226,7 +226,10 @@ def test_folder_that_is_none_of_latents_is_refused(tmp_path):
         ("[]", "is damaged"),
         ("{}", "is damaged"),
         ('{"format": 1}', "is damaged"),
-        ('{"format": 2}', "has format 2, this version reads 1"),
+        ('{"format": 0}', "is damaged.*has format 0"),
+        ('{"format": true}', "is damaged.*has format True"),
+        ("[" * 10_000, "is damaged"),
+        ('{"format": 2}', r"made by a newer hdit \(format 2; this reads 1\)"),
     ],
 )
 def test_manifest_that_cannot_be_read_is_named(tmp_path, content, message):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hdit import config
 from hdit.files import fingerprint
 from hdit.protocols import DataShape
 from hdit.runs import checkpoint
-from hdit.runs.checkpoint import CheckpointError, State
+from hdit.runs.checkpoint import CheckpointError, DamagedCheckpoint, State
 
 SHAPE = DataShape(1, 8, 8, 10, 0.5)
 
@@ -86,19 +87,84 @@ def test_checkpoint_without_a_file_is_refused(save):
         checkpoint.open_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+def edit_manifest(folder, change):
+    path = folder / checkpoint.MANIFEST
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', "[" * 10_000, "\x00" * 100, "1" * 5000]
+)
 def test_checkpoint_with_a_damaged_manifest_is_refused(save, text):
     path = save(16) / checkpoint.MANIFEST
     path.write_text(text)
-    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: damaged"):
         checkpoint.open_checkpoint(path.parent)
 
 
-def test_checkpoint_of_another_format_is_refused(save):
-    path = save(16) / checkpoint.MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
-        checkpoint.open_checkpoint(path.parent)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda raw: raw["files"]["state.json"].pop("sha256"), r"state\.json\.sha256: Field"),
+        (lambda raw: raw["files"]["state.json"].pop("bytes"), r"state\.json\.bytes: Field"),
+        (lambda raw: raw["files"]["state.json"].update(bytes="1"), r"bytes: .*got '1'"),
+        (lambda raw: raw["files"]["state.json"].update(sha256=5), r"sha256: .*got 5"),
+        (lambda raw: raw["files"].update({"state.json": None}), r"state\.json: .*got None"),
+        (lambda raw: raw["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}}), r"\.\./x"),
+        (lambda raw: raw["files"].update({"..": {"bytes": 0, "sha256": "0" * 64}}), r"files\.\.\."),
+        (lambda raw: raw["files"].pop("config.toml"), r"does not name config\.toml"),
+        (lambda raw: raw.update(files=[]), "files: .*got \\[\\]"),
+        (lambda raw: raw.update(format=True), "has format True"),
+        (lambda raw: raw.update(format="1"), "has format '1'"),
+        (lambda raw: raw.update(format=0), "has format 0"),
+        (lambda raw: raw.pop("format"), "has format None"),
+    ],
+)
+def test_manifest_with_wrong_entries_is_damaged_and_says_which(save, change, named):
+    folder = save(16)
+    edit_manifest(folder, change)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: damaged.*" + named):
+        checkpoint.open_checkpoint(folder)
+
+
+def test_checkpoint_of_a_newer_format_is_no_damaged_one(save):
+    """An older one is not taken in its place."""
+    save(16)
+    folder = save(32)
+    edit_manifest(folder, lambda raw: raw.update(format=99, files="of another kind"))
+    for read in (checkpoint.open_checkpoint, lambda _: checkpoint.newest(folder.parent, fail)):
+        with pytest.raises(
+            CheckpointError, match=r"made by a newer hdit \(format 99; this reads 1\)"
+        ) as e:
+            read(folder)
+        assert not isinstance(e.value, DamagedCheckpoint)
+
+
+def test_checkpoint_that_may_not_be_read_is_no_damaged_one(save, monkeypatch):
+    """Root may read everything, so that this asks no real file."""
+    save(16)
+    folder = save(32)
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: folder not in path.parents)
+    with pytest.raises(CheckpointError, match=r"32.manifest\.json: may not be read by this user"):
+        checkpoint.newest(folder.parent, fail)
+
+
+def test_checkpoint_under_the_name_of_another_is_refused(save):
+    folder = save(32)
+    shutil.copytree(folder, folder.with_name("000000000064"))
+    with pytest.raises(
+        CheckpointError, match=r"000000000064: is the checkpoint 000000000032; give"
+    ):
+        checkpoint.newest(folder.parent, fail)
+
+
+def test_folders_of_other_names_are_no_checkpoints(save):
+    root = save(32).parent
+    for name in ("²", "٣", "64.damaged", "latest2", ".000000000064.part"):
+        (root / name).mkdir()
+    assert [folder.name for folder in checkpoint.checkpoint_folders(root)] == ["000000000032"]
 
 
 def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew(save):
@@ -123,14 +189,45 @@ def test_find_names_what_is_no_run(tmp_path):
         checkpoint.find(tmp_path, fail)
 
 
-def test_checkpoint_of_another_version_is_refused(save):
-    """Intact by its checksums, but with other facts than this version writes."""
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"more": 1}, "more"),
+        ({"classes": None}, "classes"),
+        ({"classes": "abc"}, "classes"),
+        ({"classes": ["a"]}, "names of 1 classes"),
+        ({"images": -1}, "images"),
+        ({"images": "32"}, "images"),
+        ({"step": 1.5}, "step"),
+        ({"data_size": True}, "data_size"),
+        ({"shape": {"channels": 1}}, r"shape.*height"),
+        ({"shape": {**SHAPE.__dict__, "width": 0}}, "width=0"),
+        ({"shape": {**SHAPE.__dict__, "sigma_data": float("nan")}}, "sigma_data=nan"),
+        ({"shape": {**SHAPE.__dict__, "sigma_data": "0.5"}}, "sigma_data"),
+        ({"shape": {**SHAPE.__dict__, "more": 0}}, r"shape\.more"),
+        ({"noise_scale": [0.0]}, "noise_scale"),
+        ({"space": 3}, "space"),
+        ({"stream": []}, "stream"),
+    ],
+)
+def test_state_with_other_facts_or_types_is_of_another_version(save, changes, named):
+    """Intact by its checksums, it is no damaged one."""
     folder = save(16)
-    state = json.loads((folder / "state.json").read_text())
-    for changed in (state | {"more": 1}, {k: v for k, v in state.items() if k != "classes"}):
-        (folder / "state.json").write_text(json.dumps(changed))
-        manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-        manifest["files"]["state.json"] = fingerprint(folder / "state.json")
-        (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(CheckpointError, match=r"state\.json: of another version"):
-            checkpoint.open_checkpoint(folder)
+    path = folder / "state.json"
+    state = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in state.items() if v is not None}))
+    edit_manifest(folder, lambda raw: raw["files"].update({"state.json": fingerprint(path)}))
+    with pytest.raises(
+        CheckpointError, match=r"state\.json: of another version.*" + named
+    ) as error:
+        checkpoint.open_checkpoint(folder)
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_tensors_that_are_not_there_are_named(save):
+    found = checkpoint.open_checkpoint(save(16))
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing"):
+        found.tensors("optimizer")
+    (found.folder / "ema.safetensors").write_bytes(b"later")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: damaged"):
+        found.tensors("ema")

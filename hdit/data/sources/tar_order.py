@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from hdit import randomness
 from hdit.data.batches import permutation
 from hdit.data.source import DataError
 from hdit.data.sources.listing import order
 from hdit.data.sources.tar_samples import Entry, Shards
+from hdit.protocols import Spec
 
 
 class Reference(NamedTuple):
@@ -21,6 +23,22 @@ class Reference(NamedTuple):
     epoch: int
     shard: int
     start: int  # of its first header
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _State(Spec):
+    """Where an order stands, as `TarOrder.state` gives it."""
+
+    shards: dict[str, Any]
+    seed: Count
+    passes: Count
+    count: Count
+    place: Count
+    offset: Count
+    is_permuted: bool
+    buffer: Annotated[str, Field(pattern="^([0-9]{1,9}:[0-9]{1,18}( |$))*$")]
 
 
 class TarOrder:
@@ -37,7 +55,7 @@ class TarOrder:
     def __init__(
         self, shards: Shards, shuffle_buffer: int, seed: int, state: dict[str, Any] | None = None
     ):
-        """Begins a pass, or goes on from `state`. Raises DataError for one of other shards."""
+        """Begins a pass, or goes on from `state`. Raises DataError for one that does not fit."""
         self.shards, self.seed = shards, seed
         self.seed_of_pass = seed  # which a resumed pass keeps
         self.limit = max(1, shuffle_buffer)
@@ -52,18 +70,27 @@ class TarOrder:
     def _resume(self, state: dict[str, Any]) -> None:
         if (then := state.get("shards")) != (now := self.shards.identity):
             before, after = (
-                f"{s['number']} files of {s['bytes']:,} bytes (digest {s['digest']})" if s else "?"
+                f"{s['number']} files of {s['bytes']:,} bytes (digest {s['digest']})"
+                if isinstance(s, dict) and s.keys() == now.keys() and type(s["bytes"]) is int
+                else "?"
                 for s in (then, now)
             )
             raise DataError(
                 f"data.path: {self.shards.place!r} holds other shards than when the run was saved: "
                 f"{before} then, {after} now; bring them back, or start anew with another --run"
             )
-        self.passes, self.count = state["passes"], state["count"]
-        self.seed_of_pass = state["seed"]
-        self.place, self.offset = state["place"], state["offset"]
-        self.is_permuted = state["is_permuted"]
-        pairs = (text.split(":") for text in state["buffer"].split())
+        try:
+            found = _State.model_validate(state)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"the place in the stream, which the checkpoint keeps, is of another version: "
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
+        self.passes, self.count, self.seed_of_pass = found.passes, found.count, found.seed
+        self.place, self.offset = found.place, found.offset
+        self.is_permuted = found.is_permuted
+        pairs = (text.split(":") for text in found.buffer.split())
         self.buffer = [Reference(self.passes - 1, int(s), int(start)) for s, start in pairs]
         if self.passes:
             self._order_shards()

@@ -738,6 +738,29 @@ def test_few_tars_are_judged_by_their_share_of_bad_images(tmp_path):
         values(source, islice(source.order(seed=0), 200))
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"count": -1}, "count"),
+        ({"place": "1"}, "place"),
+        ({"offset": None}, "offset"),
+        ({"is_permuted": 1}, "is_permuted"),
+        ({"buffer": "0:0 1"}, "buffer"),
+        ({"buffer": "-1:0"}, "buffer"),
+        ({"buffer": []}, "buffer"),
+        ({"more": 1}, "more"),
+        ({"shards": "x"}, "other shards than when the run was saved: . then, 2 files"),
+        ({"shards": {"number": 2, "bytes": "x", "digest": ""}}, "other shards"),
+    ],
+)
+def test_state_with_other_facts_or_types_is_refused(tmp_path, changes, named):
+    source = grey(tmp_path, [7, 5], shuffle_buffer=4)
+    order = source.order(seed=0)
+    next(order)
+    with pytest.raises(DataError, match=named):
+        source.order(0, order.state() | changes)
+
+
 def test_resumed_pass_keeps_its_seed(tmp_path):
     """Or it would take its shards in another order, some twice and some not at all."""
     source = grey(tmp_path, [7, 5, 8, 6], shuffle_buffer=4)
