@@ -50,7 +50,7 @@ def _reason(error: UnpicklingError) -> str:
     """What torch says of the file, without what it advises."""
     advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
     lines = [line for line in str(error).splitlines() if line and not line.startswith(advice)]
-    return " ".join(lines) or str(error)
+    return f"{' '.join(lines) or error!s:.500}"
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -97,9 +97,9 @@ def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise InteropError(f"{path}: {name}: is sparse, quantized or without values")
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:  # float8 needs its scales
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InteropError(f"{path}: {name}: must hold floats, got {kind}")
+            raise InteropError(f"{path}: {name}: must hold floats of 16 bits or more, got {kind}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InteropError(f"{path}: {name}: is larger than what the file holds of it")
 

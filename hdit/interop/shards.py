@@ -60,7 +60,7 @@ def _variants(folder: Path, stem: str) -> dict[str, Path]:
         r"\.(?P<variant>[^.]+)\.{0}\.index\.json",
     ]
     found: dict[str, Path] = {}
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for suffix in SUFFIXES:
         for shape in shapes:
             pattern = re.compile(re.escape(stem) + shape.format(suffix))

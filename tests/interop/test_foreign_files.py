@@ -122,7 +122,8 @@ def test_other_transformer_is_refused_by_the_tensors_that_a_dit_has_not(tiny, tm
 
 UNUSABLE = {
     "is larger than what the file holds of it": lambda t: t[:1, :1].clone().expand(t.shape),
-    "must hold floats, got int32": lambda t: t.to(torch.int32),
+    "must hold floats of 16 bits or more, got int32": lambda t: t.to(torch.int32),
+    "must hold floats of 16 bits or more, got float8_e5m2": lambda t: t.to(torch.float8_e5m2),
     "is sparse, quantized or without values": lambda t: t.to_sparse(),
     "1 of its 2,560 values are NaN or infinite": lambda t: t.index_fill(
         0, torch.tensor([0]), 0
