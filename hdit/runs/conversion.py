@@ -49,7 +49,7 @@ def convert(
         if raw:
             raise InteropError(f"{source}: is a config without weights; leave --raw out")
         return _convert_config(source, out, to)
-    kind = to or export.KIND
+    kind = export.KIND if to is None else to
     if kind not in KINDS:
         raise InteropError(f"--to: must be one of {', '.join(KINDS)}, got {kind!r}")
     suffix = None if kind == export.KIND else FORMATS[kind].suffix
