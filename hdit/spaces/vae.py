@@ -129,14 +129,29 @@ def _load(name: str) -> Any:
             inside = " (its folder vae has)" if (folder / "vae" / "config.json").is_file() else ""
             raise UserError(f"{where} has no config.json, as an AutoencoderKL of diffusers{inside}")
         read_object(folder / "config.json")  # refuses what diffusers would wait for, or drown in
-        return _open(diffusers, str(folder), where)
+        return _open(diffusers, str(folder), where, _variant(folder))
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UserError(f"{where} does not exist (seen from {Path.cwd()})")
     with asking(where, name, "model", FIX):
         return _open(diffusers, name, where)
 
 
-def _open(diffusers: Any, name: str, where: str) -> Any:
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights in a folder that has them in less precision alone, or None."""
+    plain = f"{WEIGHTS}.safetensors"
+    if any((folder / name).is_file() for name in (plain, f"{plain}.index.json")):
+        return None
+    for variant in ("fp32", "bf16", "fp16"):
+        names = (f"{WEIGHTS}.{variant}.safetensors", f"{plain}.index.{variant}.json")
+        if any((folder / name).is_file() for name in names):
+            return variant
+    return None
+
+
+def _open(diffusers: Any, name: str, where: str, variant: str | None = None) -> Any:
     """The model of a folder, or of a name on the hub. Raises UserError where it is not whole."""
     messages = diffusers.utils.logging
     verbosity = messages.get_verbosity()
@@ -150,6 +165,7 @@ def _open(diffusers: Any, name: str, where: str) -> Any:
             model, found = diffusers.AutoencoderKL.from_pretrained(
                 name,
                 use_safetensors=True,
+                variant=variant,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,

@@ -335,6 +335,17 @@ def test_config_that_is_a_pipe_is_refused_unread(folder, tmp_path):
         opened(str(other))
 
 
+@pytest.mark.parametrize("shards", ["10GB", "40KB"])
+def test_vae_of_less_precision_alone_is_read(shards, tmp_path):
+    model = tiny_vae.model().half()
+    half = {"variant": "fp16", "max_shard_size": shards}
+    model.save_pretrained(tmp_path / "half", **half)
+    assert not (tmp_path / "half" / WEIGHTS).exists()
+    (tmp_path / "same").mkdir()
+    model.float().save_pretrained(tmp_path / "same")
+    assert opened(str(tmp_path / "half")).identity == opened(str(tmp_path / "same")).identity
+
+
 # ---- the hub -------------------------------------------------------------------------------------
 
 NAME = "nobody/no-such-vae"
