@@ -1,8 +1,7 @@
-"""Facebook's DiT: the .pt of its release or its training, or its tensors in safetensors.
+"""Facebook's DiT and SiT: the .pt of a release or a training, or its tensors in safetensors.
 
-A bare state dict tells all of the model but the number of heads; the names of the paper's sizes
-(S, B, L, XL) do. No pickle is executed: argparse.Namespace, which its training saves, is the one
-class that is allowed.
+`facebook_form` says what their shapes and arguments tell. No pickle is executed: the one class that
+is allowed is argparse.Namespace, which their training saves.
 """
 
 from __future__ import annotations

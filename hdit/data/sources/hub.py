@@ -78,7 +78,7 @@ class Hub:
 
     def _open(self, datasets: Any, spec: HubSpec) -> Any:
         if spec.name is not None:
-            return self._of_the_hub(datasets, spec.name, spec)
+            return self._download(datasets, spec.name, spec)
         assert spec.path is not None, "one of the two is there"
         if kind_of(spec.path) != "hub":
             raise refuse_path(spec.path, "hub", "is no folder of save_to_disk")
@@ -88,7 +88,7 @@ class Hub:
             raise DataError(f"{self.where} cannot be loaded: {first_line(error)}") from error
         return self._split(found, spec.split)
 
-    def _of_the_hub(self, datasets: Any, name: str, spec: HubSpec) -> Any:
+    def _download(self, datasets: Any, name: str, spec: HubSpec) -> Any:
         fix = "set data.path to a folder of save_to_disk in place of data.name"
         with asking(self.where, name, "dataset", fix):
             try:
