@@ -4,12 +4,11 @@ import logging
 import sys
 from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.errors
 import pytest
 
 from hdit.data import HubSpec
 from hdit.data.source import DataError
-from hdit.errors import UserError
 from hdit.hub import asking
 
 NAME = "nobody/no-such-data"
@@ -31,7 +30,7 @@ def test_data_set_that_cannot_be_downloaded_is_told_with_what_to_do(
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DataError) as caught:
         HubSpec(name=NAME, size=4).open()
     said = str(caught.value)
     assert said.startswith(f"data.name: {NAME!r} is not in the cache of this machine")

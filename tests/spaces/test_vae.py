@@ -8,7 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import tiny_vae

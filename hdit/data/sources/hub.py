@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from hdit.data.images import Images, ImagesSpec, kind_of, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import by_name
-from hdit.hub import asking, first_line
+from hdit.hub import HubError, asking, first_line
 from hdit.names import path_of
 
 
@@ -90,11 +90,13 @@ class Hub:
 
     def _download(self, datasets: Any, name: str, spec: HubSpec) -> Any:
         fix = "set data.path to a folder of save_to_disk in place of data.name"
-        with asking(self.where, name, "dataset", fix):
-            try:
+        try:
+            with asking(self.where, name, "dataset", fix):
                 return datasets.load_dataset(name, spec.config, split=spec.split or "train")
-            except Exception as error:  # of the network, the hub, its formats
-                raise DataError(f"{self.where} cannot be loaded: {first_line(error)}") from error
+        except HubError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:  # of the hub, its formats
+            raise DataError(f"{self.where} cannot be loaded: {first_line(error)}") from error
 
     def _split(self, found: Any, split: str | None) -> Any:
         if not isinstance(found, dict):
