@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     {"hdit_kernels"},
     {"errors", "names"},
-    {"protocols", "files", "locks", "plugins", "reading", "tensors"},
+    {"protocols", "files", "hub", "locks", "plugins", "reading", "tensors"},
     {"device", "manifest"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hdit.cli.options import Raw
+from hdit.names import printable
 
 
 def convert(
@@ -34,7 +35,26 @@ def convert(
     num_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell."
+            min=1,
+            max=2**20,
+            help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell.",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            "--classes",
+            min=1,
+            max=2**31,
+            help="Classes of a DiT, if its .pt does not tell; all rows of its table where it was "
+            "trained without a null class.",
+        ),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="noise, as a DiT; velocity, as a SiT of path Linear, if its .pt does not tell.",
         ),
     ] = None,
 ) -> None:
@@ -44,7 +64,15 @@ def convert(
     """
     from hdit.runs.conversion import convert as convert_model
 
-    done = convert_model(source, out, to, raw=raw, num_heads=num_heads)
+    done = convert_model(
+        source,
+        out,
+        to,
+        raw=raw,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        prediction=prediction,
+    )
     for note in done.notes:
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(f"{done.origin} -> {done.kind}: {done.path}")
+        typer.echo(f"note: {printable(note)}", err=True)
+    typer.echo(printable(f"{done.origin} -> {done.kind}: {done.path}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,34 @@ from hdit.protocols import DataShape, Spec
 
 class InteropError(UserError):
     """A checkpoint that cannot be read, or a model that a format cannot hold, and why."""
+
+
+PREDICTIONS = ("noise", "velocity")
+"""What a DiT's network may predict: the first of DiT, the second of SiT."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the user tells of a DiT whose file does not."""
+
+    num_heads: int | None = None
+    num_classes: int | None = None
+    prediction: str | None = None  # one of PREDICTIONS
+
+    def __post_init__(self) -> None:
+        if self.prediction not in (None, *PREDICTIONS):
+            wanted = " or ".join(PREDICTIONS)
+            raise InteropError(f"--prediction: must be {wanted}, got {self.prediction!r}")
+
+    def refuse(self, path: Path) -> None:
+        """Raises InteropError if anything is told of a model that tells it itself."""
+        for value, what, option in (
+            (self.num_heads, "number of heads", "--num-heads"),
+            (self.num_classes, "number of classes", "--classes"),
+            (self.prediction, "prediction", "--prediction"),
+        ):
+            if value is not None:
+                raise InteropError(f"{path}: tells the {what}; leave {option} out")
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,7 @@ class Contents:
     origin: str  # in words
     images: int = 0  # that it was trained on; 0 if unknown
     notes: tuple[str, ...] = ()  # what was left behind, and what to know
+    assumed: tuple[str, ...] = ()  # what its file does not tell, and nobody told
 
     @property
     def weights(self) -> str:

@@ -18,11 +18,14 @@ from torch import Tensor
 from hdit.config import RunConfig
 from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
-from hdit.interop.files import Settings, read_json, read_pickle, read_safetensors
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
+from hdit.interop.settings import Settings
+from hdit.interop.shards import find_weights, read_weights
 from hdit.models import DiTSpec
+from hdit.names import escape
 from hdit.nn.embed import sincos_positions
 from hdit.protocols import DataShape
+from hdit.reading import read_object
 from hdit.tensors import save_tensors
 
 KIND = "diffusers"
@@ -30,6 +33,8 @@ CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
 EPS = 1e-6
 MLP_RATIO = 4.0
+DEEPEST, LARGEST_SIDE = 1000, 4096
+"""Blocks and side: more would take hours or all memory before the file is seen not to fit."""
 FREQUENCIES = (
     "diffusers embeds timesteps with frequencies 10000^(-i/127), DiT and hdit with 10000^(-i/128); "
     "set norm1.emb.time_proj.downscale_freq_shift = 0 in each of its blocks for the same outputs"
@@ -86,9 +91,15 @@ def positions(spec: DiTSpec, shape: DataShape) -> Tensor:
 
 
 def from_config(
-    raw: dict[str, Any], schedule: dict[str, Any] | None, origin: str
+    raw: dict[str, Any],
+    schedule: dict[str, Any] | None,
+    origin: str,
+    factor: int | None = None,
 ) -> tuple[RunConfig, DataShape, tuple[str, ...]]:
-    """-> (our config, the data shape, notes); absent settings are diffusers' defaults."""
+    """-> (our config, the data shape, notes); absent settings are diffusers' defaults.
+
+    `factor` is how many times larger than its latents images are, if known.
+    """
     s = Settings(raw, origin)
     s.fixed("_class_name", *CLASSES)
     s.fixed("norm_type", "ada_norm_zero")
@@ -96,24 +107,27 @@ def from_config(
     s.fixed("attention_bias", True)
     s.fixed("norm_elementwise_affine", False)
     notes = [FREQUENCIES]
-    eps = s.get("norm_eps", 1e-5)
+    eps = s.number("norm_eps", 1e-5)
     s.fixed("norm_eps", 1e-5, EPS)
     if eps != EPS:
         notes.append(f"norm_eps = {eps:g} of the second norms was left out: it is {EPS:g} here")
-    if s.get("dropout", 0.0):
-        notes.append(f"dropout = {s.get('dropout')} was left out: DiT has none here")
-    heads, channels = s.number("num_attention_heads", 16), s.number("in_channels", 4)
-    out_channels = s.number("out_channels", channels)
+    if dropout := s.number("dropout", 0.0):
+        notes.append(f"dropout = {dropout:g} was left out: DiT has none here")
+    heads = s.integer("num_attention_heads", 16, low=1)
+    channels = s.integer("in_channels", 4, low=1)
     model = {
-        "patch_size": s.number("patch_size", 2),
-        "depth": s.number("num_layers", 28),
-        "width": heads * s.number("attention_head_dim", 72),
+        "patch_size": s.integer("patch_size", 2, low=1),
+        "depth": s.integer("num_layers", 28, low=1, high=DEEPEST),
+        "width": heads * s.integer("attention_head_dim", 72, low=1),
         "num_heads": heads,
         "mlp_ratio": MLP_RATIO,
     }
-    learned = learns_variance(channels, out_channels, origin)
-    size, classes = s.number("sample_size", 32), s.number("num_embeds_ada_norm", 1000)
-    config, shape = settings(model, channels, size, classes, learned, origin, schedule)
+    learned = learns_variance(channels, s.integer("out_channels", channels), origin)
+    size = s.integer("sample_size", 32, low=1, high=LARGEST_SIDE)
+    classes = s.integer("num_embeds_ada_norm", 1000, low=1)
+    config, shape = settings(
+        model, channels, size, classes, learned, origin, schedule=schedule, factor=factor
+    )
     return config, shape, tuple(notes)
 
 
@@ -122,12 +136,13 @@ def _schedule(folder: Path) -> dict[str, Any] | None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None
-    s = Settings(read_json(path), str(path))
+    s = Settings(read_object(path), str(path))
     s.fixed("prediction_type", "epsilon")
     s.fixed("beta_schedule", "linear")
-    s.fixed("trained_betas", None)
+    if s.has("trained_betas"):
+        raise s.error("trained_betas", "a table of betas has no counterpart here")
     s.fixed("rescale_betas_zero_snr", False)
-    steps = s.number("num_train_timesteps", 1000)
+    steps = s.integer("num_train_timesteps", 1000, low=1)
     scale = steps / 1000  # ours are scaled by its inverse
     start, end = s.number("beta_start", 1e-4), s.number("beta_end", 2e-2)
     return {
@@ -136,6 +151,16 @@ def _schedule(folder: Path) -> dict[str, Any] | None:
         "beta_start": start * scale,
         "beta_end": end * scale,
     }
+
+
+def _vae(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    """-> (factor of a pipeline's VAE, a note on where it lies), or nothing where there is none."""
+    path = folder / "vae" / "config.json"
+    if not path.is_file():
+        return None, ()
+    levels = Settings(read_object(path), str(path)).entries("block_out_channels").raw
+    note = f"to sample with the VAE of its pipeline: --set space.vae={path.parent}"
+    return 2 ** max(0, len(levels) - 1), (note,)
 
 
 def find_folder(path: Path) -> Path | None:
@@ -152,36 +177,29 @@ def read(path: Path) -> Contents:
     assert folder is not None, "detected before"
     config_file = folder / "config.json"
     pipeline = path if folder != path else path.parent
+    factor, of_vae = _vae(pipeline)
     config, shape, notes = from_config(
-        read_json(config_file), _schedule(pipeline), str(config_file)
+        read_object(config_file), _schedule(pipeline), str(config_file), factor
     )
-    weights, tensors = _weights(folder)
+    notes += of_vae
+    found = find_weights(folder, WEIGHTS)
+    weights, tensors = found.path, read_weights(found)
     table = {"pos_embed": positions(dit_spec(config), shape)}
     ours = gather(weights, layout(config, shape), tensors, config, shape, computed=table)
     classes = _classes(pipeline, shape.num_classes)
     origin = f"{KIND} folder {path.name}"
-    return Contents(config, shape, classes, {"given": ours}, origin, notes=notes)
-
-
-def _weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    path = folder / f"{WEIGHTS}.safetensors"
-    if path.is_file():
-        return path, read_safetensors(path)[0]
-    pickled = folder / f"{WEIGHTS}.bin"
-    if not pickled.is_file():
-        there = ", ".join(sorted(p.name for p in folder.iterdir()))
-        raise InteropError(f"{folder}: has no {path.name} and no {pickled.name}, but {there}")
-    return pickled, read_pickle(pickled)
+    return Contents(config, shape, classes, {"given": ours}, origin, notes=notes + found.notes)
 
 
 def _classes(pipeline: Path, number: int) -> tuple[str, ...]:
     """The first names in a pipeline's id2label, or numbers; one that comes twice has both."""
     plain = tuple(str(i) for i in range(number))
     index = pipeline / "model_index.json"
-    labels = read_json(index).get("id2label") if index.is_file() else None
-    if not isinstance(labels, dict) or set(labels) != set(plain):
+    raw = read_object(index) if index.is_file() else {}
+    labels = Settings(raw, str(index)).table("id2label")
+    if set(labels.raw) != set(plain):
         return plain
-    names = [str(labels[i]).split(",")[0].strip() for i in plain]
+    names = [escape(labels.text(i, i).split(",")[0].strip()) or i for i in plain]
     count = Counter(names)
     return tuple(n if count[n] == 1 else f"{n} ({i})" for i, n in zip(plain, names, strict=True))
 

@@ -6,14 +6,20 @@ import math
 from typing import Any
 
 from hdit.config import RunConfig, parse
+from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
 from hdit.interop.contents import Contents, InteropError, check_held
 from hdit.models import DiTSpec
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
-VAE, VAE_CHANNELS = "stabilityai/sd-vae-ft-ema", 4
-"""Of the published samples; DiT's own checkpoints do not name it."""
+VAE, VAE_SHAPE = "stabilityai/sd-vae-ft-ema", (4, 8)
+"""Of the published samples, and its channels and factor; DiT's own checkpoints do not name it."""
 
+PIXELS = (1, 3)
+"""Channels of an image; others are taken for those of a latent."""
+
+GUIDED = 3
+"""Channels that DiT's own sampling script guides."""
 
 TRAINING = {
     "images": 1_800_000_000,
@@ -25,6 +31,8 @@ TRAINING = {
 }
 """The paper's recipe."""
 
+FLOW_STEPS = 50
+
 
 def settings(
     model: dict[str, Any],
@@ -33,28 +41,46 @@ def settings(
     num_classes: int,
     learned: bool,
     origin: str,
+    *,
     schedule: dict[str, Any] | None = None,
+    factor: int | None = None,
+    flow: bool = False,
+    label_dropout: float = 0.1,
 ) -> tuple[RunConfig, DataShape]:
-    """A DiT of the paper: noise prediction, its timesteps, recipe and sampler.
+    """A DiT of the paper: noise prediction, its timesteps, recipe and sampler; or SiT's flow.
 
-    `size` is the side of what the backbone sees. That is an image with 1 or 3 channels, else a
-    latent of one eight times as large. Raises ConfigError where the model does not fit.
+    `size` is the side of what the backbone sees: of an image where `factor` is 1, else of a latent
+    of one `factor` times as large. Where that is not known, 1 or 3 channels are an image's, and
+    others a latent's, of factor 8. Raises ConfigError where the model does not fit.
     """
-    latent = channels not in (1, 3)
-    side = size * LatentSpace().factor if latent else size
-    space = {"kind": "latent", "channels": channels}
-    if channels == VAE_CHANNELS:
+    if factor is None:
+        factor = 1 if channels in PIXELS else LatentSpace().factor
+    latent = factor > 1
+    space = {"kind": "latent", "channels": channels, "factor": factor, "tile": 64 * factor}
+    if (channels, factor) == VAE_SHAPE:
         space["vae"] = VAE
-    table = schedule or {"kind": "linear", "steps": 1000}
-    raw = {
+    raw: dict[str, Any] = {
         "data": {
             "kind": "folder",
             "path": "images",
-            "size": [side, side],
+            "size": [size * factor] * 2,
             "channels": 3 if latent else channels,
         },
         "space": space if latent else {"kind": "pixel"},
         "model": {"kind": "dit", **model},
+        **(_flow() if flow else _noise(learned, schedule)),
+        "training": TRAINING | {"label_dropout": label_dropout},
+    }
+    if latent and channels > GUIDED:
+        raw["sampling"]["guidance"] = {"channels": GUIDED}
+    config = parse(raw, origin)
+    return config, config.data_shape(num_classes)
+
+
+def _noise(learned: bool, schedule: dict[str, Any] | None) -> dict[str, Any]:
+    """Diffusion and sampling of DiT."""
+    table = schedule or {"kind": "linear", "steps": 1000}
+    return {
         "diffusion": {
             "parametrization": {"kind": "eps_vp"},
             "c_noise": "timestep",
@@ -63,16 +89,31 @@ def settings(
             "beta_schedule": table,
             "learned_variance": learned,
         },
-        "training": TRAINING,
         "sampling": {
             "sampler": {"kind": "ddpm"},
             "sigmas": {"kind": "linear_t"},
-            "steps": min(250, table.get("steps", 1000)),
-            "guidance": {"channels": 3} if latent else {},
+            "steps": min(250, table["steps"]),
         },
     }
-    config = parse(raw, origin)
-    return config, config.data_shape(num_classes)
+
+
+def _flow() -> dict[str, Any]:
+    """Diffusion and sampling of rectified flow, in even steps of its time."""
+    return {
+        "diffusion": {
+            "parametrization": {"kind": "flow"},
+            "c_noise": "flow_t",
+            "weighting": {"kind": "flow"},
+            "density": {"kind": "uniform_flow"},
+        },
+        "sampling": {
+            "sampler": {"kind": "heun"},
+            "sigmas": {"kind": "flow"},
+            "steps": FLOW_STEPS,
+            "sigma_min": 1 / (FLOW_STEPS - 1),  # time 1 / FLOW_STEPS, one step from the end
+            "sigma_max": FLOW_SIGMA_MAX,
+        },
+    }
 
 
 def learns_variance(channels: int, out_channels: int, origin: str) -> bool:

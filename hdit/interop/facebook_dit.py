@@ -1,8 +1,7 @@
-"""Facebook's DiT: the .pt of its release or its training, or its tensors in safetensors.
+"""Facebook's DiT and SiT: the .pt of a release or a training, or its tensors in safetensors.
 
-A bare state dict tells all of the model but the number of heads; the names of the paper's sizes
-(S, B, L, XL) do. No pickle is executed: argparse.Namespace, which its training saves, is the one
-class that is allowed.
+`facebook_form` says what their shapes and arguments tell. No pickle is executed: the one class that
+is allowed is argparse.Namespace, which their training saves.
 """
 
 from __future__ import annotations
@@ -15,19 +14,32 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
-from hdit.interop.contents import Contents, InteropError
-from hdit.interop.dit import check_dit, dit_spec, learns_variance, mlp_ratio, settings, side_of
-from hdit.interop.files import parse_json
+from hdit.interop import sit
+from hdit.interop.contents import Contents, InteropError, Told
+from hdit.interop.dit import check_dit, dit_spec
+from hdit.interop.facebook_form import HEADS, THEIRS, Form, form_of
+from hdit.interop.files import check_plain, unwrapped
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
+from hdit.interop.settings import Settings, read_table, shown
 from hdit.protocols import DataShape
-from hdit.spaces import LatentSpace
 
 KIND = "facebook-dit"
 MARK = "x_embedder.proj.weight"
 """A tensor that tells its checkpoints from others."""
 
-HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
-"""Of (width, depth): S, B, L and XL."""
+SETS = {
+    "ema": ("ema", "ema_state_dict", "model_ema"),
+    "model": ("model", "model_state_dict", "state_dict"),
+}
+"""Our names of sets of weights, and those of trainers' checkpoints."""
+
+ARGUMENTS = ("args", "config", "hyper_parameters")
+"""Where trainers' checkpoints keep their settings."""
+
+NO_NULL = (
+    "it was trained without a null class, whose row is the mean of all classes here: guidance and "
+    "samples without a class are not the model's"
+)
 
 
 def their_name(name: str) -> str:
@@ -56,112 +68,127 @@ def layout(config: RunConfig, data_shape: DataShape) -> Layout:
     return make_layout(config, data_shape, place)
 
 
-def _heads(
-    facts: dict[str, Any], num_heads: int | None, width: int, depth: int, origin: str
-) -> int:
-    """By what the file or the user says, or by the paper's sizes; else InteropError."""
-    told = facts.get("num_heads")
-    heads = told or num_heads or HEADS.get((width, depth))
-    if told and num_heads and told != num_heads:
-        raise InteropError(f"{origin}: has {told} heads, got num_heads = {num_heads}")
-    if heads is None:
-        raise InteropError(
-            f"{origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, and the "
-            "tensors do not tell the number of heads: give it with --num-heads (of `hdit convert`)"
-        )
-    return heads
-
-
-def from_shapes(
-    tensors: dict[str, Tensor], facts: dict[str, Any], num_heads: int | None, origin: str
-) -> tuple[RunConfig, DataShape]:
-    """The settings that the tensors' shapes tell. `facts` are those that came beside them."""
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise InteropError(f"{origin}: {name}: missing, so this is no DiT of facebook's")
-        found = tuple(tensors[name].shape)
-        if len(found) != axes:
-            raise InteropError(f"{origin}: {name}: must have {axes} axes, got {list(found)}")
-        return found
-
-    width, channels, p, _ = shape("x_embedder.proj.weight", 4)
-    size = side_of(shape("pos_embed", 3)[1], f"{origin}: pos_embed") * p
-    out_channels = shape("final_layer.linear.weight", 2)[0] // p**2
-    classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    hidden = shape("blocks.0.mlp.fc1.weight", 2)[0]
-    depth = len(blocks)
-    expected = {
-        "num_classes": classes,
-        "input_size": size,
-        "in_channels": channels,
-        "image_size": size * LatentSpace().factor,
-    }
-    for key, value in expected.items():
-        if key in facts and facts[key] != value:
-            raise InteropError(
-                f"{origin}: {key} is said to be {facts[key]}, but its tensors give {value}"
-                + (" and a null class" if key == "num_classes" else "")
-            )
-    model = {
-        "patch_size": p,
-        "depth": depth,
-        "width": width,
-        "num_heads": _heads(facts, num_heads, width, depth, origin),
-        "mlp_ratio": mlp_ratio(width, hidden),
-    }
-    learned = learns_variance(channels, out_channels, origin)
-    return settings(model, channels, size, classes, learned, origin)
-
-
 def read_sets(
-    path: Path,
-    sets: dict[str, dict[str, Tensor]],
-    facts: dict[str, Any],
-    num_heads: int | None,
+    path: Path, sets: dict[str, dict[str, Tensor]], facts: dict[str, Any], told: Told
 ) -> Contents:
     """The model of one or more of their state dicts, by name."""
-    config, shape = from_shapes(next(iter(sets.values())), facts, num_heads, str(path))
-    place = layout(config, shape)
-    ours = {name: gather(path, place, theirs, config, shape) for name, theirs in sets.items()}
+    sets = {name: unwrapped(path, theirs, (MARK,)) for name, theirs in sets.items()}
+    first = next(iter(sets.values()))
+    form = form_of(first, Settings(facts, str(path)), told)
+    for theirs in sets.values():
+        check_plain(path, {name: t for name, t in theirs.items() if THEIRS.fullmatch(name)})
+    config, shape = form.settings(str(path))
+    if config.diffusion.learned_variance and form.prediction is None:
+        _refuse_untrained(path, first, form)
+    place, notes = layout(config, shape), []
+    if form.prediction == "velocity":
+        notes.append(sit.NOTE)
+    if not form.has_null:
+        notes.append(NO_NULL)
+    assumed = form.assumed
+    if form.prediction is None and not config.diffusion.learned_variance:
+        assumed += (
+            f"{path}: does not tell what it predicts, which was taken for DiT's noise; if it is a "
+            "SiT, convert it with --prediction velocity",
+        )
+    ours = {
+        name: _our_set(path, theirs, form, place, config, shape) for name, theirs in sets.items()
+    }
     classes = tuple(str(i) for i in range(shape.num_classes))
-    return Contents(config, shape, classes, ours, f"{KIND} checkpoint {path.name}")
+    origin = f"{KIND} checkpoint {path.name}"
+    return Contents(config, shape, classes, ours, origin, notes=tuple(notes), assumed=assumed)
+
+
+def _our_set(
+    path: Path,
+    theirs: dict[str, Tensor],
+    form: Form,
+    place: Layout,
+    config: RunConfig,
+    shape: DataShape,
+) -> dict[str, Tensor]:
+    """The tensors by our names, with a null class and of our prediction."""
+    theirs, flow = dict(theirs), form.prediction == "velocity"
+    table = "y_embedder.embedding_table.weight"
+    if not form.has_null and table in theirs:
+        theirs[table] = torch.cat([theirs[table], theirs[table].mean(0, keepdim=True)])
+    if flow and form.out_channels == 2 * form.channels:
+        theirs |= {
+            name: sit.first_channels(theirs[name], form.channels, form.model["patch_size"])
+            for name in _last_layer(theirs, form)
+        }
+    ours = gather(path, place, theirs, config, shape)
+    return sit.as_flow(ours) if flow else ours
+
+
+def _last_layer(tensors: dict[str, Tensor], form: Form) -> list[str]:
+    """Names of the last layer's tensors, those that have the rows that they should."""
+    rows = form.out_channels * form.model["patch_size"] ** 2
+    names = (f"final_layer.linear.{part}" for part in ("weight", "bias"))
+    return [n for n in names if n in tensors and tensors[n].ndim and len(tensors[n]) == rows]
+
+
+def _refuse_untrained(path: Path, tensors: dict[str, Tensor], form: Form) -> None:
+    """Raises InteropError where what would be a variance was never trained: as in a SiT."""
+    p, names = form.model["patch_size"], _last_layer(tensors, form)
+    if names and all(sit.is_untrained(tensors[n], form.channels, p) for n in names):
+        raise InteropError(
+            f"{path}: the half of its last layer that predicts DiT's variance was never trained, "
+            "as in a SiT: if it is one of path_type 'Linear' and prediction 'velocity', convert it "
+            "with --prediction velocity; if it predicts the noise, with --prediction noise"
+        )
 
 
 def read_safetensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], num_heads: int | None
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], told: Told
 ) -> Contents:
     """The model of a file's tensors, and of the arguments in its metadata if there are any."""
     text = metadata.get("config")
-    facts = parse_json(text, str(path)) if text else {}
-    return read_sets(path, {"given": tensors}, facts, num_heads)
+    facts = read_table(text, f"{path}: config in the metadata") if text else {}
+    return read_sets(path, {"given": tensors}, facts, told)
 
 
-def read_pickled(path: Path, saved: Any, num_heads: int | None) -> Contents:
-    """The model of what torch.load gave: a state dict, or their trainer's dict of several."""
-    facts: dict[str, Any] = {}
-    if isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "model_ema" in saved:
+def read_pickled(path: Path, saved: Any, told: Told) -> Contents:
+    """The model of what torch.load gave: a state dict, or a trainer's dict of several."""
+    if not isinstance(saved, dict):
+        raise InteropError(f"{path}: is no state dict of tensors, but {type(saved).__name__}")
+    if isinstance(saved.get("config"), dict) and "model_ema" in saved:
         raise InteropError(
             f"{path}: is a training checkpoint of k-diffusion; its convert_for_inference.py makes "
             "the .safetensors file that is read here"
         )
-    sets = {"given": saved}
-    if isinstance(saved, dict) and not _is_state(saved) and ("ema" in saved or "model" in saved):
-        args = saved.get("args")
-        facts = dict(vars(args)) if isinstance(args, Namespace) else {}
-        facts.pop("num_heads", None)  # not among their arguments
-        sets = {name: saved[name] for name in ("ema", "model") if name in saved}
-    for tensors in sets.values():
-        if not _is_state(tensors):
-            raise InteropError(f"{path}: is no state dict of tensors, but {type(tensors).__name__}")
-    return read_sets(path, sets, facts, num_heads)
+    found = {
+        name: (key, saved[key])
+        for name, keys in SETS.items()
+        if (key := next((k for k in keys if isinstance(saved.get(k), dict)), None))
+    }
+    if not found:
+        return read_sets(path, {"given": _state(path, "", saved)}, {}, told)
+    sets = {name: _state(path, f"{key}: ", held) for name, (key, held) in found.items()}
+    return read_sets(path, sets, _arguments(path, saved), told)
 
 
-def _is_state(saved: Any) -> bool:
-    return isinstance(saved, dict) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in saved.items()
-    )
+def _arguments(path: Path, saved: dict[Any, Any]) -> dict[str, Any]:
+    """Those of the trainer, a namespace or a dict."""
+    key = next((key for key in ARGUMENTS if saved.get(key) is not None), None)
+    args = saved[key] if key else {}
+    facts = vars(args) if isinstance(args, Namespace) else args
+    if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
+        raise InteropError(f"{path}: {key}: must be a table of settings, got {shown(args)}")
+    return facts
+
+
+def _state(path: Path, where: str, saved: dict[Any, Any]) -> dict[str, Tensor]:
+    """A dict of tensors by name, not empty; else InteropError with what is there."""
+    for name, value in saved.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            kind = type(value).__name__
+            raise InteropError(
+                f"{path}: {where}is no state dict of tensors: it has {shown(name)}, a {kind}"
+            )
+    if not saved:
+        raise InteropError(f"{path}: {where}is no state dict of tensors: it is empty")
+    return saved
 
 
 def write(model: Contents, path: Path) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""Foreign files, read without executing them, and their settings."""
+"""Foreign files of tensors, read without executing them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,16 +21,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InteropError(f"{path}: no safetensors file, or damaged: {error}") from None
 
 
 def read_pickle(path: Path) -> Any:
     """Tensors and plain data of a file of torch.save; argparse.Namespace is the one class allowed.
 
-    Raises InteropError where it is damaged, or a pickle that would call anything else.
+    Raises InteropError where it is damaged, compressed, or a pickle that would call anything else.
     """
     try:
+        _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a pickle protocol that is not its own
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -39,9 +40,9 @@ def read_pickle(path: Path) -> Any:
             f"{path}: refused: damaged, or a pickle of more than tensors and plain data, which "
             f"could execute code: {_reason(error)}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (FileNotFoundError, InteropError):
+        raise
+    except Exception as error:  # a damaged pickle ends in any of Python's
         raise InteropError(f"{path}: no file of torch.save, or damaged: {error}") from None
 
 
@@ -49,87 +50,55 @@ def _reason(error: UnpicklingError) -> str:
     """What torch says of the file, without what it advises."""
     advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
     lines = [line for line in str(error).splitlines() if line and not line.startswith(advice)]
-    return " ".join(lines) or str(error)
+    return f"{' '.join(lines) or error!s:.500}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises InteropError where it is none."""
-    return parse_json(path.read_bytes(), str(path))
+def _refuse_compressed(path: Path) -> None:
+    """Raises InteropError for a zip that unpacks to more than it holds, as no torch.save writes."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise InteropError(
+            f"{path}: refused: is compressed, and unpacks to {unpacked:,} bytes; save it anew with "
+            "torch.save, which does not compress"
+        )
 
 
-def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
-    """A JSON object. Raises InteropError where it is none."""
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise InteropError(f"{origin}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InteropError(f"{origin}: must be a JSON object, got {type(raw).__name__}")
-    return raw
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Modules that wrap another one, and put their name before its parameters'."""
 
 
-class Settings:
-    """A table of someone else's settings, which remembers what was read of it; null is absent."""
+def unwrapped(path: Path, tensors: dict[str, Tensor], marks: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors by their names without what wrappers of the model put into them.
 
-    def __init__(self, raw: dict[str, Any], origin: str, path: str = ""):
-        self.raw, self.origin, self.path = raw, origin, path
-        self.read: set[str] = set()
-        self.tables: dict[str, Settings] = {}
+    These are the names of torch.compile, FSDP and checkpointing anywhere, and one prefix of all
+    names, such as "module." of DDP, which is what comes before one of `marks`. Raises InteropError
+    where two names become one.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if short in plain:
+            raise InteropError(f"{path}: has two tensors {short}, one with a wrapper in its name")
+        plain[short] = tensor
+    plain.pop("n_averaged", None)  # of torch's AveragedModel
+    for name in plain:
+        if (mark := next((m for m in marks if name.endswith(f".{m}")), None)) is not None:
+            prefix = name.removesuffix(mark)
+            if all(other.startswith(prefix) for other in plain):
+                return {other.removeprefix(prefix): t for other, t in plain.items()}
+    return plain
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a setting, or `default` where it is absent."""
-        self.read.add(key)
-        value = self.raw.get(key)
-        return default if value is None else value
 
-    def need(self, key: str) -> Any:
-        """The value of a setting. Raises InteropError where it is absent."""
-        value = self.get(key)
-        if value is None:
-            raise self.error(key, "missing")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        """A number, as it came; `need`ed where it has no default."""
-        value = self.need(key) if default is None else self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, f"must be a number, got {value!r}")
-        return value
-
-    def list(self, key: str, length: int | None = None, default: Any = None) -> list[Any]:
-        """A list, of one length where that is known."""
-        value = self.get(key, default)
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            wanted = "a list" if length is None else f"a list of {length}"
-            raise self.error(key, f"must be {wanted}, got {value!r}")
-        return value
-
-    def table(self, key: str) -> Settings:
-        """The table under a key, empty if absent."""
-        value = self.get(key, {})
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be a table, got {value!r}")
-        return self.of(value, key)
-
-    def of(self, value: dict[str, Any], key: str) -> Settings:
-        """A table that lies under a key, whatever is between."""
-        if key not in self.tables:
-            self.tables[key] = Settings(value, self.origin, f"{self.path}{key}.")
-        return self.tables[key]
-
-    def fixed(self, key: str, *allowed: Any) -> None:
-        """Raises InteropError unless the setting is one of those, or absent."""
-        if (value := self.get(key, allowed[0])) not in allowed:
-            wanted = " or ".join(map(repr, allowed))
-            raise self.error(key, f"{value!r} has no counterpart here, {wanted} has")
-
-    def error(self, key: str, text: str) -> InteropError:
-        """An error, to raise, that names the file and the key."""
-        return InteropError(f"{self.origin}: {self.path}{key}: {text}")
-
-    def unread(self) -> dict[str, Any]:
-        """What was not read, by its path."""
-        own = {f"{self.path}{k}": v for k, v in self.raw.items() if k not in self.read}
-        for table in self.tables.values():
-            own |= table.unread()
-        return own
+def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises InteropError for a tensor that is no plain array of floats, all of it in the file."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise InteropError(f"{path}: {name}: is sparse, quantized or without values")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:  # float8 needs its scales
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InteropError(f"{path}: {name}: must hold floats of 16 bits or more, got {kind}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InteropError(f"{path}: {name}: is larger than what the file holds of it")

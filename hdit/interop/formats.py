@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hdit.interop import diffusers_dit, facebook_dit, k_diffusion
-from hdit.interop.contents import Contents, InteropError
-from hdit.interop.files import read_json, read_pickle, read_safetensors
+from hdit.interop.contents import Contents, InteropError, Told
+from hdit.interop.files import read_pickle, read_safetensors, unwrapped
+from hdit.names import printable
+from hdit.reading import read_object
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -32,24 +34,25 @@ FORMATS = {
 def is_foreign(path: Path) -> bool:
     """Whether a file's suffix, or a folder's config.json, is that of another project's model."""
     if not path.is_dir():
-        return path.is_file() and path.suffix in SUFFIXES
+        return path.is_file() and path.suffix.lower() in SUFFIXES
     folder = diffusers_dit.find_folder(path)
-    return folder is not None and "_class_name" in read_json(folder / "config.json")
+    return folder is not None and "_class_name" in read_object(folder / "config.json")
 
 
-def read(path: Path, num_heads: int | None = None) -> Contents:
+def read(path: Path, told: Told) -> Contents:
     """The model of another project's file, or folder of diffusers, that is there.
 
-    `num_heads` is that of a DiT whose file does not tell. Raises InteropError if it cannot be read.
+    `told` is what a DiT's file does not tell. Raises UserError if it cannot be read.
     """
-    if path.suffix in PICKLES and path.is_file():
-        return facebook_dit.read_pickled(path, read_pickle(path), num_heads)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _read_safetensors(path, num_heads)
-    refuse_heads(num_heads, path)
+    suffix = path.suffix.lower()
+    if suffix in PICKLES and path.is_file():
+        return facebook_dit.read_pickled(path, read_pickle(path), told)
+    if suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path, told)
+    told.refuse(path)
     if path.is_dir():
         return diffusers_dit.read(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         raise InteropError(
             f"{path}: is a config without weights; `hdit convert` makes a .toml config of it"
         )
@@ -59,21 +62,16 @@ def read(path: Path, num_heads: int | None = None) -> Contents:
     )
 
 
-def _read_safetensors(path: Path, num_heads: int | None) -> Contents:
+def _read_safetensors(path: Path, told: Told) -> Contents:
     tensors, metadata = read_safetensors(path)
+    tensors = unwrapped(path, tensors, (facebook_dit.MARK, k_diffusion.MARK))
     if facebook_dit.MARK in tensors:
-        return facebook_dit.read_safetensors(path, tensors, metadata, num_heads)
-    refuse_heads(num_heads, path)
+        return facebook_dit.read_safetensors(path, tensors, metadata, told)
+    told.refuse(path)
     if k_diffusion.MARK in tensors or "config" in metadata:
         return k_diffusion.read(path, tensors, metadata)
-    some = ", ".join(list(tensors)[:4])
+    some = ", ".join(printable(name) for name in list(tensors)[:4])
     raise InteropError(
         f"{path}: holds no model that is known: neither {k_diffusion.MARK} (k-diffusion) nor "
         f"{facebook_dit.MARK} (DiT) is among its tensors ({some}, ...)"
     )
-
-
-def refuse_heads(num_heads: int | None, path: Path) -> None:
-    """Raises InteropError if `num_heads` is given for a model that tells it."""
-    if num_heads is not None:
-        raise InteropError(f"{path}: tells the number of heads; leave --num-heads out")

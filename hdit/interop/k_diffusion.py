@@ -27,10 +27,12 @@ from hdit.diffusion.densities import (
 )
 from hdit.diffusion.weighting import EDMWeight, EpsWeight, SoftMinSNR, Weighting
 from hdit.interop.contents import Contents, InteropError, check_held
-from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
+from hdit.interop.settings import Settings, read_table
 from hdit.models import HDiTSpec
+from hdit.names import escape, printable
 from hdit.protocols import DataShape, Spec
+from hdit.reading import read_object
 from hdit.tensors import save_tensors
 
 KIND = "k-diffusion"
@@ -74,6 +76,10 @@ SCHEDULES = {
     "inverse": ("warmup", "inv_gamma", "power", "min_lr"),
     "exponential": ("warmup", "num_steps", "decay", "min_lr"),
 }
+LOSSES = ("karras", "simple")
+DEEPEST = 1000
+"""Blocks of a level; more would take hours to build before the file is seen not to have them."""
+
 INERT = {
     "model.augment_wrapper": False,
     "model.skip_stages": 0,
@@ -95,28 +101,30 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
     top = Settings(raw, origin)
     m = top.table("model")
     m.fixed("type", "image_transformer_v2")
-    if m.get("has_variance"):
+    if m.flag("has_variance", False):
         raise m.error("has_variance", "a predicted variance has no counterpart here")
     dataset = top.table("dataset")
-    height, width = m.list("input_size", 2)
-    channels, sigma_data = m.number("input_channels"), float(m.number("sigma_data", 1.0))
-    shape = DataShape(channels, height, width, dataset.number("num_classes", 0), sigma_data)
-    sigma_min, sigma_max = float(m.number("sigma_min")), float(m.number("sigma_max"))
+    size = m.entries("input_size", 2)
+    height, width = (size.integer(axis, low=1) for axis in ("0", "1"))
+    channels = m.integer("input_channels", low=1)
+    sigma_data = m.number("sigma_data", 1.0, low=1e-6, high=1e6)
+    shape = DataShape(channels, height, width, dataset.integer("num_classes", 0), sigma_data)
+    sigma_min, sigma_max = (m.number(key, low=0) for key in ("sigma_min", "sigma_max"))
     notes: list[str] = []
     config = parse(
         {
             "data": {
                 "kind": "folder",
-                "path": str(dataset.get("location", "images")),
+                "path": escape(dataset.text("location", "images")),
                 "size": [height, width],
                 "channels": channels if channels in (1, 3) else 3,
-                "augment": m.number("augment_prob", 0),
+                "augment": m.number("augment_prob", 0.0),
                 "crop": "shorter_side",
-                "flip": m.number("augment_prob", 0) > 0,  # theirs mirrors as part of it
+                "flip": m.number("augment_prob", 0.0) > 0,  # theirs mirrors as part of it
             },
             "space": {"kind": "pixel", "sigma_data": sigma_data},
             "model": _model(m),
-            "diffusion": _diffusion(m, shape, sigma_min, sigma_max),
+            "diffusion": _diffusion(m, shape, sigma_min, sigma_max, notes),
             "training": _training(top, notes),
             "sampling": {
                 "sampler": {"kind": "dpmpp_2m_sde", "eta": 0.0, "solver": "heun"},
@@ -128,73 +136,78 @@ def from_config(raw: dict[str, Any], origin: str) -> tuple[RunConfig, DataShape,
         },
         origin,
     )
-    for path, value in top.unread().items():
-        if path not in INERT or INERT[path] != value:
-            notes.append(f"{path} = {json.dumps(value)} has no counterpart, and was left out")
-    return config, shape, tuple(notes)
+    return config, shape, (*notes, *top.left_out(INERT))
 
 
-def _diffusion(m: Settings, shape: DataShape, sigma_min: float, sigma_max: float) -> dict[str, Any]:
+def _diffusion(
+    m: Settings, shape: DataShape, sigma_min: float, sigma_max: float, notes: list[str]
+) -> dict[str, Any]:
+    simple = m.one_of("loss_config", LOSSES, "karras") == "simple"
+    scales = m.integer("loss_scales", 1)
+    if simple and scales != 1:
+        notes.append(f"model.loss_scales = {scales} was left out: their loss 'simple' ignores it")
+        scales = 1
     diffusion: dict[str, Any] = {
         "parametrization": {"kind": "edm"},
         "c_noise": "log_quarter",
-        "weighting": _weighting(m, shape.sigma_data),
-        "loss_scales": m.get("loss_scales", 1),
+        "weighting": _weighting(m, simple, shape.sigma_data),
+        "loss_scales": scales,
     }
-    if m.raw.get("sigma_sample_density") is not None:
+    if m.has("sigma_sample_density"):
         size = max(shape.height, shape.width)
         diffusion["density"] = _density(m, sigma_min, sigma_max, size, shape.sigma_data)
     return diffusion
 
 
 def _model(m: Settings) -> dict[str, Any]:
-    widths = m.list("widths")
-    n = len(widths)
-    depths = m.list("depths", n)
-    d_ffs = m.list("d_ffs", n, default=[None] * n)
-    patch = m.list("patch_size", 2)
-    if patch[0] != patch[1]:
-        raise m.error("patch_size", f"must be square, got {patch}")
-    dropout = m.get("dropout_rate", 0.0)
-    rates = m.list("dropout_rate", n) if isinstance(dropout, list) else [dropout] * n
-    last = [{"type": "neighborhood"}] * (n - 1) + [{"type": "global"}]
+    widths = m.entries("widths")
+    keys = list(widths.raw)
+    depths = m.entries("depths", len(keys))
+    d_ffs = m.entries("d_ffs", len(keys)) if m.has("d_ffs") else None
+    patch = m.entries("patch_size", 2)
+    p, q = (patch.integer(axis, low=1) for axis in ("0", "1"))
+    if p != q:
+        raise m.error("patch_size", f"must be square, got {[p, q]}")
+    each = isinstance(m.raw.get("dropout_rate"), list)
+    dropout = m.entries("dropout_rate", len(keys)) if each else m
+    attention = m.entries("self_attns", len(keys)) if m.has("self_attns") else None
     levels = []
-    for i, spec in enumerate(m.list("self_attns", n, default=last)):
-        if not isinstance(spec, dict):
-            raise m.error(f"self_attns.{i}", f"must be a table, got {spec!r}")
-        table = m.of(spec, f"self_attns.{i}")
-        level = {"depth": depths[i], "width": widths[i], "attention": _attention(table)}
-        level["dropout"] = rates[i]
-        levels.append(level | ({"d_ff": d_ffs[i]} if d_ffs[i] else {}))
-    width = m.number("mapping_width", 256)
-    mapping = {"depth": m.get("mapping_depth", 2), "width": width}
-    mapping["d_ff"] = m.get("mapping_d_ff") or 3 * width
-    mapping["dropout"] = m.get("mapping_dropout_rate", 0.0)
+    for key in keys:
+        default = {"kind": "global" if key == keys[-1] else "neighborhood"}
+        level = {
+            "depth": depths.integer(key, high=DEEPEST),
+            "width": widths.integer(key),
+            "attention": _attention(attention.table(key)) if attention else default,
+            "dropout": dropout.number(key if each else "dropout_rate", 0.0),
+        }
+        d_ff = d_ffs.integer(key, 0) if d_ffs else 0
+        levels.append(level | ({"d_ff": d_ff} if d_ff else {}))
+    width = m.integer("mapping_width", 256)
     return {
         "kind": "hdit",
-        "patch_size": patch[0],
+        "patch_size": p,
         "levels": levels,
-        "mapping": mapping,
-        "vector_width": m.get("mapping_cond_dim", 0),
+        "mapping": {
+            "depth": m.integer("mapping_depth", 2, high=DEEPEST),
+            "width": width,
+            "d_ff": m.integer("mapping_d_ff", 0) or 3 * width,
+            "dropout": m.number("mapping_dropout_rate", 0.0),
+        },
+        "vector_width": m.integer("mapping_cond_dim", 0),
     }
 
 
 def _attention(table: Settings) -> dict[str, Any]:
-    kind = table.need("type")
-    if kind not in ATTENTION:
-        raise table.error("type", f"must be one of {', '.join(ATTENTION)}, got {kind!r}")
-    ours, keys = ATTENTION[kind]
-    given = {key: table.get(key) for key in keys if table.get(key) is not None}
+    ours, keys = ATTENTION[table.one_of("type", tuple(ATTENTION))]
+    given = {key: table.integer(key, None, low=1) for key in keys if key != "window_size"}
     if "window_size" in keys:
-        table.need("window_size")
-    return {"kind": ours, **given}
+        given["window_size"] = table.integer("window_size", low=1)
+    return {"kind": ours, **{key: value for key, value in given.items() if value is not None}}
 
 
-def _weighting(m: Settings, sigma_data: float) -> dict[str, Any]:
-    m.fixed("loss_config", "karras", "simple")
-    m.fixed("loss_weighting", *WEIGHTINGS)
-    name = m.get("loss_weighting", "karras")
-    if m.get("loss_config", "karras") == "simple":  # the error of eps, whatever the weighting says
+def _weighting(m: Settings, simple: bool, sigma_data: float) -> dict[str, Any]:
+    name = m.one_of("loss_weighting", tuple(WEIGHTINGS), "karras")
+    if simple:  # the error of eps, whatever the weighting says
         name = "snr"
     weighting = WEIGHTINGS[name].model_dump(exclude_none=True)
     return weighting | ({"gamma": sigma_data**-2} if name == "soft-min-snr" else {})
@@ -204,13 +217,10 @@ def _density(
     m: Settings, sigma_min: float, sigma_max: float, size: int, sigma_data: float
 ) -> dict[str, Any]:
     d = m.table("sigma_sample_density")
-    kind = d.need("type")
-    if kind not in DENSITIES:
-        raise d.error("type", f"must be one of {', '.join(DENSITIES)}, got {kind!r}")
-    ours, names = DENSITIES[kind]
+    ours, names = DENSITIES[d.one_of("type", tuple(DENSITIES))]
     found: dict[str, Any] = {"kind": ours}
     for key, theirs in names.items():
-        values = [value for name in theirs if (value := d.get(name)) is not None]
+        values = [value for name in theirs if (value := d.number(name, None)) is not None]
         if values:
             found[key] = values[0]
     ends = {
@@ -220,60 +230,65 @@ def _density(
         "cosine_interpolated": (min(sigma_min, 1e-3), max(sigma_max, 1e3)),
     }
     if ours in ends:
-        low, high = (d.get(f"{end}_value", ends[ours][i]) for i, end in enumerate(("min", "max")))
+        low, high = (
+            d.number(f"{end}_value", ends[ours][i]) for i, end in enumerate(("min", "max"))
+        )
         found |= {} if not low else {"sigma_min": low}
         found |= {} if high is None else {"sigma_max": high}
     if ours == "loglogistic":
         found.setdefault("loc", math.log(sigma_data))
     if ours == "cosine_interpolated":
-        image_d = d.number("image_d", size)
-        if image_d <= 0:
-            raise d.error("image_d", f"must be greater than 0, got {image_d:g}")
-        scale = size / image_d  # only the ratios matter
-        found["noise_d_low"] = float(d.number("noise_d_low", 32)) * scale
-        found["noise_d_high"] = float(d.number("noise_d_high", size)) * scale
+        scale = size / d.number("image_d", size, low=1e-6)  # only the ratios matter
+        found["noise_d_low"] = d.number("noise_d_low", 32.0) * scale
+        found["noise_d_high"] = d.number("noise_d_high", size) * scale
     return found
 
 
 def _training(top: Settings, notes: list[str]) -> dict[str, Any]:
-    optimizer: dict[str, Any] = {}
-    o, schedule, ema = top.table("optimizer"), top.table("lr_sched"), top.table("ema_sched")
-    if o.get("type", "adamw") == "adamw":
-        optimizer = {
-            "lr": float(o.number("lr", 5e-4)),
-            "betas": o.list("betas", 2, default=[0.9, 0.99]),
-            "eps": float(o.number("eps", 1e-8)),
-            "weight_decay": float(o.number("weight_decay", 1e-4)),
-        }
-    else:
-        notes.append(
-            f"optimizer.type = {o.get('type')!r} has no counterpart; adamw takes its place"
-        )
-    kind = schedule.get("type", "constant")
-    if kind in SCHEDULES:
-        given = {key: schedule.get(key) for key in SCHEDULES[kind]}
-        if kind == "exponential":
-            given["steps"] = given.pop("num_steps")
-        given = {key: value for key, value in given.items() if value is not None}
-        optimizer["schedule"] = {"kind": kind, **given}
-    else:
-        notes.append(f"lr_sched.type = {kind!r} has no counterpart; a constant takes its place")
-    averaging = {}
-    if ema.get("type", "inverse") == "inverse":
-        names = {"power": ("power", 0.6667), "inv_gamma": ("inv_gamma", 1.0)}
-        averaging = {ours: float(ema.number(name, d)) for ours, (name, d) in names.items()}
-        averaging["max_decay"] = float(ema.number("max_value", 0.9999))
-    else:
-        notes.append(
-            f"ema_sched.type = {ema.get('type')!r} has no counterpart; ours takes its place"
-        )
     return {
         "images": 64_000_000,
         "checkpoint_every": 640_000,
         "batch_size": 64,
-        "label_dropout": float(top.table("dataset").number("cond_dropout_rate", 0.1)),
-        "optimizer": optimizer,
-        "ema": averaging,
+        "label_dropout": top.table("dataset").number("cond_dropout_rate", 0.1),
+        "optimizer": _optimizer(top.table("optimizer"), notes) | _lr_schedule(top, notes),
+        "ema": _averaging(top.table("ema_sched"), notes),
+    }
+
+
+def _optimizer(o: Settings, notes: list[str]) -> dict[str, Any]:
+    if (kind := o.text("type", "adamw")) != "adamw":
+        notes.append(f"optimizer.type = {kind!r} has no counterpart; adamw takes its place")
+        return {}
+    betas = o.entries("betas", 2) if o.has("betas") else None
+    return {
+        "lr": o.number("lr", 5e-4),
+        "betas": [betas.number(key) for key in ("0", "1")] if betas else [0.9, 0.99],
+        "eps": o.number("eps", 1e-8),
+        "weight_decay": o.number("weight_decay", 1e-4),
+    }
+
+
+def _lr_schedule(top: Settings, notes: list[str]) -> dict[str, Any]:
+    schedule = top.table("lr_sched")
+    kind = schedule.text("type", "constant")
+    if kind not in SCHEDULES:
+        notes.append(f"lr_sched.type = {kind!r} has no counterpart; a constant takes its place")
+        return {}
+    names = {"num_steps": "steps"}
+    given = {names.get(key, key): schedule.number(key, None) for key in SCHEDULES[kind]}
+    return {
+        "schedule": {"kind": kind} | {key: v for key, v in given.items() if v is not None},
+    }
+
+
+def _averaging(ema: Settings, notes: list[str]) -> dict[str, Any]:
+    if (kind := ema.text("type", "inverse")) != "inverse":
+        notes.append(f"ema_sched.type = {kind!r} has no counterpart; ours takes its place")
+        return {}
+    return {
+        "power": ema.number("power", 0.6667),
+        "inv_gamma": ema.number("inv_gamma", 1.0),
+        "max_decay": ema.number("max_value", 0.9999),
     }
 
 
@@ -286,7 +301,7 @@ def config_to_toml(path: Path, raw: dict[str, Any]) -> tuple[str, tuple[str, ...
     )
     if config.data_shape(0).channels != shape.channels:
         notes += (f"model.input_channels = {shape.channels} was left out: images have 1 or 3",)
-    head = [f"Made of k-diffusion's {path.name} by `hdit convert`.", *notes]
+    head = [f"Made of k-diffusion's {printable(path.name)} by `hdit convert`.", *notes]
     comment = "".join(f"# {line}\n" for line in head)
     table = config.model_dump(mode="json", exclude_none=True)
     return f"{comment}\n{tomli_w.dumps(table)}", notes
@@ -447,7 +462,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Co
             f"{path}: has no config in its metadata, where k-diffusion's convert_for_inference.py "
             "writes it"
         )
-    raw = parse_json(metadata["config"], f"{path}: config in the metadata")
+    raw = read_table(metadata["config"], f"{path}: config in the metadata")
     config, shape, notes = from_config(raw, f"{path}: config in the metadata")
     ours = gather(path, layout(config, shape), tensors, config, shape)
     classes = tuple(str(i) for i in range(shape.num_classes))
@@ -457,7 +472,7 @@ def read(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Co
 
 def read_config(path: Path) -> dict[str, Any]:
     """Their config in a JSON file."""
-    raw = read_json(path)
+    raw = read_object(path)
     if not isinstance(raw.get("model"), dict):
         raise InteropError(f"{path}: is no config of k-diffusion: it has no model table")
     return raw

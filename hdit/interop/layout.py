@@ -13,7 +13,9 @@ from torch import Tensor
 from hdit import models
 from hdit.config import RunConfig
 from hdit.interop.contents import InteropError
+from hdit.interop.files import check_plain
 from hdit.protocols import DataShape
+from hdit.tensors import check_finite
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -85,10 +87,13 @@ def gather(
 ) -> dict[str, Tensor]:
     """Our tensors from theirs, in their dtypes; `computed` are those that the format leaves out.
 
-    Raises UserError with each tensor that is missing, unknown or misshapen, or a copy that differs.
+    Raises UserError with each tensor that is missing, unknown or misshapen, with one that is no
+    array of floats, or with a copy that differs; NotFiniteError for one that is not finite.
     """
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     check_shapes(path, found, foreign_shapes(layout))
+    check_plain(path, tensors)
+    check_finite(tensors, str(path), "its training diverged or the file is damaged; take another")
     shapes = expected_shapes(config, shape)
     ours = {}
     for name, place in layout.items():

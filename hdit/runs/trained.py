@@ -14,7 +14,8 @@ from hdit.config import RunConfig
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
-from hdit.interop import Contents, InteropError, formats
+from hdit.interop import Contents, formats
+from hdit.interop.contents import Told
 from hdit.models import BackboneModule
 from hdit.protocols import DataShape, Space
 from hdit.runs import export
@@ -41,21 +42,26 @@ class Trained:
         warn: Callable[[str], None] = log.warning,
         *,
         num_heads: int | None = None,
+        num_classes: int | None = None,
+        prediction: str | None = None,
     ) -> Trained:
         """The model of a run (its newest checkpoint), a checkpoint, a converted folder, or another
         project's: a .safetensors file of k-diffusion, a .pt of DiT, a folder of diffusers.
 
-        `warn` hears of damaged checkpoints that were passed over. `num_heads` is that of a DiT
-        whose file does not tell. Raises UserError where it cannot be read, or its weights are not
-        finite.
+        `warn` hears of damaged checkpoints that were passed over, and of what was assumed of a DiT
+        whose file does not tell; `num_heads`, `num_classes` and `prediction` tell it. Raises
+        UserError where it cannot be read, or its weights are not finite.
         """
-        path = Path(path)
+        path, told = Path(path), Told(num_heads, num_classes, prediction)
         if path.is_dir() and export.is_export(path):
-            formats.refuse_heads(num_heads, path)
+            told.refuse(path)
             return cls.of(export.read(path, warn), path)
         if path.is_file() or formats.is_foreign(path):
-            return cls.of(formats.read(path, num_heads), path)
-        formats.refuse_heads(num_heads, path)
+            held = formats.read(path, told)
+            for text in held.assumed:
+                warn(text)
+            return cls.of(held, path)
+        told.refuse(path)
         return cls._of_checkpoint(find(path, warn))
 
     @classmethod
@@ -170,5 +176,5 @@ def is_trained(path: Path) -> bool:
         return True
     try:
         return formats.is_foreign(path)
-    except InteropError:  # a config.json that is nothing of ours
+    except UserError:  # a config.json that is nothing of ours
         return False

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from hdit.errors import UserError
+from hdit.hub import asking, first_line
+from hdit.names import path_of
 from hdit.protocols import NormalNoise
+from hdit.reading import read_object
 from hdit.spaces.pixel import from_pixels, to_pixels
 from hdit.tensors import NotFiniteError, check_finite
 
@@ -116,35 +119,62 @@ def _per_channel(values: Any, device: torch.device) -> Tensor:
     return tensor[:, None, None] if tensor.ndim else tensor
 
 
+FIX = "name a folder that has it: --set space.vae=FOLDER"
+
+
 def _load(name: str) -> Any:
     """The model, on the CPU in float32. No pickle is read."""
     try:
-        from diffusers import AutoencoderKL
-        from diffusers.utils import logging as messages
+        import diffusers
     except ImportError as error:
         raise UserError(
             f"space.vae: {name!r} needs the package diffusers ({error}); "
             "pip install 'hdit[latent]' has it"
         ) from None
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     where = f"space.vae: {name!r}"
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             inside = " (its folder vae has)" if (folder / "vae" / "config.json").is_file() else ""
             raise UserError(f"{where} has no config.json, as an AutoencoderKL of diffusers{inside}")
-        name = str(folder)
-    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        read_object(folder / "config.json")  # refuses what diffusers would wait for, or drown in
+        return _open(diffusers, str(folder), where, _variant(folder))
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UserError(f"{where} does not exist (seen from {Path.cwd()})")
+    with asking(where, name, "model", FIX):
+        return _open(diffusers, name, where)
+
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights in a folder that has them in less precision alone, or None."""
+    plain = f"{WEIGHTS}.safetensors"
+    if any((folder / name).is_file() for name in (plain, f"{plain}.index.json")):
+        return None
+    for variant in ("fp32", "bf16", "fp16"):
+        names = (f"{WEIGHTS}.{variant}.safetensors", f"{plain}.index.{variant}.json")
+        if any((folder / name).is_file() for name in names):
+            return variant
+    return None
+
+
+def _open(diffusers: Any, name: str, where: str, variant: str | None = None) -> Any:
+    """The model of a folder, or of a name on the hub. Raises UserError where it is not whole."""
+    messages = diffusers.utils.logging
     verbosity = messages.get_verbosity()
     messages.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):  # of diffusers' own calls
-            config = AutoencoderKL.load_config(name)
+            config = diffusers.AutoencoderKL.load_config(name)
             if config.get("_class_name") != "AutoencoderKL":
                 raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL")
-            model, found = AutoencoderKL.from_pretrained(
+            _check_config(config)
+            model, found = diffusers.AutoencoderKL.from_pretrained(
                 name,
                 use_safetensors=True,
+                variant=variant,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
@@ -154,10 +184,50 @@ def _load(name: str) -> Any:
                     raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, keys))}")
             return model
     except Exception as error:  # of files, of the network, of the hub
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{where} cannot be loaded: {first_line(error)}") from error
     finally:
         messages.set_verbosity(verbosity)
+
+
+LARGEST = {
+    "in_channels": 64,
+    "latent_channels": 4096,
+    "layers_per_block": 64,
+    "norm_num_groups": 4096,
+}
+"""Of a VAE's whole numbers; more would take all memory before the weights are seen not to fit."""
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raises ValueError with the first setting of a VAE's config that is no such thing."""
+    wanted = {key: (_is_count(limit), f"1 to {limit}") for key, limit in LARGEST.items()}
+    sizes = _each(_is_count(2**14))
+    wanted |= {
+        "block_out_channels": (lambda v: sizes(v) and len(v) <= 16, "a list of up to 16 sizes"),
+        "scaling_factor": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+        "shift_factor": (_is_number, "a number"),
+        "latents_mean": (_each(_is_number), "a list of numbers"),
+        "latents_std": (_each(lambda v: _is_number(v) and v > 0), "a list of numbers above 0"),
+    }
+    for key, (fits, text) in wanted.items():
+        if config.get(key) is not None and not fits(config[key]):
+            raise ValueError(f"{key} in its config.json must be {text}, got {config[key]!r:.60}")
+    channels = config.get("latent_channels", 4)
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None and len(config[key]) != channels:
+            raise ValueError(f"{key} in its config.json must have {channels} numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # neither NaN nor infinite
+
+
+def _is_count(limit: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and 1 <= value <= limit
+
+
+def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
 def _identity(model: Any) -> str:

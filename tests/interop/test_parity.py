@@ -10,7 +10,10 @@ from hdit.diffusion.guidance import cfg
 from hdit.diffusion.samplers import ddim
 from hdit.diffusion.sigmas import LinearT
 from hdit.interop import facebook_dit, k_diffusion
+from hdit.interop.contents import Told
+from hdit.interop.facebook_form import form_of
 from hdit.interop.layout import foreign_shapes
+from hdit.interop.settings import Settings
 from hdit.nn.attention import Global, SelfAttention
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import NULL_LABEL, Cond
@@ -224,7 +227,7 @@ def test_flowers_names_and_shapes_are_those_of_k_diffusion():
 def test_dit_s_2_names_shapes_and_order_are_those_of_facebook():
     expected = {name: tuple(s) for name, s in load("dit_s2_state_dict_keys.json")}
     theirs = {name: torch.empty(s, device="meta") for name, s in expected.items()}
-    config, shape = facebook_dit.from_shapes(theirs, {}, None, "dit.pt")
+    config, shape = form_of(theirs, Settings({}, "dit.pt"), Told()).settings("dit.pt")
     assert config.model.num_heads == 6
     assert shape.chw == (4, 32, 32)
     shapes = foreign_shapes(facebook_dit.layout(config, shape))

@@ -68,7 +68,7 @@ def test_facebook_round_trip_is_bitwise(dtype, tmp_path):
 @pytest.mark.parametrize("raw", [False, True])
 def test_facebook_training_checkpoint_gives_its_ema_or_raw_weights(raw, tmp_path):
     ema, trained = dit_tiny(), {name: t + 1 for name, t in dit_tiny().items()}
-    args = Namespace(model="DiT-S/2", image_size=64, num_classes=7, results_dir="results")
+    args = Namespace(model="DiT-tiny", image_size=64, num_classes=7, results_dir="results")
     saved = {"model": trained, "ema": ema, "opt": {"state": {}}, "args": args}
     torch.save(saved, tmp_path / "0050000.pt")
     model = Trained.open(tmp_path / "0050000.pt", num_heads=HEADS).contents(raw)

@@ -266,8 +266,10 @@ def test_out_that_is_taken_is_refused_and_an_empty_folder_is_not(tmp_path):
     with pytest.raises(InteropError, match=r"ends in \.safetensors"):
         convert(HDIT_FILE, tmp_path / "out2", "k-diffusion")
     (tmp_path / "a.safetensors").touch()
-    with pytest.raises(InteropError, match="name a new file"):
-        convert(HDIT_FILE, tmp_path / "a.safetensors", "k-diffusion")
+    (tmp_path / "b.safetensors").symlink_to("nowhere")
+    for name in ("a.safetensors", "b.safetensors"):
+        with pytest.raises(InteropError, match="name a new file"):
+            convert(HDIT_FILE, tmp_path / name, "k-diffusion")
 
 
 def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -286,6 +288,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ([HDIT_FILE, "out", "--to", "onnx"], "--to: must be one of hdit, k-diffusion"),
+        ([HDIT_FILE, "out", "--to", ""], "--to: must be one of hdit, k-diffusion"),
         ([HDIT_FILE, "out", "--num-heads", 4], "tells the number of heads"),
         ([HDIT_FILE, "out", "--raw"], "has one set of weights"),
         ([FOLDER / "README.md", "out"], "no checkpoint that is known"),
@@ -293,6 +296,8 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ([FOLDER / "hdit_tiny_io.safetensors", "out"], "holds no model that is known"),
         ([FOLDER / "dit_tiny_io.safetensors", "out"], "holds no model that is known"),
         ([FOLDER / "hdit_tiny_config_input.json", "a.toml", "--to", "hdit"], "without weights"),
+        ([FOLDER / "hdit_tiny_config_input.json", "a.toml", "--raw"], "leave --raw out"),
+        ([FOLDER / "hdit_tiny_config_input.json", "a.toml", "--classes", 3], "leave --classes out"),
         ([FOLDER / "samplers.json", "a.toml"], "is no config of k-diffusion"),
     ],
 )
@@ -436,7 +441,7 @@ def test_sample_of_a_folder_with_a_cut_config_names_it(keep, trained, hdit, tmp_
         ("sigma_data", "0.5", "model.sigma_data: must be a number, got '0.5'"),
         ("self_attns", [{"type": "swin"}] * 3, "model.self_attns.0.type: must be one of global"),
         ("self_attns", [{"type": "shifted-window"}] * 3, "self_attns.0.window_size: missing"),
-        ("loss_weighting", "min-snr", "model.loss_weighting: 'min-snr' has no counterpart"),
+        ("loss_weighting", "min-snr", "model.loss_weighting: must be one of karras, soft"),
         ("sigma_sample_density", {"type": "x"}, "sigma_sample_density.type: must be one of"),
         ("mapping_cond_dim", 8, "vector_width: must be 0"),
         ("widths", [32, 64, 63], "model.levels.2.width: must be a multiple of"),
@@ -454,14 +459,34 @@ def test_k_diffusion_settings_that_cannot_be_read_are_named(key, value, message)
     ("args", "message"),
     [
         (
-            {"num_classes": 8},
-            "num_classes is said to be 8, but its tensors give 7 and a null class",
+            {"num_classes": 9},
+            "num_classes: is said to be 9, but its tensors give 7 and a null class",
         ),
-        ({"image_size": 256}, "image_size is said to be 256, but its tensors give 64"),
+        (
+            {"num_classes": 8, "class_dropout_prob": 0.1},
+            "num_classes: is said to be 8, but its tensors give 7 and a null class",
+        ),
+        ({"num_classes": "7"}, "num_classes: must be a whole number, got '7'"),
+        ({"image_size": 100}, "image_size: is said to be 100, but its tensors give 8"),
+        ({"image_size": 4}, "image_size: is said to be 4, but its tensors give 8"),
+        ({"patch_size": 4}, "patch_size: is said to be 4, but its tensors give 2"),
+        ({"hidden_size": 384}, "hidden_size: is said to be 384, but its tensors give 80"),
+        ({"learn_sigma": False}, "learn_sigma: is False, but the output has 8 channels"),
+        ({"model": "DiT-S/2"}, "model: is said to be DiT-S/2, but its tensors give width 80"),
+        ({"num_heads": 4}, "has 4 heads, got --num-heads 5"),
+        ({"predict_xstart": True}, "predict_xstart: True has no counterpart here"),
+        ({"noise_schedule": "cosine"}, "noise_schedule: 'cosine' has no counterpart here"),
+        ({"path_type": "GVP", "prediction": "velocity"}, "path_type = 'GVP' and prediction = 'v"),
+        ({"path_type": "VP", "prediction": "score"}, "path_type = 'VP' and prediction = 'score'"),
+        ({"path_type": "Linear", "prediction": "noise"}, "prediction = 'noise', as a SiT"),
+        ({"path_type": "linear", "prediction": "v"}, "path_type = 'linear' and prediction = 'v'"),
+        ({"path_type": "Linear"}, "path_type = 'Linear' and prediction = None"),
+        ({"model": "SiT-XL/2"}, "model = 'SiT-XL/2' is a SiT"),
     ],
 )
-def test_facebook_arguments_that_contradict_the_tensors_are_refused(args, message, tmp_path):
-    saved = {"ema": load("dit_tiny.safetensors"), "args": Namespace(**args)}
+@pytest.mark.parametrize("kind", [Namespace, dict])
+def test_facebook_arguments_that_contradict_the_tensors_are_refused(kind, args, message, tmp_path):
+    saved = {"ema": load("dit_tiny.safetensors"), "args": kind(**args)}
     torch.save(saved, tmp_path / "dit.pt")
     assert message in refused(tmp_path / "dit.pt", tmp_path, num_heads=5)
 

@@ -78,9 +78,8 @@ def dits(tmp_path_factory):
 @pytest.mark.parametrize("which", ["hdits", "dits"])
 def test_every_form_of_a_model_opens_to_the_same_network(which, request):
     paths = request.getfixturevalue(which)
-    opened = [
-        Trained.open(path, fail, num_heads=2 if path.suffix == ".pt" else None) for path in paths
-    ]
+    told = {"num_heads": 2, "num_classes": 10, "prediction": "noise"}
+    opened = [Trained.open(path, fail, **(told if path.suffix == ".pt" else {})) for path in paths]
     first = outputs(opened[0])
     assert first.std() > 1e-3
     for trained in opened:
@@ -150,10 +149,18 @@ def test_run_that_lost_its_newest_checkpoint_warns(trained, tmp_path):
     assert "ema.safetensors: missing" in said[0]
 
 
-def test_heads_of_a_model_that_tells_them_are_refused(hdits, dits):
+@pytest.mark.parametrize(
+    ("told", "option"),
+    [
+        ({"num_heads": 2}, "--num-heads"),
+        ({"num_classes": 10}, "--classes"),
+        ({"prediction": "noise"}, "--prediction"),
+    ],
+)
+def test_what_a_model_tells_itself_is_refused(told, option, hdits, dits):
     for path in (*hdits, *dits[:2]):
-        with pytest.raises(UserError, match="tells the number of heads"):
-            Trained.open(path, num_heads=2)
+        with pytest.raises(UserError, match=rf"tells the .*; leave {option} out"):
+            Trained.open(path, **told)
 
 
 def test_model_at_another_size_keeps_its_weights(trained):

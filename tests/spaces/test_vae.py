@@ -6,8 +6,10 @@ import os
 import pickle
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import tiny_vae
@@ -344,6 +346,97 @@ def test_folder_of_a_pipeline_is_told_where_its_vae_is(folder, tmp_path):
 
 def test_folder_without_a_config_is_refused(tmp_path):
     assert refused(tmp_path).endswith("has no config.json, as an AutoencoderKL of diffusers")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scaling_factor", "x"),
+        ("scaling_factor", 0),
+        ("shift_factor", [1]),
+        ("latents_mean", 3),
+        ("latents_std", [1.0, 0.0, 1.0, 1.0]),
+        ("latents_std", [1.0]),
+        ("block_out_channels", 5),
+        ("block_out_channels", [10**9]),
+        ("latent_channels", 10**9),
+        ("layers_per_block", True),
+    ],
+)
+def test_setting_of_a_vae_that_is_no_such_thing_is_named(key, value, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {key: value}))
+    assert f"{key} in its config.json must " in refused(other)
+
+
+def test_config_that_is_a_pipe_is_refused_unread(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "config.json").unlink()
+    os.mkfifo(other / "config.json")
+    with pytest.raises(UserError, match=r"config\.json"):
+        opened(str(other))
+
+
+@pytest.mark.parametrize("shards", ["10GB", "40KB"])
+def test_vae_of_less_precision_alone_is_read(shards, tmp_path):
+    model = tiny_vae.model().half()
+    half = {"variant": "fp16", "max_shard_size": shards}
+    model.save_pretrained(tmp_path / "half", **half)
+    assert not (tmp_path / "half" / WEIGHTS).exists()
+    (tmp_path / "same").mkdir()
+    model.float().save_pretrained(tmp_path / "same")
+    assert opened(str(tmp_path / "half")).identity == opened(str(tmp_path / "same")).identity
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+NAME = "nobody/no-such-vae"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of its own, and a hub that does not answer: what it was asked."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def fail(self, repo_id, **options):
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise huggingface_hub.errors.OfflineModeIsEnabled
+        asked.append(repo_id)
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
+    return asked
+
+
+def test_vae_that_cannot_be_downloaded_is_told_at_once_with_what_to_do(hub, caplog, capfd):
+    began = time.monotonic()
+    said = refused(NAME)
+    assert time.monotonic() - began < 5, "the hub's package pauses 23 s between its attempts"
+    assert f"{NAME!r} is not in the cache of this machine" in said
+    assert "hub cannot be reached (ConnectionError: Name or service not known); " in said
+    assert said.endswith("--set space.vae=FOLDER")
+    assert hub == [NAME]
+    assert not caplog.records
+    assert not capfd.readouterr().err
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE, "only while it loads"
+
+
+def test_vae_is_not_asked_for_where_the_hub_may_not_be_asked(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = refused(NAME)
+    assert "HF_HUB_OFFLINE is set, so that nothing is downloaded; " in said
+    assert said.endswith("--set space.vae=FOLDER")
+    assert not hub
+
+
+def test_vae_in_the_cache_needs_no_hub(hub, folder, tmp_path):
+    kept = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}"
+    shutil.copytree(folder, kept / "snapshots" / ("abcd" * 10))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abcd" * 10)
+    assert opened(NAME).identity == opened(folder).identity
 
 
 class Touch:

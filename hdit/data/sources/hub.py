@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -12,6 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from hdit.data.images import Images, ImagesSpec, kind_of, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import by_name
+from hdit.hub import HubError, asking, first_line
+from hdit.names import path_of
 
 
 class HubSpec(ImagesSpec):
@@ -77,18 +78,25 @@ class Hub:
 
     def _open(self, datasets: Any, spec: HubSpec) -> Any:
         if spec.name is not None:
-            try:
-                return datasets.load_dataset(spec.name, spec.config, split=spec.split or "train")
-            except Exception as error:  # of the network, the hub, its formats
-                raise DataError(f"{self.where}: {type(error).__name__}: {error}") from error
+            return self._download(datasets, spec.name, spec)
         assert spec.path is not None, "one of the two is there"
         if kind_of(spec.path) != "hub":
             raise refuse_path(spec.path, "hub", "is no folder of save_to_disk")
         try:
-            found = datasets.load_from_disk(str(Path(spec.path).expanduser()))
+            found = datasets.load_from_disk(str(path_of(spec.path)))
         except Exception as error:
-            raise DataError(f"{self.where}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{self.where} cannot be loaded: {first_line(error)}") from error
         return self._split(found, spec.split)
+
+    def _download(self, datasets: Any, name: str, spec: HubSpec) -> Any:
+        fix = "set data.path to a folder of save_to_disk in place of data.name"
+        try:
+            with asking(self.where, name, "dataset", fix):
+                return datasets.load_dataset(name, spec.config, split=spec.split or "train")
+        except HubError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:  # of the hub, its formats
+            raise DataError(f"{self.where} cannot be loaded: {first_line(error)}") from error
 
     def _split(self, found: Any, split: str | None) -> Any:
         if not isinstance(found, dict):
