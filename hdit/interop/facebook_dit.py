@@ -11,7 +11,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
@@ -21,6 +20,7 @@ from hdit.interop.files import parse_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
+from hdit.tensors import save_pickled
 
 KIND = "facebook-dit"
 MARK = "x_embedder.proj.weight"
@@ -167,7 +167,7 @@ def _is_state(saved: Any) -> bool:
 def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
-    torch.save(scatter(layout(model.config, model.shape), model.state_dict), path)
+    save_pickled(scatter(layout(model.config, model.shape), model.state_dict), path)
     if HEADS.get((spec.width, spec.depth)) == spec.num_heads:
         return ()
     return (f"a state dict does not tell its heads: to read it, give --num-heads {spec.num_heads}",)
