@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     {"hdit_kernels"},
     {"errors", "names"},
-    {"protocols", "files", "plugins", "reading", "tensors"},
+    {"arrays", "files", "plugins", "protocols", "reading", "tensors"},
     {"device"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},
