@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -16,12 +17,15 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
-from hdit.files import write_text
+from hdit.files import check_writable, make_folder, write_text
 from hdit.protocols import NULL_LABEL
+from hdit.reading import ReadingError, read_object
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
 
+SAMPLES, GRID = "samples.json", "grid.png"
+MAX_RECORD = 2**30  # bytes, of some million samples
 GRID_LIMIT = 100  # images in the grid
 
 Making = Callable[[Callable[[], None]], Iterator[Samples]]
@@ -56,20 +60,22 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
+    old = _check_targets(out, record)  # before the work, so that two sets never mix
     samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
-    out.mkdir(parents=True, exist_ok=True)
-    _remove_old_samples(out)
-    write_text(out / "samples.json", json.dumps(record, indent=1))
+    make_folder(out)
+    for path in old:
+        path.unlink(missing_ok=True)
+    write_text(out / SAMPLES, json.dumps(record, indent=1))
     started = monotonic()
     paths = [out / entry["file"] for entry in record["samples"]]
     evaluations, shown = _write_images(samples, paths, config.sampling, console)
     seconds = monotonic() - started
-    save_grid(torch.stack(shown), out / "grid.png")
+    save_grid(torch.stack(shown), out / GRID)
     record["evaluations"] = evaluations
-    write_text(out / "samples.json", json.dumps(record, indent=1))
+    write_text(out / SAMPLES, json.dumps(record, indent=1))
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
-        f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
+        f"in {seconds:.1f} s: {out} (grid: {out / GRID})"
     )
 
 
@@ -132,7 +138,7 @@ def _folder_name(trained: Trained, seed: int, raw: bool, guide_scale: float | No
 def _check_free(out: Path, overwrite: bool) -> None:
     """Raises UserError for a file, and for a folder with something in it unless `overwrite`."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
+        raise UserError(f"--out: {out} is no folder; name one")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
 
@@ -167,15 +173,43 @@ def _warn(console: Console, text: str) -> None:
     console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _remove_old_samples(folder: Path) -> None:
-    """Deletes the images that an earlier samples.json lists, and it, so that no two sets mix."""
-    record = folder / "samples.json"
-    if not record.exists():
-        return
+def read_samples(record: Path) -> list[str]:
+    """The names of the images that a samples.json lists.
+
+    Raises UserError where it is damaged, or names what does not lie beside it.
+    """
     try:
-        names = [entry["file"] for entry in json.loads(record.read_text("utf-8"))["samples"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: cannot tell what to replace: {error}; remove it") from None
-    for name in names:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    record.unlink()
+        samples = read_object(record, MAX_RECORD).get("samples")
+    except ReadingError as error:
+        raise UserError(f"{error}; mend or remove it") from None
+    if not isinstance(samples, list):
+        raise UserError(f"{record}: samples must be a list, got {samples!r:.60}; mend or remove it")
+    files: list[str] = []
+    for index, entry in enumerate(samples):
+        file = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or file != Path(file).name or file == ".." or "\0" in file:
+            raise UserError(
+                f"{record}: samples[{index}].file must be the name of an image beside it, got "
+                f"{file!r:.60}; mend or remove it"
+            )
+        files.append(file)
+    return files
+
+
+def _old_samples(folder: Path) -> list[Path]:
+    """The images that an earlier samples.json lists, and it. Raises UserError for a damaged one."""
+    record = folder / SAMPLES
+    if not os.path.lexists(record):
+        return []
+    return [*(folder / file for file in read_samples(record)), record]
+
+
+def _check_targets(out: Path, record: dict[str, Any]) -> list[Path]:
+    """Raises UserError where a file cannot be written or removed -> what an earlier run left."""
+    old = _old_samples(out)
+    new = [out / entry["file"] for entry in record["samples"]]
+    for path in {*old, *new, out / SAMPLES, out / GRID}:
+        check_writable(path)
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, in the place of an image; name another --out")
+    return old

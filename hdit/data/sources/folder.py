@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,7 @@ from pydantic import Field
 from hdit.data.images import Images, ImagesSpec, file_stamp, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import arrange
+from hdit.data.sources.tree import walk
 
 
 class FolderSpec(ImagesSpec):
@@ -41,11 +41,16 @@ class Folder:
         if not self.root.is_dir():
             raise refuse_path(path, "folder", "is not a folder")
         try:
-            names = list(_files_below(self.root))
+            tree = walk(self.root)
         except OSError as error:
             raise DataError(f"data.path: {path!r} cannot be listed: {error}") from None
+        for link, listed in tree.repeats:
+            raise DataError(
+                f"data.path: {path!r} leads to one folder twice, by {listed!r} and by {link!r}; "
+                "remove one of the links, or an image would be there twice"
+            )
         listing = arrange(
-            names, lambda name: (self.root / name).read_bytes(), f"data.path: {path!r}"
+            tree.files, lambda name: (self.root / name).read_bytes(), f"data.path: {path!r}"
         )
         self.names, self.labels, self.classes = listing
 
@@ -63,25 +68,3 @@ class Folder:
     def stamp(self, index: int) -> str:
         """The name and label of the image, and the state of its file."""
         return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    """Files of the folder and all folders in it, by their name relative to it.
-
-    Hidden folders are left out, and links to a folder are followed at the top alone.
-    """
-    with os.scandir(root) as found:
-        entries = list(found)
-    for entry in entries:
-        # of a link that leads nowhere, or to itself, entry.is_dir() may raise
-        if not (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()):
-            yield entry.name
-        elif not entry.name.startswith("."):
-            for parent, folders, files in os.walk(entry.path, onerror=_raise):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                inside = Path(parent).relative_to(root).as_posix()
-                yield from (f"{inside}/{name}" for name in files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
