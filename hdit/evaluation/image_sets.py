@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hdit.arrays import UNREADABLE
 from hdit.config import load
 from hdit.data import DataSpec, HubSpec, TarSpec
 from hdit.data.images import MAX_PIXELS, open_image
@@ -28,9 +29,10 @@ from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
 from hdit.names import path_of
+from hdit.reading import parse_json
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settle_sampling
-from hdit.sampling.writer import SAMPLES, read_samples
+from hdit.sampling.writer import MAX_RECORD, SAMPLES, read_samples, sample_names
 
 Prepare = Callable[[Tensor], Tensor] | None
 """Of one image, (3 h w) uint8, what a batch is stacked of; None is the image itself."""
@@ -127,6 +129,46 @@ class FolderFiles:
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Opens an image; its class is 0, whatever folder it is in."""
         return open_image(self.name(index)), 0
+
+
+class Chosen:
+    """Some images of others, by their index there."""
+
+    def __init__(self, files: Files, indices: list[int]):
+        self.files, self.indices = files, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """The name by which the others know an image."""
+        return self.files.name(self.indices[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens an image as the others do."""
+        return self.files.load(self.indices[index])
+
+
+def zip_files(place: str) -> Files:
+    """The images of an archive; of one of samples, those that its samples.json lists."""
+    archive = Archive(place, MAX_PIXELS)
+    members = [name for name in archive.zip.namelist() if name.rpartition("/")[2] == SAMPLES]
+    record = min(members, key=lambda name: name.count("/"), default="")
+    if not record or record.count("/") > 1:
+        return archive
+    top, where = record.removesuffix(SAMPLES), f"{place}/{record}"
+    try:
+        with archive.zip.open(record) as file:
+            text = file.read(MAX_RECORD)
+    except UNREADABLE as error:
+        raise DataError(f"{where}: cannot be read: {error}") from None
+    indices = {member.filename: i for i, member in enumerate(archive.members)}
+    listed = [top + name for name in sample_names(parse_json(text, where), where)]
+    if not listed:
+        raise DataError(f"{where}: lists no images")
+    if missing := set(listed) - set(indices):
+        raise DataError(f"{place}/{min(missing)}: is not there, but {where} lists it")
+    return Chosen(archive, [indices[name] for name in listed])
 
 
 class Listed:
@@ -307,4 +349,4 @@ def _entries(place: str, kind: str) -> Files:
         return TarSpec(path=place, size=(1, 1), classes=0).open().listed()
     if kind == "hub":
         return HubSpec(path=place, size=(1, 1), label_column="").open().entries
-    return Arrays(place) if kind == "npz" else Archive(place, MAX_PIXELS)
+    return Arrays(place) if kind == "npz" else zip_files(place)

@@ -19,20 +19,25 @@ import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.data.source import DataError, Sample
-from hdit.files import whole
+from hdit.errors import WritingError
+from hdit.files import make_folder, whole
 from hdit.protocols import Spec
+from hdit.reading import read_object
+from hdit.tensors import save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MAX_IMAGES = 2**40  # of a folder; each other count is far smaller
+MAX_SHARDS = 10**6
+DTYPES = {"float32": "F32", "float16": "F16"}  # as safetensors name them
 OPEN_SHARDS = 256  # files that a process holds open
 ABANDONED = 3600  # seconds after which nobody writes a part any more
 
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=MAX_IMAGES)]
 
 
 class Manifest(Spec):
@@ -48,7 +53,7 @@ class Manifest(Spec):
     background: str
     flips: Literal[1, 2]  # 2 with the mirror images
     dtype: str
-    images: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0, le=MAX_IMAGES)]
     shard_size: Count  # images; the last shard may have fewer
     classes: list[str]
     origin: str  # the data in words
@@ -102,6 +107,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def begin(folder: Path, manifest: Manifest) -> None:
     """Makes the folder, or goes on with one of the same manifest. Raises DataError for another."""
+    _check_shards(manifest, str(folder))
     path = folder / MANIFEST
     if path.exists():
         if lines := read_manifest(folder, str(folder)).differences(manifest):
@@ -115,9 +121,18 @@ def begin(folder: Path, manifest: Manifest) -> None:
         if path.exists():  # by now, of another process
             return begin(folder, manifest)
         raise DataError(f"{folder}: is there already and has no {MANIFEST}; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = json.dumps({"format": FORMAT} | manifest.model_dump(), indent=1, ensure_ascii=False)
     _replace(path, lambda part: part.write_text(content + "\n", encoding="utf-8"))
+
+
+def _check_shards(manifest: Manifest, where: str) -> None:
+    """Raises DataError for more shards than can be looked for."""
+    if manifest.shards > MAX_SHARDS:
+        raise DataError(
+            f"{where}: {manifest.images:,} images in shards of {manifest.shard_size:,} are more "
+            f"than {MAX_SHARDS:,} files; take a larger --shard-size"
+        )
 
 
 def _is_foreign(path: Path) -> bool:
@@ -134,17 +149,18 @@ def remove_parts(folder: Path) -> None:
 
 
 def missing(folder: Path, manifest: Manifest) -> list[int]:
-    """Lists the shards that are not there yet."""
+    """Lists the shards that are not there yet. Raises DataError for more than can be looked for."""
+    _check_shards(manifest, str(folder))
     return [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
 
 
 def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae: str) -> None:
     """Writes a shard whole, or nothing. Raises DataError where it cannot be written."""
-    tensors = {"posterior": posterior.contiguous(), "labels": labels.contiguous()}
+    tensors = {"posterior": posterior, "labels": labels}
     try:
-        _replace(shard_path(folder, shard), lambda part: save_file(tensors, part, {"vae": vae}))
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: cannot be written: {error}; the same command goes on") from None
+        _replace(shard_path(folder, shard), lambda part: save_tensors(tensors, part, {"vae": vae}))
+    except WritingError as error:
+        raise DataError(f"{error}; the same command goes on") from None
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -163,7 +179,7 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
     if not folder.is_dir():
         raise DataError(f"{where} does not exist; `hdit encode CONFIG --out DIR` makes it")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_object(path)
         found = raw.pop("format")
         if found != FORMAT:
             raise DataError(f"{where} has format {found!r}, this version reads {FORMAT}")
@@ -212,6 +228,8 @@ class Latents:
         m = self.manifest
         shape = [len(m.range_of(shard)), m.flips, 2 * m.latent[0], *m.latent[1:]]
         try:
+            if not path.is_file():
+                raise OSError("is no regular file")
             file = safe_open(path, "pt")
             labels = file.get_tensor("labels").numpy()
             posterior = file.get_slice("posterior")
@@ -221,7 +239,11 @@ class Latents:
             raise DataError(
                 f"{path}: damaged: {error}; remove it, and the same `hdit encode` makes it anew"
             ) from None
-        if found != shape or len(labels) != shape[0] or vae != m.vae:
+        if (
+            (found, posterior.get_dtype(), vae) != (shape, DTYPES.get(m.dtype), m.vae)
+            or (labels.shape, labels.dtype) != ((shape[0],), np.int64)
+            or not all(0 <= label < max(1, len(m.classes)) for label in set(labels.tolist()))
+        ):
             raise DataError(f"{path}: is not of this folder's {MANIFEST}; remove it and encode it")
         return posterior, labels
 

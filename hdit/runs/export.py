@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hdit.config import parse
 from hdit.interop import Contents
@@ -16,6 +16,7 @@ from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.models.cost import cost
 from hdit.protocols import DataShape
 from hdit.runs.checkpoint import CheckpointError
+from hdit.tensors import save_tensors
 
 KIND = "hdit"
 FORMAT = 1
@@ -67,8 +68,7 @@ def read(folder: Path) -> Contents:
 def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
     """Writes the folder; `name` is what the card calls the model -> notes."""
     folder.mkdir()
-    tensors = {key: t.contiguous() for key, t in model.state_dict.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(model.state_dict, folder / WEIGHTS, {"format": "pt"})
     raw = {
         "hdit_format": FORMAT,
         "origin": model.origin,

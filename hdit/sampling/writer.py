@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -19,13 +18,13 @@ from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
 from hdit.files import check_writable, make_folder, write_text
 from hdit.protocols import NULL_LABEL
-from hdit.reading import ReadingError, read_object
+from hdit.reading import ReadingError, read_json
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
 
 SAMPLES, GRID = "samples.json", "grid.png"
-MAX_RECORD = 2**30  # bytes, of some million samples
+MAX_RECORD = 2**28  # bytes, of some two million samples
 GRID_LIMIT = 100  # images in the grid
 
 Making = Callable[[Callable[[], None]], Iterator[Samples]]
@@ -174,20 +173,26 @@ def _warn(console: Console, text: str) -> None:
 
 
 def read_samples(record: Path) -> list[str]:
-    """The names of the images that a samples.json lists.
-
-    Raises UserError where it is damaged, or names what does not lie beside it.
-    """
+    """The names of the images that a samples.json lists. Raises UserError as `sample_names`."""
     try:
-        samples = read_object(record, MAX_RECORD).get("samples")
+        return sample_names(read_json(record, MAX_RECORD), str(record))
     except ReadingError as error:
         raise UserError(f"{error}; mend or remove it") from None
+
+
+def sample_names(content: Any, record: str) -> list[str]:
+    """The names of the images that the content of a samples.json lists.
+
+    Raises UserError, which names the `record`, where it is damaged, or names what does not lie
+    beside it.
+    """
+    samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise UserError(f"{record}: samples must be a list, got {samples!r:.60}; mend or remove it")
     files: list[str] = []
     for index, entry in enumerate(samples):
         file = entry.get("file") if isinstance(entry, dict) else None
-        if not isinstance(file, str) or file != Path(file).name or file == ".." or "\0" in file:
+        if not isinstance(file, str) or not _is_plain(file):
             raise UserError(
                 f"{record}: samples[{index}].file must be the name of an image beside it, got "
                 f"{file!r:.60}; mend or remove it"
@@ -196,10 +201,15 @@ def read_samples(record: Path) -> list[str]:
     return files
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file beside another, and leads nowhere else."""
+    return name == Path(name).name and name not in ("", "..") and "\0" not in name
+
+
 def _old_samples(folder: Path) -> list[Path]:
     """The images that an earlier samples.json lists, and it. Raises UserError for a damaged one."""
     record = folder / SAMPLES
-    if not os.path.lexists(record):
+    if not record.is_file():
         return []
     return [*(folder / file for file in read_samples(record)), record]
 

@@ -231,7 +231,7 @@ def test_encode_interrupted_while_it_writes_leaves_no_part(config, tmp_path, who
         path.write_bytes(path.read_bytes()[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hdit.latents.store.save_file", write_half)
+    monkeypatch.setattr("hdit.latents.store.save_tensors", write_half)
     with pytest.raises(DataError, match="No space left on device; the same command goes on"):
         encode(config, tmp_path / "out", **OF_FOUR)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
@@ -578,3 +578,40 @@ def test_sample_refuses_a_guide_model_of_another_vae(images, vae, tmp_path, hdit
     status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--guide", tmp_path / "b")
     assert status == 1
     assert "has other latents, by the hash of their VAE" in err
+
+
+# ---- what cannot be written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [100, 1500])
+def test_encode_on_a_full_disk_names_the_file_and_goes_on_later(
+    config, tmp_path, whole, full_disk, size
+):
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as caught, full_disk(size):
+        encode(config, out, **OF_FOUR)
+    file = "manifest.json" if size == 100 else "shard-00000.safetensors"
+    assert str(caught.value).startswith(f"{out / file}: cannot be written: ")
+    left = [path.name for path in out.iterdir() if path.name != ".lock"] if out.exists() else []
+    assert left == ([] if size == 100 else ["manifest.json"])
+    encode(config, out, **OF_FOUR)
+    assert files(out).items() >= whole.items()
+
+
+def test_encode_into_a_pipe_or_through_a_link_to_nothing_is_refused(config, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("pipe", "link", "pipe/below"):
+        with pytest.raises(UserError, match=f"{name}: "):
+            encode(config, tmp_path / name, **OF_FOUR)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in ("pipe", "link")) == [
+        "link",
+        "pipe",
+    ]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_encode_into_more_files_than_can_be_counted_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("hdit.latents.store.MAX_SHARDS", 2)
+    with pytest.raises(DataError, match=r"out: 10 images in shards of 4 are more than 2 files"):
+        encode(config, tmp_path / "out", **OF_FOUR)
