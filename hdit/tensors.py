@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.errors import WritingError
+
+
+def open_tensors(path: Path) -> Any:
+    """Opens a safetensors file, whatever its name is. Raises OSError or SafetensorError."""
+    try:
+        str(path).encode()
+        return safe_open(path, "pt")
+    except UnicodeEncodeError:  # safetensors takes no name that is not UTF-8
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", "pt")
 
 
 def save_tensors(

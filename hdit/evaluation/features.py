@@ -81,8 +81,11 @@ def open_features(
     """
     if name is None:
         return inception(device, say)
-    if Path(name).expanduser().exists():
-        return torchscript(Path(name).expanduser(), device)
+    path = Path(name).expanduser()
+    if path.exists():
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"--features: {name!r} is no regular file, as one of TorchScript is")
+        return torchscript(path, device)
     if ":" in name:
         return hook(name, device)
     raise UserError(

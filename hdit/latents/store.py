@@ -18,15 +18,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.data.source import DataError, Sample
 from hdit.errors import WritingError
 from hdit.files import make_folder, whole
+from hdit.names import escape, path_of
 from hdit.protocols import Spec
 from hdit.reading import read_object
-from hdit.tensors import save_tensors
+from hdit.tensors import open_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -195,16 +196,17 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
 class Latents:
     """Stored posteriors and their labels, by the index of the image."""
 
-    def __init__(self, folder: str):
-        """Opens a folder. Raises DataError if shards are missing."""
-        self.name, self.folder = folder, Path(folder).expanduser()
+    def __init__(self, folder: str | Path):
+        """Opens a folder, or one that a setting names. Raises DataError if shards are missing."""
+        self.name = folder if isinstance(folder, str) else escape(str(folder))
+        self.folder = path_of(self.name)
         self.manifest = read_manifest(self.folder)
         self.classes = self.manifest.classes
         absent = missing(self.folder, self.manifest)
         if absent:
             raise DataError(
-                f"space.stored: {folder!r} lacks {len(absent)} of {self.manifest.shards} shards; "
-                "the same `hdit encode` goes on where it was stopped"
+                f"space.stored: {self.name!r} lacks {len(absent)} of {self.manifest.shards} "
+                "shards; the same `hdit encode` goes on where it was stopped"
             )
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
@@ -230,7 +232,7 @@ class Latents:
         try:
             if not path.is_file():
                 raise OSError("is no regular file")
-            file = safe_open(path, "pt")
+            file = open_tensors(path)
             labels = file.get_tensor("labels").numpy()
             posterior = file.get_slice("posterior")
             found = posterior.get_shape()

@@ -18,6 +18,7 @@ from hdit.data.source import DataError
 from hdit.errors import UserError
 from hdit.latents.encode import encode, measure_sigma_data
 from hdit.latents.store import Latents
+from hdit.names import escape
 from hdit.training.trainer import Trainer
 
 SIZES = [(20, 16), (16, 24), (40, 33), (16, 16), (50, 17)] * 2  # of the images
@@ -615,3 +616,10 @@ def test_encode_into_more_files_than_can_be_counted_is_refused(config, tmp_path,
     monkeypatch.setattr("hdit.latents.store.MAX_SHARDS", 2)
     with pytest.raises(DataError, match=r"out: 10 images in shards of 4 are more than 2 files"):
         encode(config, tmp_path / "out", **OF_FOUR)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", rb"a\xe9b", b"~"])
+def test_latents_may_lie_in_a_folder_of_any_name(config, tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    encode(config, folder, **OF_FOUR)
+    assert len(Latents(escape(str(folder)))) == len(Latents(folder)) == 10
