@@ -111,7 +111,7 @@ def _kind_of_archive(path: Path, start: bytes, suffix: str) -> str:
             names = [name for name in file.namelist() if not name.endswith("/")]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return suffix[1:] if suffix in (".npz", ".zip") else "weights"
-    if any(name.endswith("/data.pkl") for name in names):
+    if all(any(name.endswith(f"/{part}") for name in names) for part in ("data.pkl", "version")):
         return "weights"
     arrays = [name for name in names if name.endswith(".npy")]
     return "npz" if arrays and (suffix == ".npz" or len(arrays) == len(names)) else "zip"

@@ -59,11 +59,10 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
-    old = _check_targets(out, record)  # before the work, so that two sets never mix
+    _check_targets(out, record)
     samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
     make_folder(out)
-    for path in old:
-        path.unlink(missing_ok=True)
+    _remove_old_samples(out)
     write_text(out / SAMPLES, json.dumps(record, indent=1))
     started = monotonic()
     paths = [out / entry["file"] for entry in record["samples"]]
@@ -137,7 +136,7 @@ def _folder_name(trained: Trained, seed: int, raw: bool, guide_scale: float | No
 def _check_free(out: Path, overwrite: bool) -> None:
     """Raises UserError for a file, and for a folder with something in it unless `overwrite`."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is no folder; name one")
+        raise UserError(f"--out: {out} is a file; name a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"--out: {out} is not empty; name another folder, or add --overwrite")
 
@@ -214,12 +213,19 @@ def _old_samples(folder: Path) -> list[Path]:
     return [*(folder / file for file in read_samples(record)), record]
 
 
-def _check_targets(out: Path, record: dict[str, Any]) -> list[Path]:
-    """Raises UserError where a file cannot be written or removed -> what an earlier run left."""
-    old = _old_samples(out)
-    new = [out / entry["file"] for entry in record["samples"]]
-    for path in {*old, *new, out / SAMPLES, out / GRID}:
-        check_writable(path)
-        if path.is_dir():
+def _remove_old_samples(folder: Path) -> None:
+    """Deletes the images that an earlier samples.json lists, and it, so that no two sets mix."""
+    for path in _old_samples(folder):
+        path.unlink(missing_ok=True)
+
+
+def _check_targets(out: Path, record: dict[str, Any]) -> None:
+    """Raises UserError, before the work, where a file cannot be written or an old one removed."""
+    check_writable(out / SAMPLES)
+    names = {SAMPLES, GRID, *(entry["file"] for entry in record["samples"])}
+    names |= {path.name for path in _old_samples(out)}
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path.name in names:
+            check_writable(path)
+        if path.name in names and path.is_dir():
             raise UserError(f"{path}: is a folder, in the place of an image; name another --out")
-    return old
