@@ -111,7 +111,7 @@ def _part(out: Path, own: str) -> Path:
 def _writing_error(error: OSError, part: Path, out: Path) -> WritingError | None:
     """The error as one of writing `out`; None where it is of another file, as one to be read."""
     place = out
-    if error.filename is not None:
+    if isinstance(error.filename, str | bytes):  # it may be a number, of an open file
         path = Path(os.fsdecode(error.filename))
         if path.is_relative_to(part):
             place = out / path.relative_to(part)
