@@ -68,6 +68,7 @@ def encode(
             on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
             on_skipped=_naming(console),
+            warn=lambda text: _say(console, f"warning: {text}"),
         )
     if done.sigma_data is None:
         typer.echo(f"{folder}: {done.shards} shards written; {done.absent} are still missing")
@@ -86,7 +87,10 @@ def _naming(console: Console) -> Callable[[Skipped], None]:
     def name(file: Skipped) -> None:
         if file.path not in named:
             named.add(file.path)
-            text = f"warning: skipped {file.path}: {file.reason}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            _say(console, f"warning: skipped {file.path}: {file.reason}")
 
     return name
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

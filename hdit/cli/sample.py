@@ -47,7 +47,8 @@ def sample(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help="Classes by name or index, repeated in turn; 'none' for no class.  [default: all]",
+            help="Classes by name, or by index as #0, repeated in turn; 'none' for no class. A "
+            "name with a comma goes in double quotes.  [default: all]",
         ),
     ] = None,
     seed: Annotated[int, SEED] = 0,

@@ -7,7 +7,6 @@ import math
 import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hdit.data.source import DataError
+from hdit.names import path_of
 
 HEADER = struct.Struct("<I8sq")  # checksum of what follows, stamp, label
 VERSION = 1
@@ -31,13 +31,13 @@ class Cache:
         """`key` names all that makes pixels of images. Raises DataError."""
         self.arguments = folder, key, shape
         self.shape, self.size = shape, HEADER.size + math.prod(shape)
-        home = Path(folder).expanduser()
+        home = path_of(folder)
         name = hashlib.sha256(f"{VERSION} {key}".encode()).hexdigest()[:16]
         self.path = home / f"{name}.pixels"
         try:
             home.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise DataError(f"data.cache: {folder!r} cannot be used: {error}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:

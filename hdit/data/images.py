@@ -30,15 +30,16 @@ from hdit.data.source import (
     Size,
     Skipped,
     check_classes,
+    class_names,
 )
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
-from hdit.names import printable
+from hdit.names import path_of, printable
 from hdit.protocols import Spec
 
 MAX_PIXELS = 178_956_970  # Pillow opens no image that has more
 MAX_BAD_SHARE = 0.05
 MIN_CROP = 0.8
-MIN_DRAWN = 100  # before the share of bad images says anything
+MIN_DRAWN = 100  # before the share of bad images says anything; of fewer, all are judged
 
 UNREADABLE = {
     "EPS": "is a program that another program has to run",
@@ -103,7 +104,9 @@ class ImagesSpec(Spec):
         None, ge=0, description="how many the data must have; any number if absent"
     )
     cache: str | None = Field(
-        None, description="folder that keeps the cropped pixels, and gives them from then on"
+        None,
+        min_length=1,
+        description="folder that keeps the cropped pixels, and gives them from then on",
     )
 
     @field_validator("min_crop")
@@ -149,6 +152,8 @@ class Entries(Protocol):
     """Images and their labels by index, listed but not read.
 
     `setting` and `place` say in errors where they come from; `classes` is empty without labels.
+    There may be `left_out`, the number of files that are not used by extension, and `warnings`,
+    whole sentences.
     """
 
     setting: str
@@ -175,9 +180,18 @@ class Images:
 
     def __init__(self, spec: ImagesSpec, entries: Entries):
         self.spec, self.entries = spec, entries
-        self.classes = entries.classes
+        where = f"{entries.setting}: {entries.place!r}"
+        self.classes = class_names(entries.classes, where)
         check_classes(spec.classes, self.classes, entries.place)
-        self.bad: BadFiles[int] = BadFiles(spec, entries.setting, entries.place, len(entries))
+        self.left_out: dict[str, int] = getattr(entries, "left_out", {})
+        self.warnings: list[str] = getattr(entries, "warnings", [])
+        self.bad: BadFiles[int] = BadFiles(
+            spec,
+            entries.setting,
+            entries.place,
+            len(entries),
+            few=range(len(entries)) if len(entries) < MIN_DRAWN else None,
+        )
         self.unreadable = self.bad.known  # by index
         self._drawn = np.zeros(len(entries), bool)  # not counted: each once
         self.cache = None if spec.cache is None else Cache(spec.cache, self._key(), spec.shape)
@@ -232,12 +246,24 @@ class BadFiles(Generic[Key]):
     """The images of a source that cannot be read, and whether they are too many.
 
     A known bad image is not tried again. How many there are is judged by those that were drawn,
-    which are a fair choice; those that were tried as a stand-in are often neighbours.
+    which are a fair choice; those that were tried as a stand-in are often neighbours. Of fewer than
+    MIN_DRAWN images all are read at the first bad one, so that every process judges alike.
     """
 
-    def __init__(self, spec: ImagesSpec, setting: str, place: str, length: int | None = None):
-        """`setting`, `place` as in Entries; `length` is how many images there are, if known."""
-        self.spec, self.setting, self.place, self.length = spec, setting, place, length
+    def __init__(
+        self,
+        spec: ImagesSpec,
+        setting: str,
+        place: str,
+        length: int | None = None,
+        few: Sequence[Key] | None = None,
+    ):
+        """`setting` and `place` as in Entries; `length` is how many images there are, if known.
+
+        `few` are all images, where they are fewer than MIN_DRAWN.
+        """
+        self.spec, self.setting, self.place = spec, setting, place
+        self.length, self.few = length, few
         self.known: dict[Key, Skipped] = {}
         self.count_anew()
 
@@ -261,13 +287,21 @@ class BadFiles(Generic[Key]):
         for image in images:
             found = self._read(image, load, name)
             if not skipped:
-                self._judge(found if isinstance(found, Skipped) else None, is_new)
+                bad = found if isinstance(found, Skipped) else None
+                self._allow(bad)
+                if bad and self.few is not None:
+                    self._judge_all(self.few, load, name)
+                    self.few = None
+                self._judge(bad, is_new)
             if not isinstance(found, Skipped):
                 return Sample(*found, tuple(skipped))
             skipped.append(found)
-        raise DataError(
-            f"{self.setting}: none of the {len(skipped)} files in {self.place!r} "
-            f"could be read; the first: {skipped[0].path}: {skipped[0].reason}"
+        raise self._none_can_be_read(skipped)
+
+    def _none_can_be_read(self, bad: list[Skipped]) -> DataError:
+        return DataError(
+            f"{self.setting}: none of the {len(bad)} files in {self.place!r} "
+            f"could be read; the first: {bad[0].path}: {bad[0].reason}"
         )
 
     def _read(
@@ -289,12 +323,15 @@ class BadFiles(Generic[Key]):
             self.known[image] = Skipped(printable(name(image)), reason)
             return self.known[image]
 
-    def _judge(self, bad: Skipped | None, is_new: bool) -> None:
-        """Counts an image that was drawn. Raises DataError where too many of them are bad."""
+    def _allow(self, bad: Skipped | None) -> None:
+        """Raises DataError for a bad image where none may be."""
         if bad and self.spec.bad_files == "fail":
             raise DataError(
                 f"{bad.path}: {bad.reason}; mend or remove it, or set data.bad_files = 'skip'"
             )
+
+    def _judge(self, bad: Skipped | None, is_new: bool) -> None:
+        """Counts an image that was drawn. Raises DataError where too many of them are bad."""
         self.num_drawn += is_new
         self.num_bad += is_new and bad is not None
         share = self.spec.bad_share
@@ -306,6 +343,25 @@ class BadFiles(Generic[Key]):
                 f"the last: {file.path}: {file.reason}"
             )
 
+    def _judge_all(
+        self,
+        images: Sequence[Key],
+        load: Callable[[Key], tuple[Tensor, int]],
+        name: Callable[[Key], str],
+    ) -> None:
+        """Reads all of a few images. Raises DataError where too many of them are bad."""
+        found = (self._read(image, load, name) for image in images)
+        bad = [file for file in found if isinstance(file, Skipped)]
+        share = self.spec.bad_share
+        if len(bad) == len(images):
+            raise self._none_can_be_read(bad)
+        if len(bad) > share * len(images):
+            raise DataError(
+                f"{self.setting}: {len(bad)} of the {len(images)} files in {self.place!r} are bad, "
+                f"beyond data.max_bad_share = {share:g}; the first: {bad[0].path}: "
+                f"{bad[0].reason}; mend or remove it, or raise the share"
+            )
+
 
 EXHAUSTED = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """What a file cannot be blamed for: no memory, too many open files."""
@@ -314,10 +370,11 @@ EXHAUSTED = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 def too_many(bad: int, drawn: int, length: int | None, share: float) -> bool:
     """Whether `bad` of `drawn` are more than a share, by more than chance (3 standard deviations).
 
-    Where all were drawn there is no chance in it.
+    Where all were drawn there is no chance in it. Before that, fewer than MIN_DRAWN say nothing.
     """
-    margin = 0.0 if drawn == length else 3 * float(np.sqrt(share * drawn))
-    return drawn >= MIN_DRAWN and bad > share * drawn + margin
+    if drawn == length:
+        return bad > share * drawn
+    return drawn >= MIN_DRAWN and bad > share * drawn + 3 * float(np.sqrt(share * drawn))
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -361,7 +418,21 @@ COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 def extensions() -> frozenset[str]:
     """Extensions of files in such a format, as in ".png"."""
     known = Image.registered_extensions().items()
-    return frozenset(ext for ext, name in known if name in formats())
+    opened = {*formats(), "MPO"}  # which Pillow opens as the JPEG that it begins with
+    return frozenset(ext for ext, name in known if name in opened)
+
+
+SIGNATURE_BYTES = 16
+SIGNED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF")
+"""Formats whose first bytes tell them from any other file."""
+
+
+def has_signature(start: bytes) -> bool:
+    """Whether a file that starts so is an image in a format that Pillow decodes by itself."""
+    Image.init()
+    accepts = [Image.OPEN[name][1] for name in SIGNED if name in formats()]
+    is_bitmap = start.startswith(b"BM") and start[6:10] == bytes(4)  # no text has zeros
+    return is_bitmap or any(accept is not None and accept(start) is True for accept in accepts)
 
 
 def open_image(file: str | bytes) -> Image.Image:
@@ -392,11 +463,11 @@ def file_stamp(path: str | Path) -> str:
 
 def refuse_path(path: str, kind: str, trouble: str) -> DataError:
     """Makes the error for a path that a source of this kind cannot be opened at."""
-    place = Path(path).expanduser()
-    if not place.exists():
+    exists = os.path.exists(path_of(path))  # which no name is too long for, as for Path.exists
+    if not exists:
         trouble = f"does not exist (seen from {Path.cwd()})"
     hint = "set it in the config, or with --set data.path=PATH"
-    if place.exists() and (other := kind_of(path)) not in (None, kind):
+    if exists and (other := kind_of(path)) not in (None, kind):
         hint = f'set data.kind = "{other}", or leave it out'
     return DataError(f"data.path: {path!r} {trouble}; {hint}")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator
 from torch import Tensor
 
 from hdit.errors import UserError
+from hdit.names import escape
+
+MAX_NAME = 1000  # characters of a class's name; more is rather a caption
 
 
 class DataError(UserError):
@@ -30,6 +33,33 @@ def check_classes(wanted: int | list[str] | None, found: list[str], place: str) 
             f"data.classes: {number:,} are asked for, and {place!r} has {len(found):,}; set "
             f"data.classes={len(found)}, or leave it out"
         )
+
+
+def class_names(names: Iterable[str], where: str) -> list[str]:
+    """Names of classes in their order, as text that can be stored (see hdit.names).
+
+    Raises DataError, whose message begins with `where`, for what no class can be called.
+    """
+    stored = [escape(name) for name in names]
+    try:
+        check_class_names(stored)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+    return stored
+
+
+def check_class_names(names: list[str]) -> None:
+    """Raises ValueError for a name that is empty, huge, no text, or there twice."""
+    seen: set[str] = set()
+    for name in names:
+        if not 1 <= len(name) <= MAX_NAME:
+            got = f"{name!r:.60}, of {len(name):,}"
+            raise ValueError(f"a class must have a name of 1 to {MAX_NAME:,} characters, got {got}")
+        if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise ValueError(f"must name classes by text, got {name!r:.60}")
+        if name in seen:
+            raise ValueError(f"must name each class once, but has {name!r:.60} twice")
+        seen.add(name)
 
 
 class Sample(NamedTuple):
@@ -108,6 +138,11 @@ def references(source: Source | Stream) -> Sequence[Any]:
 def first(source: Source | Stream) -> Sample:
     """Any image, to learn whether there is one. Raises DataError."""
     return source.first() if isinstance(source, Stream) else source[0]
+
+
+def warnings_of(source: Source | Stream) -> list[str]:
+    """Sentences for the user before a source is read, as of files that are left out of it."""
+    return list(getattr(source, "warnings", []))
 
 
 def _sides(size: Any) -> Any:

@@ -6,12 +6,23 @@ import math
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from hdit.data.source import Chance
 
 MODES = {1: "L", 3: "RGB"}
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF's orientation."""
 
 
 def to_mode(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
@@ -19,8 +30,9 @@ def to_mode(image: Image.Image, channels: int, background: str = "white") -> Ima
 
     Raises ValueError for an image of 32-bit numbers, whose white has no fixed value.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # else it would copy
+    image.load()  # or a damaged image would be taken for damaged metadata
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -31,6 +43,17 @@ def to_mode(image: Image.Image, channels: int, background: str = "white") -> Ima
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")  # there is no way from every mode to grey, LAB for one
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, which is upright, where the metadata cannot be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's parsers raise many kinds on damaged metadata; the pixels are good
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:

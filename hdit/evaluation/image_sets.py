@@ -24,7 +24,8 @@ from hdit.data.loader import load_batches
 from hdit.data.source import DataError, Source, Stream, references
 from hdit.data.sources.archive import Archive
 from hdit.data.sources.arrays import Arrays
-from hdit.data.sources.listing import is_hidden, is_image, order
+from hdit.data.sources.folder import start_of
+from hdit.data.sources.listing import find_images, is_hidden
 from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
@@ -109,8 +110,8 @@ class FolderFiles:
             files = walk(root).files
         except OSError as error:
             raise DataError(f"{root}: cannot be listed: {error}") from None
-        names = [name for name in files if is_image(name) and not is_hidden(name)]
-        self.names = sorted(names, key=order)
+        seen = [name for name in files if not is_hidden(name)]
+        names = self.names = find_images(seen, lambda name: start_of(root / name))
         record = root / SAMPLES
         if SAMPLES in files:
             self.names = read_samples(record)

@@ -15,7 +15,15 @@ from hdit.config.schema import RunConfig
 from hdit.data import DataSpec
 from hdit.data.batches import in_order
 from hdit.data.images import ImagesSpec, too_many
-from hdit.data.source import DataError, Skipped, Source, Stream, check_classes, references
+from hdit.data.source import (
+    DataError,
+    Skipped,
+    Source,
+    Stream,
+    check_classes,
+    references,
+    warnings_of,
+)
 from hdit.device import float32_products
 from hdit.errors import UserError
 from hdit.latents.store import (
@@ -118,6 +126,7 @@ def encode(
     on_start: Callable[[int], None] = lambda images: None,
     on_images: Callable[[int], None] = lambda n: None,
     on_skipped: Callable[[Skipped], None] = lambda file: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Encoded:
     """Writes the shards that are not there yet, of which this process takes its part.
 
@@ -128,6 +137,8 @@ def encode(
     """
     space = _open_vae(config)
     source = config.data.open()
+    for text in warnings_of(source) if rank == 0 else []:
+        warn(text)
     refs = references(source)
     manifest = manifest_of(config, space, len(refs), source.classes, dtype, shard_size)
     begin(folder, manifest)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hdit.config import ConfigError, apply, parse
 from hdit.errors import UserError
+from hdit.names import escape, printable, unescape
 from hdit.protocols import NULL_LABEL
 from hdit.runs.trained import Trained
+
+SHOWN_CLASSES = 20  # in an error
 
 
 def with_options(
@@ -58,25 +64,56 @@ def _only_sampling(override: str) -> None:
 
 
 def choose_labels(text: str | None, number: int, trained: Trained) -> list[int] | None:
-    """The label of each image; None for a model without classes."""
+    """The label of each image; None for a model without classes.
+
+    `text` lists classes as a line of CSV does. Each is a name as it is written, or else `#` and an
+    index, or `none`. Raises UserError for what is none of these.
+    """
     classes = trained.classes
     if not classes:
         if text is not None:
             raise UserError("--labels: the model was trained without classes")
         return None
-    chosen: list[int] = []
-    for part in [name.strip() for name in text.split(",")] if text else []:
-        if part in classes:
-            chosen.append(classes.index(part))
-        elif part.isdigit() and int(part) < len(classes):
-            chosen.append(int(part))
-        elif part == "none":
-            chosen.append(NULL_LABEL)
-        else:
-            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise UserError(f"--labels: {part!r} is no class of this model: {known}")
-    chosen = chosen or list(range(len(classes)))
+    if text is None:
+        chosen = list(range(len(classes)))
+    else:
+        indices = {name: index for index, name in enumerate(classes)}
+        chosen = [_label(part, indices) for part in _listed(text)]
     return [chosen[i % len(chosen)] for i in range(number)]
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of a line of CSV, as in a,"b, c". Raises UserError for quotes that do not close."""
+    why: object = "it is empty"
+    try:
+        rows = list(csv.reader([text], strict=True, skipinitialspace=True))
+        if len(rows) == 1 and rows[0]:
+            return rows[0]
+    except csv.Error as error:
+        why = error
+    raise UserError(
+        f"--labels: {printable(text)!r} is no list of classes ({why}); write names with commas "
+        """between them, and one that has a comma in double quotes, as in 'cat,"dog, large"'"""
+    )
+
+
+def _label(part: str, indices: dict[str, int]) -> int:
+    """The index of the class that a part of --labels names, or NULL_LABEL."""
+    for name in (part, escape(part), part.strip()):
+        if name in indices:
+            return indices[name]
+    part = part.strip()
+    if part == "none":
+        return NULL_LABEL
+    is_number = re.fullmatch("[0-9]{1,18}", part.removeprefix("#")) is not None
+    if is_number and part.startswith("#") and int(part[1:]) < len(indices):
+        return int(part[1:])
+    names = [printable(unescape(name)) for name in islice(indices, SHOWN_CLASSES)]
+    known = ", ".join(names) + (", ..." if len(indices) > SHOWN_CLASSES else "")
+    hint = f"; for the class at that index, write #{part}" if is_number else ""
+    if part.startswith("#"):
+        hint = f"; an index is a number from #0 to #{len(indices) - 1}"
+    raise UserError(f"--labels: {printable(part)!r} is no class of this model: {known}{hint}")
 
 
 def open_guide(source: Path, trained: Trained, warn: Callable[[str], None]) -> Trained:

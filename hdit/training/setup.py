@@ -15,7 +15,7 @@ from torch import nn
 from hdit import models
 from hdit.config import RunConfig
 from hdit.data.batches import Layout
-from hdit.data.source import Source, Stream, first, size_of
+from hdit.data.source import Source, Stream, first, size_of, warnings_of
 from hdit.device import default_device
 from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
@@ -76,6 +76,8 @@ def prepare(
     device, layout = accelerator.device, _layout(config, accelerator)
     space = config.space.open(device)
     source = open_training_source(config, space)
+    for text in warnings_of(source):
+        warn(text)
     first(source)  # raises DataError here, not in a worker, where nothing can be read
     shape = config.data_shape(len(source.classes))
     if config.sampling.grid:

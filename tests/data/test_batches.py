@@ -140,7 +140,7 @@ def test_batches_of_a_folder_leave_out_broken_files(tmp_path, workers):
     for name in "abc":
         (tmp_path / f"{name}.ppm").write_bytes(b"P6 1 1 255\n" + name.encode() * 3)
     (tmp_path / "b.ppm").write_bytes(b"")
-    source = FolderSpec(path=str(tmp_path), size=1).open()
+    source = FolderSpec(path=str(tmp_path), size=1, max_bad_share=0.5).open()
     layout = Layout(batch_size=3)
     for batch in islice(Batches(source, seed=0, start=0, layout=layout, workers=workers), 3):
         # c stands in for b

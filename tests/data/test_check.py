@@ -83,7 +83,7 @@ def report_of(place, **settings):
 @pytest.mark.parametrize("settings", [{"size": "16"}, {"size": "24x10", "channels": 1}])
 def test_sigma_data_is_the_deviation_of_all_pixels_that_training_sees(pets, settings):
     report = report_of(pets, **settings)
-    source = open_source(str(pets), **settings)
+    source = open_source(str(pets), max_bad_share=1.0, **settings)
     images = [source[i].image.numpy() for i in range(len(source)) if not source[i].skipped]
     assert len(images) == 8
     x0 = np.stack(images).astype(np.float64) / 127.5 - 1
@@ -213,7 +213,7 @@ def test_default_sigma_data_in_print_is_that_of_the_pixel_space():
 
 def test_each_unreadable_image_is_named_with_the_reason_of_training(pets):
     report = report_of(pets)
-    source = open_source(str(pets))
+    source = open_source(str(pets), max_bad_share=1.0)
     told = [skipped for i in range(len(source)) for skipped in source[i].skipped]
     assert {tuple(bad) for bad in report.unreadable} == {tuple(skipped) for skipped in told}
     assert [bad.file for bad in report.unreadable] == ["pets/dog/cut.png", "pets/owl/empty.png"]
@@ -230,7 +230,8 @@ def many(folder: Path, good: int, bad: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "usable"), [(95, 5, True), (94, 6, False), (3, 2, True), (0, 3, False)]
+    ("good", "bad", "usable"),
+    [(95, 5, True), (94, 6, False), (19, 1, True), (3, 2, False), (0, 3, False)],
 )
 def test_data_is_unusable_where_training_ends_once_all_of_it_was_drawn(
     tmp_path, hdit, good, bad, usable
@@ -248,8 +249,22 @@ def test_data_is_unusable_where_training_ends_once_all_of_it_was_drawn(
     assert status == (0 if usable else 1)
     assert out.count("unreadable: ") == bad
     if not usable:
-        assert f"unusable: {bad} of the 100" in err or "unusable: none of the 3" in err
+        told = "none" if good == 0 else bad
+        assert f"unusable: {told} of the {good + bad} images" in err
     assert (tmp_path / "sheet.png").exists() == (good > 0)
+
+
+def test_check_of_labelled_images_that_are_all_bad_says_so(tmp_path, hdit):
+    for name in ("cat/a.png", "dog/b.png"):
+        (tmp_path / "it" / name).parent.mkdir(parents=True)
+        (tmp_path / "it" / name).touch()
+    sheet = tmp_path / "sheet.png"
+    status, out, err = hdit("data", "check", tmp_path / "it", "--sheet", sheet)
+    assert status == 1
+    assert "warning: classes without an image that can be read: cat, dog" in out
+    assert err.strip().startswith("unusable: none of the 2 images in ")
+    assert not sheet.exists()
+    assert hdit("data", "check", tmp_path / "it", "--sheet", sheet, "--json")[0] == 1
 
 
 # ---- the contact sheet ---------------------------------------------------------------------------
@@ -285,7 +300,7 @@ def test_contact_sheet_of_one_class_is_spread_over_all_of_it():
 
 
 def test_contact_sheet_has_the_images_as_training_sees_them(pets, hdit):
-    assert hdit("data", "check", pets, "--size", 64)[0] == 0
+    assert hdit("data", "check", pets, "--size", 64)[0] == 1  # two of ten are bad
     sheet = np.asarray(Image.open("pets-contact-sheet.png"))
     source = open_source(str(pets), size="64")
     first = source[0].image.permute(1, 2, 0).numpy()
@@ -303,11 +318,16 @@ def test_contact_sheet_of_large_images_is_made_smaller(pets):
 
 
 def test_check_prints_tables_and_names(pets, hdit):
+    for name in ("a.heic", "notes.txt"):
+        (pets / "dog" / name).touch()
     status, out, err = hdit("data", "check", pets, "--size", 30, "--workers", 1)
-    assert status == 0, err
+    assert status == 1
+    assert "unusable: 2 of the 10 images cannot be read, beyond data.max_bad_share = 0.05" in err
     assert "label conflict: pets/cat/a.png (cat) = pets/cat/b.bmp (cat) = " in out
+    assert "warning: data.path: 'pets': 1 file is left out, in no format that Pillow reads" in out
     for row in (
         r"images +│ 10 \(folder\)",
+        r"left out +│ \.heic 1, \.txt 1",
         r"unreadable +│ 2 \(20.0%\); training takes up to 5%",
         r"smallest +│ 16 x 16  pets/owl/alpha.png",
         r"enlarged +│ 3 \(37.5%\), smaller than 30 x 30",
@@ -333,8 +353,9 @@ def test_check_prints_only_the_ends_of_many_classes(tmp_path, hdit):
 
 
 def test_check_as_json_is_one_object_with_all_of_it(pets, hdit):
-    status, out, err = hdit("data", "check", pets, "--json", "--size", "20x24", "--channels", 1)
-    assert status == 0, err
+    (pets / "dog" / "a.heic").touch()
+    status, out, _ = hdit("data", "check", pets, "--json", "--size", "20x24", "--channels", 1)
+    assert status == 1
     found = json.loads(out)
     assert found["contact_sheet"] == "pets-contact-sheet.png"
     assert Path(found["contact_sheet"]).exists()
@@ -348,15 +369,17 @@ def test_check_as_json_is_one_object_with_all_of_it(pets, hdit):
     ]
     assert found["duplicates"][0]["conflict"] is True
     assert len(found["duplicates"][0]["files"]) == 4
-    assert found["unusable"] is None
+    assert found["left_out"] == {".heic": 1}
+    assert found["warnings"][0].endswith(": .heic 1; convert or remove it")
+    assert found["unusable"].startswith("2 of the 10 images cannot be read")
 
 
 def test_check_reads_an_archive_and_a_hook(pets, tmp_path, hdit, monkeypatch):
     with zipfile.ZipFile("pets.zip", "w") as file:
         for path in sorted(pets.rglob("*.*")):
             file.write(path)
-    status, out, err = hdit("data", "check", "pets.zip", "--json")
-    assert status == 0, err
+    status, out, _ = hdit("data", "check", "pets.zip", "--json")
+    assert status == 1
     in_zip, in_folder = json.loads(out), report_of(pets).to_json()
     for key in ("classes", "sigma_data", "formats", "stored_bytes", "aspects"):
         assert in_zip[key] == in_folder[key], key
@@ -378,6 +401,9 @@ def test_check_reads_an_archive_and_a_hook(pets, tmp_path, hdit, monkeypatch):
     ("arguments", "message"),
     [
         (["nowhere"], "data.path: 'nowhere' does not exist"),
+        ([""], "PATH: must name a folder or file, got ''"),
+        (["pets", "--size", "9" * 5000], "--size: must be a side in pixels or HEIGHTxWIDTH, got"),
+        (["pets", "--size", "²"], "--size: must be a side in pixels or HEIGHTxWIDTH, got '²'"),
         (["pets", "--kind", "zip"], "data.path: 'pets' is not a file"),
         (["pets", "--kind", "flder"], "--kind: must be folder, zip"),
         (["pets", "--kind", "digits"], "--kind: must be folder, zip"),
@@ -432,7 +458,8 @@ def test_check_from_within_the_data_folder_says_where_the_sheet_may_go(pets, hdi
     status, _, err = hdit("data", "check", ".")
     assert status == 1
     assert "'pets-contact-sheet.png' would lie in the data folder" in err
-    assert hdit("data", "check", ".", "--sheet", "../sheet.png")[0] == 0
+    assert hdit("data", "check", ".", "--sheet", "../sheet.png")[0] == 1  # two of ten are bad
+    assert Path("../sheet.png").exists()
 
 
 def test_check_that_is_interrupted_leaves_no_sheet(pets, hdit, monkeypatch):
@@ -449,8 +476,7 @@ def test_check_that_is_interrupted_leaves_no_sheet(pets, hdit, monkeypatch):
 def test_check_shows_names_that_a_terminal_would_obey_escaped(tmp_path, hdit):
     write(tmp_path / "it" / "good.png", Image.new("L", (1, 1)))
     (tmp_path / "it" / "[red]\x1b[2J.png").touch()
-    status, out, err = hdit("data", "check", tmp_path / "it", "--sheet", tmp_path / "a.png")
-    assert status == 0, err
+    _, out, _ = hdit("data", "check", tmp_path / "it", "--sheet", tmp_path / "a.png")
     assert "[red]\\x1b[2J.png: UnidentifiedImageError: the file is empty" in out
     assert "\x1b" not in out
 

@@ -545,7 +545,7 @@ def draw_all(source) -> None:
 
 
 def test_bad_image_is_tried_once():
-    source = written(8, [2, 3])
+    source = written(8, [2, 3], max_bad_share=0.25)
     for _ in range(3):
         draw_all(source)
     assert [source.entries.tried[i] for i in (2, 3)] == [1, 1]
@@ -602,10 +602,44 @@ def test_share_of_bad_images_is_judged_by_more_than_chance():
         assert not any(too_many(int(c), n, 2000, 0.05) for n, c in enumerate(counts, 1))
 
 
-def test_few_images_may_have_many_bad_ones_but_not_be_all_bad():
-    draw_all(written(MIN_DRAWN - 1, range(90)))
+@pytest.mark.parametrize(
+    ("length", "bad", "share", "fails"),
+    [
+        (50, 25, None, True),
+        (99, 4, None, False),
+        (99, 5, None, True),
+        (99, 1, 0.0, True),
+        (99, 90, 0.9, True),
+        (99, 90, 0.91, False),
+        (1, 0, 0.0, False),
+    ],
+)
+def test_share_of_few_bad_images_is_exact(length, bad, share, fails):
+    source = written(length, range(bad), max_bad_share=share)
+    source[length - 1]  # a good one says nothing
+    if not fails:
+        draw_all(source)
+        assert [source.entries.tried[i] for i in range(bad)] == [1] * bad
+        return
+    message = rf"{bad} of the {length} files in 'written' are bad, beyond data\.max_bad_share = .*"
+    with pytest.raises(DataError, match=message + "; the first: page 0: ValueError: torn"):
+        source[0]
+
+
+def test_few_bad_images_are_judged_alike_by_any_number_of_workers(tmp_path):
+    for i in range(12):
+        Image.new("L", (1, 1), i).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "03.png").write_bytes(b"torn")
+    spec = FolderSpec(path=str(tmp_path), size=1, max_bad_share=0.08)
+    for workers in (0, 2):
+        stream = Batches(spec.open(), seed=0, start=0, layout=Layout(4), workers=workers)
+        with pytest.raises(DataError, match=r"1 of the 12 files in .* are bad"):
+            list(islice(stream, 3))  # one pass
+
+
+def test_few_images_that_are_all_bad_are_told_so():
     with pytest.raises(
-        DataError, match=r"none of the 3 files in 'written' could be read.*page 1: V"
+        DataError, match=r"none of the 3 files in 'written' could be read.*page 0: V"
     ):
         written(3, range(3))[1]
 

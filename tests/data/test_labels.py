@@ -3,15 +3,19 @@
 import io
 import json
 import multiprocessing
+import os
 import sys
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
-from hdit.data import FolderSpec, HubSpec, NpzSpec, PythonSpec, ZipSpec
+from hdit.data import FolderSpec, HubSpec, NpzSpec, PythonSpec, TarSpec, ZipSpec
+from hdit.data.images import Images
 from hdit.data.source import DataError
+from hdit.data.sources.sheets import SHEETS
 
 
 def png(value: int = 0) -> bytes:
@@ -56,7 +60,35 @@ ABC = {f"{name}.png": png(i) for i, name in enumerate("abc")}
             "cat dog",
             "1 0 0",
         ),
-        # numbers are sorted by their value
+        # as spreadsheets write it: blanks, capitals, commas at the ends
+        (
+            {"metadata.csv": 'File Name, Label,\na.png, x,\n"b.png", "y,z",,\nc.png,x\n'},
+            "x y,z",
+            "0 1 0",
+        ),
+        (
+            {"Metadata.CSV": "class,file-name\ncat,a.png\ndog,b.png\ncat,c.png\n"},
+            "cat dog",
+            "0 1 0",
+        ),
+        (
+            {
+                "metadata.jsonl": "".join(
+                    f'{{"File_Name": "{name}.png", " Class": "{label}"}}\n'
+                    for name, label in zip("abc", "yxy", strict=True)
+                )
+            },
+            "x y",
+            "1 0 1",
+        ),
+        (
+            {"dataset.json": '{"Labels": [["a.png", 1], ["b.png", 0], ["c.png", 1]]}'},
+            "0 1",
+            "1 0 1",
+        ),
+        # a class is a name as written, and numbers are sorted by their value
+        ({"metadata.csv": "label,file_name\n03,b.png\n01,a.png\n2,c.png\n"}, "01 2 03", "0 2 1"),
+        ({"metadata.csv": "label,file_name\n01,b.png\n1,a.png\n0,c.png\n"}, "0 01 1", "2 1 0"),
         ({"metadata.csv": "label,file_name\n10,b.png\n9,a.png\n10,c.png\n"}, "9 10", "0 1 1"),
         ({"metadata.csv": "label,file_name\n10,b.png\nx9,a.png\n1,c.png\n"}, "1 10 x9", "2 1 0"),
         ({"metadata.csv": 'file_name,text\na.png,"a,\n b"\nb.png,\nc.png,x\n'}, "", "0 0 0"),
@@ -112,7 +144,7 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
         ({"metadata.csv": "file_name,label\na.png,x\nb.png\n"}, "'b.png' the label None in line 3"),
         ({"metadata.csv": "file_name,label\na.png,x\n,x\n"}, "gives no file_name in line 3"),
         ({"metadata.csv": b"\xff\xfe"}, "metadata.csv that cannot be read"),
-        ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "is no JSON in line 2"),
+        ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "cannot be read: line 2: not valid JSON"),
         ({"metadata.jsonl": "[]"}, r"has no object \{...\} in line 1"),
         ({"metadata.jsonl": '{"file_name": "a.png", "label": 1.5}'}, "the label 1.5 in line 1"),
         ({"metadata.jsonl": '{"file_name": "a.png", "label": true}'}, "the label True in line 1"),
@@ -123,7 +155,47 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
             },
             "labels that are names and labels that are numbers",
         ),
-        ({"dataset.json": "{"}, "dataset.json that is no JSON"),
+        ({"metadata.jsonl": "[" * 99_999}, "cannot be read: line 1: not valid JSON"),
+        (
+            {"metadata.jsonl": '{"a": ' + "[" * 99 + "]" * 99 + "}"},
+            "line 1: has values nested more",
+        ),
+        (
+            {"metadata.jsonl": f'{{"label": {"9" * 5000}}}'},
+            "cannot be read: line 1: not valid JSON",
+        ),
+        (
+            {"metadata.jsonl": f'{{"file_name": "a.png", "label": {"9" * 4000}}}'},
+            "does not name 2 of",
+        ),
+        ({"metadata.jsonl": '{"a": 1}'}, "gives no file_name in line 1; its columns: a"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.png", "label": "x", "Label ": "y"}'},
+            "has the column 'Label' twice in line 1",
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.png,x\n"},
+            "no column label; its columns: file_name, labels; rename 'labels' to label, or remove",
+        ),
+        ({"metadata.csv": "file_name;label\na.png;x\n"}, "file_name; its columns: file_name;label"),
+        (
+            {"metadata.csv": "file_name,Label,label\na.png,x,y\n"},
+            "the column 'label' twice in line 1",
+        ),
+        (
+            {"metadata.csv": "file_name,label\na.png,cat, black\n"},
+            "has 3 values in line 2, and 2 col",
+        ),
+        ({"metadata.csv": ""}, "has no column file_name; its columns: none"),
+        (
+            {"metadata.csv": "file_name,label\na.png,x\nb.png,x \nc.png,x\n"},
+            "has the labels 'x' and 'x ', which differ in blanks alone",
+        ),
+        (
+            {"dataset.json": "[" * 99_999},
+            "dataset.json that cannot be read: dataset.json: not valid",
+        ),
+        ({"dataset.json": "{"}, "dataset.json that cannot be read: dataset.json: not valid JSON"),
         ({"dataset.json": '{"labels": {}}'}, "neither a list of .file, label. as labels nor null"),
         ({"dataset.json": '{"labels": ["a.png"]}'}, "must list .file, label. .* but has 'a.png'"),
         ({"dataset.json": '{"labels": [["a.png", [0, 1]]]}'}, "it must be a class index"),
@@ -140,6 +212,80 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
 def test_sheet_that_is_wrong_is_named_with_what_is_wrong(tmp_path, make, sheet, message):
     with pytest.raises(DataError, match=rf"^data\.path: '.*' has .*{message}"):
         make(tmp_path, ABC | sheet).open()
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+def test_sheet_that_gives_no_labels_is_told_with_its_columns(tmp_path, make):
+    files = {"metadata.csv": "file_name, text,species\na.png,x,y\nb.png,x,y\nc.png,x,y\n"}
+    source = make(tmp_path, ABC | files | {"dataset.json": '{"title": "x"}'}).open()
+    assert source.classes == []
+    columns, other = source.warnings
+    assert (
+        "without a column label, so there are no classes; its columns: file_name, text" in columns
+    )
+    assert "dataset.json that says nothing of labels; it is not used" in other
+    nested = {f"train/{name}": content for name, content in (ABC | files).items()}
+    source = make(tmp_path / "other", nested | {"test/d.png": png()}) if make is folder else None
+    assert source is None or "train/metadata.csv is not read" in source.open().warnings[0]
+
+
+def test_sheet_in_an_archive_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("hdit.data.sources.archive.MAX_SHEET", 5000)
+    with zipfile.ZipFile(tmp_path / "it.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", png())
+        file.writestr("metadata.jsonl", bytes(5001))
+    with pytest.raises(
+        DataError, match=r"metadata\.jsonl that cannot be read: it unpacks to 5,001"
+    ):
+        ZipSpec(path=str(tmp_path / "it.zip"), size=4).open()
+
+
+def test_sheet_in_an_archive_that_is_damaged_is_named(tmp_path):
+    spec = archive(tmp_path, ABC | {"metadata.csv": "file_name\n"})
+    content = (tmp_path / "it.zip").read_bytes()
+    at = content.index(b"file_name\n")
+    (tmp_path / "it.zip").write_bytes(content[:at] + b"F" + content[at + 1 :])
+    with pytest.raises(
+        DataError, match=r"a metadata\.csv that cannot be read: BadZipFile: Bad CRC"
+    ):
+        spec.open()
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_sheet_that_is_no_regular_file_or_too_large_is_not_read(tmp_path, monkeypatch, name):
+    spec = folder(tmp_path, ABC)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"a {name} that cannot be read: .* a device or pipe"):
+        spec.open()
+    monkeypatch.setattr("hdit.data.sources.folder.MAX_SHEET", 5000)
+    os.unlink(tmp_path / name)
+    (tmp_path / name).write_bytes(bytes(5001))
+    with pytest.raises(DataError, match=rf"a {name} that cannot be read: .* more than 5,000 bytes"):
+        spec.open()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "a"], "must name each class once, but has 'a' twice"),
+        (["a", ""], "must have a name of 1 to 1,000 characters, got ''"),
+        (["a" * 1001], "must have a name of 1 to 1,000 characters, got 'aaa"),
+        (["\ud800"], r"must name classes by text, got '\\ud800'"),
+    ],
+)
+def test_names_that_no_class_can_have_are_refused_by_every_source(tmp_path, classes, message):
+    class Entries:
+        setting, place = "data.path", "somewhere"
+
+        def __len__(self) -> int:
+            return 1
+
+    entries = Entries()
+    entries.classes = classes
+    with pytest.raises(DataError, match=rf"^data\.path: 'somewhere': .*{message}"):
+        Images(FolderSpec(path="somewhere", size=4), entries)
+    with pytest.raises(ValidationError, match=message):
+        TarSpec(path="a.tar", size=4, classes=classes)
 
 
 def test_sheet_without_images_is_an_error(tmp_path):
@@ -160,6 +306,10 @@ def test_sheet_without_images_is_an_error(tmp_path):
             [(1, "x"), (2, "y"), (3, "y")],
         ),
         ({"pets/x/a.png": png(1), "pets/y/a.png": png(2)}, [(1, "x"), (2, "y")]),
+        # as programs on Windows write them
+        ({"data\\x\\a.png": png(1), "data\\y\\a.png": png(2)}, [(1, "x"), (2, "y")]),
+        ({"x\\a.png": png(1), "y/b\\c.png": png(2), "x\\": b""}, [(1, "x"), (2, "y")]),
+        ({"./x/a.png": png(1), "y//a.png": png(2)}, [(1, "x"), (2, "y")]),
         ({"pets/x/a.png": png(1), "__MACOSX/pets/x/._a.png": b"", ".b.png": b""}, [(1, "x")]),
     ],
 )
@@ -187,6 +337,7 @@ def member(name: str, mode: int = 0) -> zipfile.ZipInfo:
         (member("cat/a.png", 0o120777), "'cat/a.png' is a link"),
         (member("cat/a.png", 0o020666), "'cat/a.png' is a device"),
         (member("good.png"), "holds 'good.png' twice"),
+        (member("./good.png"), r"holds '\./good.png' twice"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -223,7 +374,7 @@ def test_zip_members_that_are_damaged_are_bad_files(tmp_path):
         data[at] = 99  # a way of compressing that nobody has
     data[infos["d.png"].header_offset] ^= 1  # its own header
     path.write_bytes(data)
-    source = spec.model_copy(update={"max_pixels": 500}).open()
+    source = spec.model_copy(update={"max_pixels": 500, "max_bad_share": 1.0}).open()
     assert contents(source)[:4] == [(5, None)] * 4
     reasons = {file.path.rpartition("/")[2]: file.reason for file in source.unreadable.values()}
     assert sorted(reasons) == ["a.png", "b.png", "c.png", "d.png", "e.png", "huge.bmp"]
@@ -330,8 +481,10 @@ def test_npz_that_is_damaged_is_named(tmp_path):
 # ---- hook ----------------------------------------------------------------------------------------
 
 MODULE = """
+import sys
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 class Pets:
     def __init__(self, item, classes=None, length=2):
@@ -367,6 +520,8 @@ def beyond(): return Pets((image, 1), ["cat"])
 def name(): return Pets((image, "cat"), ["cat"])
 def true(): return Pets((image, True), ["cat", "dog"])
 def torn(): return Pets(lambda: 1 / 0)
+def ending(): raise SystemExit(0)
+def ending_later(): return Pets(lambda: sys.exit(0))
 """
 
 
@@ -402,12 +557,19 @@ def test_hook_is_found_in_the_current_folder_and_called(hook):
         ("endless", "returned list_iterator, which has no __len__"),
         ("empty", "returned Pets, which is empty"),
         ("raising", "raised KeyError: 'no pets'"),
+        ("ending", "raised SystemExit: 0"),
         ("bad_classes", r"whose classes must be a list of names, got \[1, 2\]"),
     ],
 )
 def test_hook_that_returns_no_data_set_is_named(hook, function, message):
     with pytest.raises(DataError, match=rf"^data\.hook: '{hook}:{function}'.* ?{message}"):
         pets(hook, function).open()
+
+
+def test_hook_whose_images_end_the_process_is_named(hook):
+    source = pets(hook, "ending_later").open()
+    with pytest.raises(DataError, match=rf"^data\.hook: '{hook}:ending_later': item 0 exits: 0"):
+        source[0]
 
 
 def test_hook_whose_module_cannot_be_imported_is_named(hook):

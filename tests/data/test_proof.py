@@ -313,7 +313,7 @@ def test_training_gets_through_a_damaged_folder_and_names_each_bad_file_once(
     files = [line.removeprefix("warning: skipped ").partition(": ")[0] for line in warned]
     assert sorted(files) == [f"{path}/{name}" for name in bad]
     assert all(line.partition(": ")[2].partition(": ")[2] for line in warned), "with a reason"
-    assert "folder.png" not in said
+    assert "folders without images: folder.png/ (it has nothing)" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == list(range(32, images + 1, 32))
     assert [line["skipped_files"] for line in lines] == [

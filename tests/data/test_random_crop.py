@@ -245,7 +245,7 @@ def test_image_by_index_is_the_centre_crop(tmp_path, shape):
 
 def test_bad_image_is_stood_in_for_by_a_crop_of_the_next(folder):
     (folder / "0.png").write_bytes(b"not an image")
-    source = spec(folder).open()
+    source = spec(folder).model_copy(update={"max_bad_share": 1.0}).open()
     u = (0.7, 0.2, 0.9)
     assert torch.equal(source.draw(0, u).image, source.draw(1, u).image)
     assert len(source.draw(0, u).skipped) == 1

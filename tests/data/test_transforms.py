@@ -3,9 +3,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hdit.data.transforms import center_crop, to_tensor
+from hdit.data.images import open_image
+from hdit.data.transforms import center_crop, to_mode, to_tensor
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -106,3 +107,56 @@ def test_to_tensor_puts_channels_before_rows_and_columns(mode):
         for x in range(7):
             pixel = image.getpixel((x, y))
             assert tensor[:, y, x].tolist() == list(pixel if mode == "RGB" else [pixel])
+
+
+# ---- metadata that cannot be read ----------------------------------------------------------------
+
+TAG = b"\x01\x12"  # orientation
+DAMAGED_EXIF = {
+    "no header": b"x",
+    "empty": b"Exif\0\0",
+    "other program's": b"Exif\0\0" + bytes(range(100)),
+    "folder beyond the end": b"MM\0*\xff\xff\xff\xff",
+    "cut": b"MM\0*\0\0\0\x08\0\x09" + TAG + b"\0\x03\0\0",
+    "orientation of text": b"MM\0*\0\0\0\x08\0\x01" + TAG + b"\0\x02\0\0\0\x03six\0\0\0\0\0",
+    "orientation that is none": b"MM\0*\0\0\0\x08\0\x01"
+    + TAG
+    + b"\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+def test_image_is_turned_upright_as_pillow_does(tmp_path, fmt, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    noise(4, 6).save(tmp_path / "it", fmt, exif=exif)
+    with open_image(str(tmp_path / "it")) as image, Image.open(tmp_path / "it") as theirs:
+        assert np.array_equal(to_mode(image, 3), ImageOps.exif_transpose(theirs).convert("RGB"))
+
+
+@pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "MPO"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of metadata
+def test_image_whose_exif_is_damaged_is_used_as_it_lies(tmp_path, fmt, exif):
+    noise(4, 6).save(tmp_path / "it", fmt, exif=exif)
+    stored = np.asarray(Image.open(tmp_path / "it").convert("RGB"))
+    with open_image(str(tmp_path / "it")) as image:
+        assert np.array_equal(to_mode(image, 3), stored)
+
+
+def test_image_whose_orientation_tag_in_a_tiff_is_damaged_is_used_as_it_lies(tmp_path):
+    noise(4, 6).save(tmp_path / "it.tif", tiffinfo={274: 6})
+    content = (tmp_path / "it.tif").read_bytes()
+    tag = b"\x12\x01\x03\0\x01\0\0\0"
+    for damaged in (b"\x12\x01\x02\0\x01\0\0\0", b"\x12\x01\x03\0\0\0\0\0"):
+        assert content.count(tag) == 1
+        with open_image(content.replace(tag, damaged)) as image:
+            assert np.array_equal(to_mode(image, 3), noise(4, 6))
+
+
+def test_damaged_pixels_are_not_taken_for_damaged_exif(tmp_path):
+    noise(40, 60).save(tmp_path / "it.png", exif=b"x")
+    content = (tmp_path / "it.png").read_bytes()
+    with open_image(content[: len(content) // 2]) as image, pytest.raises(OSError, match="truncat"):
+        to_mode(image, 3)

@@ -158,13 +158,22 @@ def test_encode_names_a_bad_image_and_stores_the_next_in_its_place(images, vae, 
     data = shutil.copytree(images, tmp_path / "data")
     (data / "cat" / "3.png").write_bytes(b"not an image")  # its next one is of the other class
     skipped = []
-    config = settings(data, vae)
+    config = settings(data, vae, data={"max_bad_share": 0.1})
     encode(config, tmp_path / "out", on_skipped=skipped.append, **OF_FOUR)
     assert [file.path for file in skipped] == [str(data / "cat" / "3.png")]
     assert "no format" in skipped[0].reason
     latents = Latents(str(tmp_path / "out"))
     assert latents[3].label == 1
     torch.testing.assert_close(latents[3].image, latents[4].image, rtol=1e-5, atol=1e-6)
+
+
+def test_encode_tells_first_of_files_that_are_left_out(images, vae, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
+    (data / "cat" / "3.heic").touch()
+    told = []
+    encode(settings(data, vae), tmp_path / "out", warn=told.append, **OF_FOUR)
+    assert len(told) == 1
+    assert "1 file is left out, in no format that Pillow reads: .heic 1" in told[0]
 
 
 def test_encode_of_too_many_bad_images_ends_as_training_does(vae, tmp_path):
@@ -428,9 +437,12 @@ def test_encode_of_the_command_line_names_a_bad_image_once(images, vae, hdit, tm
     data = shutil.copytree(images, tmp_path / "data")
     bad = data / "dog" / "5.png"
     bad.write_bytes(b"not an image")
-    (tmp_path / "it.toml").write_text(settings(data, vae).dump())
+    (data / "cat" / "notes.pdf").touch()
+    spec = settings(data, vae, data={"max_bad_share": 0.1})
+    (tmp_path / "it.toml").write_text(spec.dump())
     status, _, err = hdit("encode", tmp_path / "it.toml", "--out", tmp_path / "out")
     assert status == 0
+    assert "1 file is left out, in no format that Pillow reads: .pdf 1; convert or remove it" in err
     assert err.count(str(bad)) == 1
     assert f"warning: skipped {bad}: " in err
 

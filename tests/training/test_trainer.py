@@ -489,7 +489,8 @@ def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
     for i in range(5):
         Image.effect_noise((40, 30), 60).convert("RGB").save(folder / f"{i}.jpg")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    overrides = [f'data={{kind="folder", path="{folder}", size=[8, 16]}}', "training.images=32"]
+    overrides = [f'data={{kind="folder", path="{folder}", size=[8, 16], max_bad_share=0.2}}']
+    overrides.append("training.images=32")
     run = tmp_path / "run"
     assert Trainer(config.load(tiny, overrides), run).fit()
     assert metrics(run)[-1]["skipped_files"] == 1

@@ -15,6 +15,9 @@ from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
 from hdit.data.sources.tars import Tars
 from hdit.files import check_writable
+from hdit.names import escape, path_of
+
+LONGEST_STEM = 50  # of the contact sheet's name: in UTF-8, up to four times as many bytes
 
 
 def open_source(place: str, kind: str | None = None, size: str = "256", **settings: Any) -> Images:
@@ -24,6 +27,7 @@ def open_source(place: str, kind: str | None = None, size: str = "256", **settin
     """
     specs = get_args(get_args(DataSpec)[0])
     kinds = [s.model_fields["kind"].default for s in specs if issubclass(s, ImagesSpec)]
+    place = escape(place)  # a setting is text, and need not be UTF-8 on the command line
     kind = kind or kind_of(place)
     if kind is None:
         raise DataError(
@@ -32,10 +36,10 @@ def open_source(place: str, kind: str | None = None, size: str = "256", **settin
         )
     if kind not in kinds:
         raise DataError(f"--kind: must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {kind!r}")
-    if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", size)):
+    if not (sides := re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", size)):
         raise DataError(f"--size: must be a side in pixels or HEIGHTxWIDTH, got {size!r}")
     key = "hook" if kind == "python" else "path"
-    if kind == "hub" and not Path(place).expanduser().exists():
+    if kind == "hub" and not path_of(place).exists():
         key = "name"
     height, width = int(sides[1]), int(sides[2] or sides[1])
     table = {"kind": kind, key: place, "size": [height, width], **settings}
@@ -65,9 +69,11 @@ def _option(error: Any) -> str:
 
 def sheet_path(place: str, sheet: Path | None) -> Path:
     """Path of the contact sheet, checked before anything is read. Raises DataError."""
+    if not place:
+        raise DataError("PATH: must name a folder or file, got ''")
     name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
     stem = re.sub(r"(?i)\.(zip|npz|tar|toml)$", "", name)
-    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
+    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:LONGEST_STEM]
     path = sheet or Path(f"{stem or 'data'}-contact-sheet.png")
     home = Path(place).expanduser()
     if path.suffix.lower() != ".png":

@@ -17,6 +17,7 @@ from hdit.data.images import EXHAUSTED, Entries, Images, ImagesSpec, pixels_of
 from hdit.data.loader import load_batches
 from hdit.data.source import DataError
 from hdit.data.transforms import to_mode
+from hdit.names import escape
 
 READ_AT_ONCE = 32  # images that a worker makes findings of
 
@@ -32,7 +33,7 @@ RECORD = np.dtype(
 
 
 class BadFile(NamedTuple):
-    """A file that cannot be read, and why."""
+    """A file that cannot be read, and why; both escaped (see hdit.names)."""
 
     file: str
     reason: str
@@ -85,7 +86,9 @@ class Examine:
         except Exception as error:  # as in Images
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
                 raise
-            return BadFile(self.entries.name(index), f"{type(error).__name__}: {error}")
+            return BadFile(
+                escape(self.entries.name(index)), escape(f"{type(error).__name__}: {error}")
+            )
         return Seen(
             (pixel_digest(upright), index, label, *upright.size),
             *about,

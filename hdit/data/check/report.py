@@ -12,6 +12,7 @@ import numpy as np
 from hdit.data.check.contact_sheet import spread_over_classes
 from hdit.data.check.reading import RECORD, BadFile, Findings, findings_of, read_all
 from hdit.data.images import Images, ImagesSpec, too_many
+from hdit.names import escape
 
 ASPECTS = (
     "narrower than 1:2",
@@ -49,7 +50,10 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Contents of a data set; `unusable` says why training would end there, or is None."""
+    """Contents of a data set; `unusable` says why training would end there, or is None.
+
+    Names of files and classes are escaped (see hdit.names).
+    """
 
     place: str
     kind: str
@@ -67,6 +71,8 @@ class DataReport:
     enlarged: int  # smaller than the crop on a side
     aspects: dict[str, int]
     classes: dict[str, int]
+    left_out: dict[str, int]  # files that are not used, by extension
+    warnings: list[str]
     unreadable: list[BadFile]
     max_bad_share: float
     duplicates: list[Duplicates]
@@ -93,7 +99,11 @@ def check(
     """
     found = _sum(read_all(source, workers), on_read)
     records, elements = found.records, found.elements
-    spec, name, classes = source.spec, source.entries.name, source.classes
+    spec, classes = source.spec, source.classes
+
+    def name(index: int) -> str:
+        return escape(source.entries.name(index))
+
     height, width = spec.size
     mean, sigma_data = moments(elements, found.total, found.squares) if elements else (None, None)
     smallest, median, largest = _sizes(records, name)
@@ -115,6 +125,8 @@ def check(
         enlarged=int(((records["width"] < width) | (records["height"] < height)).sum()),
         aspects=_aspects(records),
         classes={kind: numbers[label] for label, kind in enumerate(classes)},
+        left_out=source.left_out,
+        warnings=source.warnings,
         unreadable=found.unreadable,
         max_bad_share=spec.bad_share,
         duplicates=_duplicates(records, name, classes),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hdit.data.check.report import DataReport
-from hdit.names import printable
+from hdit.names import printable, unescape
 
 DEFAULT_SIGMA_DATA = 0.5  # of hdit.spaces, which this package does not import
 MANY_CLASSES = 30  # beyond it only the smallest and largest are printed
@@ -18,9 +18,15 @@ SHOWN_FILES = 6  # of one group, in print
 
 
 def lines(report: DataReport) -> Iterator[str]:
-    """Lines for files that cannot be read and for duplicates, which no table has."""
+    """Lines for what no table has: warnings, files that cannot be read, duplicates."""
+    for warning in report.warnings:
+        yield f"warning: {warning}"
+    empty = [name for name, number in report.classes.items() if not number]
+    if report.unreadable and empty:
+        some = ", ".join(map(_shown, empty[:FEW])) + (", ..." if empty[FEW:] else "")
+        yield f"warning: classes without an image that can be read: {some}"
     for bad in report.unreadable:
-        yield printable(f"unreadable: {bad.file}: {bad.reason}")
+        yield _shown(f"unreadable: {bad.file}: {bad.reason}")
     conflicts_first = sorted(report.duplicates, key=lambda group: not group.conflict)
     for group in conflicts_first[:SHOWN_GROUPS]:
         labels = group.classes if group.conflict else [""] * len(group.files)
@@ -28,7 +34,7 @@ def lines(report: DataReport) -> Iterator[str]:
         rest = len(named) - SHOWN_FILES
         named = [*named[:SHOWN_FILES], f"and {rest} more"] if rest > 0 else named
         head = "label conflict" if group.conflict else "duplicates"
-        yield printable(f"{head}: {' = '.join(named)}")
+        yield _shown(f"{head}: {' = '.join(named)}")
     if (rest := len(report.duplicates) - SHOWN_GROUPS) > 0:
         yield f"duplicates: {rest} groups more; --json names them all"
 
@@ -39,20 +45,23 @@ def tables(report: DataReport) -> Iterator[Table]:
     if report.readable:
         there = {name: number for name, number in report.aspects.items() if number}
         yield _histogram("width to height", there, report.readable)
-    if report.classes:
+    if report.classes and report.readable:
         yield _class_table(report.classes, report.readable)
 
 
 def _table(report: DataReport) -> Table:
-    table = Table(title=printable(report.place), show_header=False)
+    table = Table(title=_shown(report.place), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
 
     def row(name: str, text: str) -> None:
-        table.add_row(Text(name), Text(printable(text)))
+        table.add_row(Text(name), Text(_shown(text)))
 
     n = report.readable
     row("images", f"{report.images:,} ({report.kind})")
+    if report.left_out:
+        others = ", ".join(f"{kind} {number:,}" for kind, number in report.left_out.items())
+        row("left out", others)
     bad = len(report.unreadable)
     row("unreadable", f"{_of(bad, report.images)}; training takes up to {_share(report)}")
     if not n:
@@ -113,8 +122,13 @@ def _histogram(title: str, numbers: dict[str, int], total: int) -> Table:
     most = max(numbers.values()) or 1
     for name, number in numbers.items():
         bar = "#" * -(-24 * number // most)
-        table.add_row(Text(printable(name)), f"{number:,}", f"{number / total:.1%}", bar)
+        table.add_row(Text(_shown(name)), f"{number:,}", f"{number / total:.1%}", bar)
     return table
+
+
+def _shown(text: str) -> str:
+    """Text of the report as a terminal can show it, with each escape once."""
+    return printable(unescape(text))
 
 
 def _share(report: DataReport) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
+import posixpath
 import re
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.images import Images, ImagesSpec, open_image, refuse_path
+from hdit.data.images import SIGNATURE_BYTES, Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
-from hdit.data.sources.listing import arrange, is_hidden
+from hdit.data.sources.listing import Content, arrange, is_hidden
+from hdit.data.sources.sheets import MAX_SHEET
+from hdit.names import path_of
+from hdit.reading import ReadingError
 
 
 class ZipSpec(ImagesSpec):
@@ -26,7 +32,7 @@ class ZipSpec(ImagesSpec):
     """
 
     kind: Literal["zip"] = "zip"
-    path: str = Field(description="the archive, relative to where the command runs")
+    path: str = Field(min_length=1, description="the archive, relative to where the command runs")
 
     def open(self) -> Images:
         """Lists the archive. Raises DataError where it is empty, unsafe, or of mixed layout."""
@@ -81,31 +87,42 @@ class Archive:
 
     def __init__(self, path: str, max_pixels: int):
         self.place, self.max_pixels = path, max_pixels
-        self.path = Path(path).expanduser()
-        if not self.path.is_file():
+        self.path = path_of(path)
+        if not os.path.isfile(self.path):
             raise refuse_path(path, "zip", "is not a file")
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
-        members = {}
+        members = self._members(f"data.path: {path!r}")
+        files = {name: member for name, member in members.items() if not name.endswith("/")}
+        top = _common_folder([name for name in files if not is_hidden(name)])
+        names = [name[len(top) :] for name in members if name.startswith(top) and name != top]
+        content = Content(
+            text=lambda name: self._text(files[top + name]),
+            start=lambda name: self._start(files[top + name]),
+        )
+        listing = arrange(names, content, f"data.path: {path!r}")
+        names, self.labels, self.classes, self.left_out, self.warnings = listing
+        self.members = [files[top + name] for name in names]
+
+    def _members(self, where: str) -> dict[str, zipfile.ZipInfo]:
+        """All members by name, with "/" between the parts and at the end of a folder's.
+
+        Raises DataError for a member that is unsafe, or there twice.
+        """
+        members: dict[str, zipfile.ZipInfo] = {}
         for member in self.zip.infolist():
             if trouble := escape(member):
                 raise DataError(
-                    f"data.path: {path!r} is refused: its member {member.orig_filename!r} {trouble}"
+                    f"{where} is refused: its member {member.orig_filename!r} {trouble}"
                 )
-            if member.filename in members:
-                raise DataError(f"data.path: {path!r} holds {member.filename!r} twice")
-            if not member.is_dir():
-                members[member.filename] = member
-        top = _common_folder([name for name in members if not is_hidden(name)])
-        listing = arrange(
-            [name.removeprefix(top) for name in members if name.startswith(top)],
-            lambda name: self._read(members[top + name]),
-            f"data.path: {path!r}",
-        )
-        _, self.labels, self.classes = listing
-        self.members = [members[top + name] for name in listing.names]
+            given = member.filename.replace("\\", "/")  # as some programs on Windows write it
+            name = posixpath.normpath(given) + ("/" if given.endswith("/") else "")
+            if name in members and not name.endswith("/"):
+                raise DataError(f"{where} holds {member.filename!r} twice")
+            members[name] = member
+        return members
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that is not a fork lists the archive again."""
@@ -137,6 +154,33 @@ class Archive:
         """All of a member, for the archive's own checksum is compared at its end."""
         return self.zip.read(member)
 
+    def _text(self, member: zipfile.ZipInfo) -> bytes:
+        """All of a sheet. Raises ReadingError for a huge or damaged one."""
+        if member.file_size > MAX_SHEET:
+            raise ReadingError(
+                f"it unpacks to {member.file_size:,} bytes, and no sheet has more than "
+                f"{MAX_SHEET:,}"
+            )
+        try:
+            return self._read(member)
+        except DAMAGE as error:
+            raise ReadingError(f"{type(error).__name__}: {error}") from None
+
+    def _start(self, member: zipfile.ZipInfo) -> bytes:
+        with self.zip.open(member) as file:
+            return file.read(SIGNATURE_BYTES)
+
+
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What reading a damaged or encrypted member raises. NotImplementedError is a RuntimeError."""
 
 BYTES_OF_A_PIXEL = 8
 """RGBA of 16 bits, uncompressed: bounds what a member unpacks to before its size is known."""

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 from pydantic import Field
 
-from hdit.data.images import Images, ImagesSpec, file_stamp, open_image, refuse_path
+from hdit.data.images import (
+    SIGNATURE_BYTES,
+    Images,
+    ImagesSpec,
+    file_stamp,
+    open_image,
+    refuse_path,
+)
 from hdit.data.source import DataError
-from hdit.data.sources.listing import arrange
+from hdit.data.sources.listing import Content, arrange
+from hdit.data.sources.sheets import MAX_SHEET
 from hdit.data.sources.tree import walk
+from hdit.names import path_of
+from hdit.reading import read_bytes
 
 
 class FolderSpec(ImagesSpec):
@@ -22,7 +33,7 @@ class FolderSpec(ImagesSpec):
     """
 
     kind: Literal["folder"] = "folder"
-    path: str = Field(description="the folder, relative to where the command runs")
+    path: str = Field(min_length=1, description="the folder, relative to where the command runs")
 
     def open(self) -> Images:
         """Lists the folder. Raises DataError where it is missing, empty or of mixed layout."""
@@ -36,9 +47,9 @@ class Folder:
 
     def __init__(self, path: str):
         self.place = path
-        self.root = Path(path).expanduser()
+        self.root = path_of(path)
         self.prefix = os.path.join(self.root, "")
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):  # False also for a name that is too long
             raise refuse_path(path, "folder", "is not a folder")
         try:
             tree = walk(self.root)
@@ -49,10 +60,13 @@ class Folder:
                 f"data.path: {path!r} leads to one folder twice, by {listed!r} and by {link!r}; "
                 "remove one of the links, or an image would be there twice"
             )
-        listing = arrange(
-            tree.files, lambda name: (self.root / name).read_bytes(), f"data.path: {path!r}"
+        tops = [f"{name}/" for name in tree.folders if "/" not in name]
+        content = Content(
+            text=lambda name: read_bytes(self.root / name, MAX_SHEET),
+            start=lambda name: start_of(self.root / name),
         )
-        self.names, self.labels, self.classes = listing
+        listing = arrange([*tree.files, *tops], content, f"data.path: {path!r}")
+        self.names, self.labels, self.classes, self.left_out, self.warnings = listing
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,3 +82,11 @@ class Folder:
     def stamp(self, index: int) -> str:
         """The name and label of the image, and the state of its file."""
         return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"
+
+
+def start_of(path: Path) -> bytes:
+    """The first bytes of a file; none of what is not a regular one, which is not opened."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return b""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(SIGNATURE_BYTES)

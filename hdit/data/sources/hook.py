@@ -57,7 +57,7 @@ class Hooked:
         function, _ = import_function(hook, where, DataError)
         try:
             self.images = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
         got = f"{where} returned {type(self.images).__name__}"
         for method in ("__len__", "__getitem__"):
@@ -80,7 +80,10 @@ class Hooked:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Asks for the image -> (image, class index). Raises DataError for what is no such pair."""
-        item = self.images[index]
+        try:
+            item = self.images[index]
+        except SystemExit as error:  # it would end a worker, or training, without a word
+            raise DataError(f"data.hook: {self.place!r}: item {index} exits: {error}") from error
         where = f"data.hook: {self.place!r} returned a data set whose item {index}"
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise DataError(f"{where} must be (image, label or None), got {_describe(item)}")

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from hdit.data.images import extensions, numbered
+from hdit.data.images import SIGNATURE_BYTES, extensions, has_signature, numbered
 from hdit.data.source import DataError
+from hdit.data.sources.sheets import SHEETS, Rows, read_sheet
+from hdit.names import escape, printable, unescape
 
-SHEETS = ("metadata.jsonl", "metadata.csv", "dataset.json")
+NO_EXTENSION, HIDDEN = "no extension", "hidden"
+SHOWN_FOLDERS = 10  # of those that are no class
+
+EXPECTED = frozenset(
+    f".{kind}"
+    for kind in re.findall(
+        r"\w+", "txt md rst html url log db ini md5 sha256 json jsonl csv tsv xml yaml yml toml"
+    )
+)
+"""Extensions of files that often lie beside images; nobody takes them for images."""
+
+EXPECTED_NAMES = frozenset(
+    re.findall(r"\w+", "readme license licence copying notice makefile md5sums sha256sums")
+)
+
+
+class Content(NamedTuple):
+    """How files are read by name. Both may raise what the file or archive does."""
+
+    text: Callable[[str], bytes]  # of a sheet; raises ReadingError where it is none
+    start: Callable[[str], bytes]  # the first bytes, at least SIGNATURE_BYTES where there are
 
 
 class Listing(NamedTuple):
@@ -22,6 +42,8 @@ class Listing(NamedTuple):
     names: list[str]
     labels: list[int]  # 0 where there are no classes
     classes: list[str]
+    left_out: dict[str, int]  # how many other files there are, by extension
+    warnings: list[str]  # whole sentences
 
 
 def is_hidden(name: str) -> bool:
@@ -31,7 +53,45 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a name has the extension of a format that Pillow reads."""
-    return posixpath.splitext(name)[1].lower() in extensions()
+    return extension(name) in extensions()
+
+
+def extension(name: str) -> str:
+    """The extension of a name in lower case, as in ".png"; empty if there is none."""
+    return posixpath.splitext(name)[1].lower().rstrip(".")
+
+
+def find_images(names: Iterable[str], start: Callable[[str], bytes]) -> list[str]:
+    """The images among files, sorted: by extension, or by content where there is no extension.
+
+    `start` gives the first bytes of a file.
+    """
+    found = [n for n in names if is_image(n) or (not extension(n) and _begins_as_image(n, start))]
+    return sorted(found, key=order)
+
+
+def _begins_as_image(name: str, start: Callable[[str], bytes]) -> bool:
+    try:
+        return has_signature(start(name)[:SIGNATURE_BYTES])
+    except Exception:  # damaged, or not to be read: no image, and counted as left out
+        return False
+
+
+def count_left_out(names: Iterable[str]) -> dict[str, int]:
+    """Counts files that are not used by their extension; most frequent first."""
+    counts = Counter(HIDDEN if is_hidden(n) else extension(n) or NO_EXTENSION for n in names)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def is_expected(name: str) -> bool:
+    """Whether a file that is no image need not be told of, as a README."""
+    stem = posixpath.splitext(posixpath.basename(name))[0].lower()
+    return is_hidden(name) or extension(name) in EXPECTED or stem in EXPECTED_NAMES
+
+
+def tell(left_out: dict[str, int]) -> str:
+    """What is left out in words, as in ".heic 40, .pdf 1"."""
+    return ", ".join(printable(f"{kind} {number:,}") for kind, number in left_out.items())
 
 
 def order(name: str) -> list[tuple[bool, str]]:
@@ -40,128 +100,127 @@ def order(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-def arrange(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Listing:
+def arrange(names: Iterable[str], content: Content, where: str) -> Listing:
     """Lists the images among `names`: flat, in a sub-folder for each class, or labelled by a sheet.
 
     A sheet is a file at the top that has the labels: `metadata.jsonl` or `metadata.csv` as for
     datasets' imagefolder, with `file_name` and, where there are labels, `label`; or the
     `dataset.json` of StyleGAN and EDM. It must name each image that is there, and no other.
-    `read` gives the content of a file, and `where` is what errors begin with.
+    A name that ends in "/" is a sub-folder, and `where` is what errors begin with.
     """
-    known = {name for name in names if not is_hidden(name)}
-    images = sorted(filter(is_image, known), key=order)
-    sheets = {
-        name: text for name in SHEETS if name in known and (text := _sheet(name, read, where))
-    }
-    if len(sheets) > 1:
-        raise DataError(f"{where} has {' and '.join(sheets)}; keep the one that has the labels")
-    for name, rows in sheets.items():
-        return _by_sheet(known, images, rows, f"{where} has a {name} that")
+    all_names = set(names)
+    known = {name for name in all_names if not is_hidden(name) and not name.endswith("/")}
+    images = find_images(known, content.start)
+    tops = {name.partition("/")[0] for name in all_names if "/" in name and not is_hidden(name)}
+    warnings: list[str] = []
+    rows = _the_sheet(known, content, where, warnings)
+    if rows is not None:
+        used, labels, classes = _by_sheet(known, images, rows, f"{where} has a {rows.sheet} that")
+        empty: list[str] = []
+    else:
+        used, labels, classes = _by_folder(known, images, where)
+        empty = sorted(tops - set(classes)) if classes else []
+    sheets = {rows.sheet} if rows is not None else set()
+    others = {name for name in all_names if not name.endswith("/")} - set(used) - sheets
+    warnings += _about_others(others, where)
+    warnings += _about_empty(empty, others, where)
+    return Listing(used, labels, classes, count_left_out(others), warnings)
+
+
+def _by_folder(
+    known: set[str], images: list[str], where: str
+) -> tuple[list[str], list[int], list[str]]:
+    """(images, labels, classes) by sub-folders. Raises DataError for a mixed or empty layout."""
     if not images:
-        raise DataError(f"{where} has no image files that Pillow can read")
+        others = f"; it has {tell(count_left_out(known))}" if known else ""
+        raise DataError(f"{where} has no image files that Pillow can read{others}")
     folders = [name.partition("/")[0] if "/" in name else "" for name in images]
     classes = sorted(set(folders))
     if classes == [""]:
-        return Listing(images, [0] * len(images), [])
+        return images, [0] * len(images), []
     if "" in classes:
         raise DataError(
-            f"{where} has images beside sub-folders with images ({classes[1]}/...); give it either "
-            "images or a sub-folder for each class"
+            f"{where} has images beside sub-folders with images ({escape(classes[1])}/...); give "
+            "it either images or a sub-folder for each class"
         )
     index = {name: i for i, name in enumerate(classes)}
-    return Listing(images, [index[folder] for folder in folders], classes)
+    return images, [index[folder] for folder in folders], classes
 
 
-# ---- sheets --------------------------------------------------------------------------------------
+# ---- what is not used ----------------------------------------------------------------------------
 
 
-class _Rows(NamedTuple):
-    files: list[str]
-    labels: list[Any] | None  # None: without labels
-    are_indices: bool  # of classes that are numbered from 0, some of which may be absent
+def _about_others(others: Collection[str], where: str) -> list[str]:
+    """Warnings of files that a user may take for images, or for labels."""
+    told = []
+    unexpected = [name for name in others if not is_expected(name)]
+    if unexpected:
+        number = len(unexpected)
+        told.append(
+            f"{where}: {number:,} {'files are' if number > 1 else 'file is'} left out, in no "
+            f"format that Pillow reads: {tell(count_left_out(unexpected))}; convert or remove "
+            f"{'them' if number > 1 else 'it'}"
+        )
+    nested = sorted(n for n in others if "/" in n and posixpath.basename(n).lower() in SHEETS)
+    if nested:
+        told.append(
+            f"{where}: {printable(nested[0])} is not read, for labels are taken from a file at the "
+            "top alone; move it there, or name its folder as data.path"
+        )
+    return told
 
 
-def _sheet(name: str, read: Callable[[str], bytes], where: str) -> _Rows | None:
-    """Reads a sheet; None where it says nothing of labels, as another program's."""
-    where = f"{where} has a {name} that"
-    try:
-        text = read(name).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read: {error}") from None
-    if name == "dataset.json":
-        return _dataset_json(text, where)
-    rows = _jsonl(text, where) if name.endswith(".jsonl") else _csv(text, where)
-    if not rows:
-        raise DataError(f"{where} has no rows")
-    for line, row in rows:
-        if not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            raise DataError(f"{where} gives no file_name in line {line}")
-    files = [row["file_name"] for _, row in rows]
-    labels = [row.get("label") for _, row in rows]
-    if all(label is None for label in labels):
-        return _Rows(files, None, False)
-    for (line, row), label in zip(rows, labels, strict=True):
-        if type(label) not in (int, str) or label == "":
+def _about_empty(empty: list[str], others: Collection[str], where: str) -> list[str]:
+    """A warning of sub-folders that are no class, beside others that are.
+
+    Raises DataError where they look like classes whose images cannot be read: indices would move.
+    """
+    held: dict[str, list[str]] = {folder: [] for folder in empty}
+    for name in others:
+        if not is_hidden(name) and (files := held.get(name.partition("/")[0])) is not None:
+            files.append(name)
+    told = []
+    for folder, files in held.items():
+        words = f"{printable(folder)}/ (it has {tell(count_left_out(files)) or 'nothing'})"
+        if not all(map(is_expected, files)):
             raise DataError(
-                f"{where} gives {row['file_name']!r} the label {label!r} in line {line}; it must "
-                "be a number or a name, in all lines or in none"
+                f"{where} has a class folder without an image that Pillow can read: {words}; "
+                "convert its files, or remove the folder, and it is no class"
             )
-    return _Rows(files, labels, False)
+        told.append(words)
+    if len(told) > SHOWN_FOLDERS:
+        told[SHOWN_FOLDERS:] = [f"and {len(told) - SHOWN_FOLDERS:,} more"]
+    return [f"{where}: no class is made of folders without images: {', '.join(told)}"][: len(told)]
 
 
-def _jsonl(text: str, where: str) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    for line, content in enumerate(text.split("\n"), 1):
-        if not content.strip():
+# ---- labels of a sheet ---------------------------------------------------------------------------
+
+
+def _the_sheet(known: set[str], content: Content, where: str, warnings: list[str]) -> Rows | None:
+    """Reads the sheet that has the labels, if there is one; adds to `warnings` what it lacks."""
+    sheets = []
+    present = {name for name in known if name.lower() in SHEETS}
+    for name in sorted(present, key=lambda name: (SHEETS.index(name.lower()), name)):
+        rows = read_sheet(name, content.text, f"{where} has a {name} that")
+        if rows is None:
+            warnings.append(f"{where} has a {name} that says nothing of labels; it is not used")
             continue
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise DataError(f"{where} is no JSON in line {line}: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where} has no object {{...}} in line {line}")
-        rows.append((line, row))
-    return rows
-
-
-def _csv(text: str, where: str) -> list[tuple[int, dict[str, Any]]]:
-    """Rows by column. Labels that are all whole numbers are numbers."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        rows: list[tuple[int, dict[str, Any]]] = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{where} is no CSV in line {reader.line_num}: {error}") from None
-    if "file_name" not in (reader.fieldnames or ()):
-        columns = ", ".join(reader.fieldnames or ()) or "none"
-        raise DataError(f"{where} has no column file_name; its columns: {columns}")
-    if all(re.fullmatch(r"-?\d+", row.get("label") or "") for _, row in rows):
-        rows = [(line, row | {"label": int(row["label"])}) for line, row in rows]
-    return rows
-
-
-def _dataset_json(text: str, where: str) -> _Rows | None:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON: {error}") from None
-    if not isinstance(content, dict) or "labels" not in content:
-        return None
-    rows = content["labels"]
-    if rows is None:
-        return _Rows([], None, True)
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{where} has neither a list of [file, label] as labels nor null")
-    for row in rows:
-        if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str):
-            raise DataError(f"{where} must list [file, label] in labels, but has {row!r:.60}")
-        if type(row[1]) is not int:
-            raise DataError(
-                f"{where} gives {row[0]!r} the label {row[1]!r:.60}; it must be a class index"
+        sheets.append(rows)
+        if rows.unused:
+            warnings.append(
+                f"{where} has a {name} without a column label, so there are no classes; its "
+                f"columns: {printable(', '.join(rows.unused))}"
             )
-    return _Rows([row[0] for row in rows], [row[1] for row in rows], True)
+    if len(sheets) > 1:
+        both = " and ".join(rows.sheet for rows in sheets)
+        raise DataError(f"{where} has {both}; keep the one that has the labels")
+    return sheets[0] if sheets else None
 
 
-def _by_sheet(known: set[str], images: list[str], rows: _Rows, where: str) -> Listing:
+def _by_sheet(
+    known: set[str], images: list[str], rows: Rows, where: str
+) -> tuple[list[str], list[int], list[str]]:
+    """(images, labels, classes) by a sheet. Raises DataError where it does not fit the images."""
     if rows.labels is None and not rows.files:
         files = images
         labels: Sequence[Any] = [0] * len(images)
@@ -177,19 +236,20 @@ def _by_sheet(known: set[str], images: list[str], rows: _Rows, where: str) -> Li
     if not files:
         raise DataError(f"{where} stands alone: there are no image files that Pillow can read")
     if rows.labels is None:
-        return Listing(files, list(labels), [])
+        return files, list(labels), []
     if rows.are_indices:
-        return Listing(files, list(labels), numbered(labels, where))
-    labels, classes = by_name(labels, where)
-    return Listing(files, labels, classes)
+        return files, list(labels), numbered(labels, where)
+    indices, classes = by_name(labels, where, by_value=rows.are_numbers)
+    return files, indices, classes
 
 
 def _resolved(files: list[str], known: set[str], where: str) -> dict[str, int]:
     """The row of each file that is named."""
     rows: dict[str, int] = {}
     for row, file in enumerate(files):
-        name = file if file in known else posixpath.normpath(file.replace("\\", "/"))
-        if name not in known:
+        ways = file, unescape(file), posixpath.normpath(file.replace("\\", "/"))
+        name = next((way for way in ways if way in known), "")
+        if not name:
             raise DataError(f"{where} names {file!r}, which is not there")
         if name in rows:
             raise DataError(f"{where} names {file!r} twice")
@@ -197,13 +257,25 @@ def _resolved(files: list[str], known: set[str], where: str) -> dict[str, int]:
     return rows
 
 
-def by_name(labels: Sequence[Any], where: str) -> tuple[list[int], list[str]]:
-    """Turns labels into class indices -> (indices, classes: the sorted names, or numbers by value).
+def by_name(
+    labels: Sequence[int | str], where: str, *, by_value: bool = False
+) -> tuple[list[int], list[str]]:
+    """Turns labels into class indices -> (indices, classes: the names as written, sorted).
 
-    Raises DataError for names and numbers together.
+    Numbers, and texts of whole numbers with `by_value`, are sorted by value. Raises DataError for
+    names and numbers together, and for names that differ in blanks at their ends alone.
     """
     values = set(labels)
     if len({type(value) for value in values}) > 1:
         raise DataError(f"{where} has labels that are names and labels that are numbers")
-    ranks = {value: i for i, value in enumerate(sorted(values))}
-    return [ranks[label] for label in labels], [str(value) for value in ranks]
+    key: Callable[[int | str], Any] = (lambda v: (int(v), str(v))) if by_value else (lambda v: v)
+    ranks = {value: i for i, value in enumerate(sorted(values, key=key))}
+    classes = [str(value) for value in ranks]
+    stripped: dict[str, str] = {}
+    for name in classes:
+        if (other := stripped.setdefault(name.strip(), name)) != name:
+            raise DataError(
+                f"{where} has the labels {other!r} and {name!r}, which differ in blanks alone; "
+                "write them alike"
+            )
+    return [ranks[label] for label in labels], classes

@@ -12,6 +12,7 @@ from pathlib import Path
 from hdit.data.images import refuse_path
 from hdit.data.kinds import COMPRESSED_TARS
 from hdit.data.source import DataError
+from hdit.names import path_of
 
 MAX_SHARDS = 1_000_000
 SHOWN_SHARDS = 20  # of those that are missing
@@ -23,16 +24,18 @@ def find_shards(path: str) -> list[Path]:
     if re.match(r"pipe:|\w+://", path):
         raise DataError(f"{where} must be files; mount them here, or copy them")
     names = [path]
-    if not os.path.exists(Path(path).expanduser()):
+    if not os.path.exists(path_of(path)):
         try:
             names = list(islice(expand(path), MAX_SHARDS + 1))
         except ValueError as error:
             raise DataError(f"{where} {error}") from None
+        except RecursionError:
+            raise DataError(f"{where} has too many braces, one in another") from None
     if len(names) > MAX_SHARDS:
         raise DataError(f"{where} names more than {MAX_SHARDS:,} files")
     found, absent = _matching(names)
     if absent == [path]:
-        if any(Path(path).expanduser().glob("*.tar")):
+        if any(path_of(path).glob("*.tar")):
             raise DataError(f"{where} is a folder; name the files in it, as in '{path}/*.tar'")
         raise refuse_path(path, "tar", "is not a file")
     if absent:
@@ -48,8 +51,8 @@ def _matching(names: list[str]) -> tuple[list[Path], list[str]]:
     found: list[Path] = []
     absent: list[str] = []
     for name in names:
-        place = Path(name).expanduser()
-        if place.is_file():
+        place = path_of(name)
+        if os.path.isfile(place):  # False also for a name that is too long
             found.append(place)
         elif matches := sorted(glob.glob(str(place))) if re.search(r"[*?[]", name) else []:
             found += map(Path, matches)

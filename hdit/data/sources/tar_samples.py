@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from hdit.data.images import EXHAUSTED, extensions
 from hdit.data.source import DataError
 from hdit.data.sources.archive import leads_out
-from hdit.data.sources.listing import is_hidden
+from hdit.data.sources.listing import count_left_out, is_hidden
 from hdit.data.sources.shard_paths import find_shards
 from hdit.data.sources.tar_members import FOLDER, REFUSED, Member, TarFile, members
 
@@ -65,10 +66,13 @@ class Shards:
         """Reads `size` bytes of a shard from `start` on."""
         return self._open(shard).read(start, size)
 
-    def entries(self, shard: int, start: int = 0) -> Iterator[Entry]:
+    def entries(
+        self, shard: int, start: int = 0, left_out: Counter[str] | None = None
+    ) -> Iterator[Entry]:
         """Yields the entries of a shard from the header at `start` on, and one for damage, if any.
 
-        Raises DataError for a member that would leave the folder that it is unpacked in.
+        Members that belong to no sample are counted in `left_out`, by extension. Raises DataError
+        for a member that would leave the folder that it is unpacked in.
         """
         group: list[tuple[str, Member]] = []  # by extension
         key, at = "", start
@@ -79,6 +83,8 @@ class Shards:
                 self._refuse(shard, member)
                 parts = _split(member)
                 if parts is None:
+                    if left_out is not None and member.kind != FOLDER:
+                        left_out.update(count_left_out([_relative(member.name)]))
                     continue
                 if group and parts[0] != key:
                     yield self._entry(shard, group, member.start)
@@ -102,10 +108,10 @@ class Shards:
         if trouble is not None:
             yield Entry(shard, at, None, "", trouble=trouble)
 
-    def all_entries(self) -> Iterator[Entry]:
-        """Yields the entries of all shards, in the order that they lie in."""
+    def all_entries(self, left_out: Counter[str] | None = None) -> Iterator[Entry]:
+        """Yields the entries of all shards, in the order that they lie in; `left_out` as above."""
         for shard in range(len(self.paths)):
-            yield from self.entries(shard)
+            yield from self.entries(shard, left_out=left_out)
 
     def _entry(self, shard: int, group: list[tuple[str, Member]], end: int | None) -> Entry:
         image = next((m for extension, m in group if f".{extension}" in extensions()), None)
@@ -145,11 +151,15 @@ class Shards:
 
 def _split(member: Member) -> tuple[str, str] | None:
     """(name of the sample, extension); None for a member that belongs to no sample."""
-    name = member.name
-    while name.startswith("./"):
-        name = name[2:]
+    name = _relative(member.name)
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if member.kind == FOLDER or not dot or is_hidden(name):
         return None
     return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _relative(name: str) -> str:
+    while name.startswith("./"):
+        name = name[2:]
+    return name

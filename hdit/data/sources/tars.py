@@ -7,8 +7,8 @@ starts: headers are read as the stream goes on, from a file in memory about 70,0
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -26,21 +26,24 @@ from hdit.data.images import (
     open_image,
     pixels_of,
 )
-from hdit.data.source import CENTER, Chance, DataError, Sample
+from hdit.data.source import CENTER, Chance, DataError, Sample, check_class_names
 from hdit.data.sources.archive import BYTES_OF_A_PIXEL
 from hdit.data.sources.tar_members import MAX_TEXT
 from hdit.data.sources.tar_order import Reference, TarOrder
 from hdit.data.sources.tar_samples import Entry, Shards
+from hdit.names import printable
+from hdit.reading import parse_json
+
+
+def _is_index(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
 def _number_or_names(classes: Any) -> Any:
     if type(classes) is int and 0 <= classes <= MAX_CLASSES:
         return classes
     if isinstance(classes, list | tuple) and classes and all(type(c) is str for c in classes):
-        if len(set(classes)) < len(classes):
-            raise ValueError("must name each class once")
-        if any(name.isdigit() for name in classes):
-            raise ValueError("must not name a class by a number, which is an index")
+        check_class_names(list(classes))
         return list(classes)
     raise ValueError("must be the number of classes, or a list of their names")
 
@@ -58,7 +61,8 @@ class TarSpec(ImagesSpec):
 
     kind: Literal["tar"] = "tar"
     path: str = Field(
-        description="a file or several, as in train-{000000..000146}.tar, {a,b}.tar or *.tar"
+        min_length=1,
+        description="a file or several, as in train-{000000..000146}.tar, {a,b}.tar or *.tar",
     )
     shuffle_buffer: int = Field(
         10_000, ge=0, description="images that one is drawn from; 0 or 1 leaves a shard's order"
@@ -102,10 +106,15 @@ class Tars:
         names = spec.classes or []
         self.classes = [str(i) for i in range(names)] if isinstance(names, int) else names
         self.indices = {name: i for i, name in enumerate(self.classes)}
+        # where a name is a number, a number that is no name could be meant as either
+        self.takes_indices = isinstance(names, int) or not any(map(_is_index, names))
         extension, _, self.key_in_label = (spec.label_key or "cls").partition(".")
         self.label_extension = extension.lower()
         self.shards = Shards(spec.path, self.label_extension, bool(self.classes))
-        self.bad: BadFiles[Entry] = BadFiles(spec, self.setting, self.place)
+        few = list(islice(self.shards.all_entries(), MIN_DRAWN))
+        self.bad: BadFiles[Entry] = BadFiles(
+            spec, self.setting, self.place, few=few if len(few) < MIN_DRAWN else None
+        )
         self.epoch = 0  # of the image that was drawn last
         self._check_first()
 
@@ -190,7 +199,7 @@ class Tars:
             raise ValueError(f"has a .{self.label_extension} of {size} bytes")
         text = self.shards.read(entry.shard, start, size).decode("utf-8-sig")
         if self.key_in_label:
-            content = json.loads(text)
+            content = parse_json(text, f"its .{self.label_extension}")
             label = content.get(self.key_in_label) if isinstance(content, dict) else None
             if type(label) not in (int, str):
                 raise ValueError(f"has no {self.key_in_label} in its .{self.label_extension}")
@@ -198,11 +207,16 @@ class Tars:
         text = text.strip()
         if not text:
             raise ValueError(f"has a .{self.label_extension} that is empty")
-        index = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else self.indices.get(text, -1)
+        index = self.indices.get(text, -1)
+        if index < 0 and self.takes_indices and _is_index(text):
+            index = int(text)
         if not 0 <= index < len(self.classes):
+            way = "a name in data.classes"
+            if self.takes_indices:
+                way = f"an index below {len(self.classes)}, or {way}"
             raise DataError(
-                f"data.classes: {self.shards.name(entry)} has the label {text!r:.60}, but a label "
-                f"must be an index below {len(self.classes)}, or a name in data.classes"
+                f"data.classes: {printable(self.shards.name(entry))} has the label {text!r:.60}, "
+                f"but a label must be {way}"
             )
         return index
 
@@ -224,8 +238,9 @@ class Tars:
 
     def listed(self) -> TarEntries:
         """The same images by index, for `hdit data check`. Reads all headers, once."""
-        places = ((entry.shard, entry.start) for entry in self.shards.all_entries())
-        return TarEntries(self, np.array(list(places), np.int64).reshape(-1, 2))
+        left_out: Counter[str] = Counter()
+        places = [(entry.shard, entry.start) for entry in self.shards.all_entries(left_out)]
+        return TarEntries(self, np.array(places, np.int64).reshape(-1, 2), dict(left_out))
 
 
 class TarEntries:
@@ -233,8 +248,9 @@ class TarEntries:
 
     setting = "data.path"
 
-    def __init__(self, tars: Tars, places: np.ndarray):
-        self.tars, self.places = tars, places  # (n 2): shard, and where in it
+    def __init__(self, tars: Tars, places: np.ndarray, left_out: dict[str, int]):
+        """`places` (n 2): shard, and where in it; `left_out` counts members of no sample."""
+        self.tars, self.places, self.left_out = tars, places, left_out
         self.place, self.classes = tars.spec.path, tars.classes
 
     def __len__(self) -> int:

@@ -494,6 +494,24 @@ def test_labels_are_whole_numbers_or_names(tmp_path):
     assert labelled(tmp_path, b"0", classes=12).classes == [str(i) for i in range(12)]
 
 
+def test_label_of_a_tar_is_a_name_before_it_is_an_index(tmp_path):
+    names = ["3", "1", "01", "x"]
+    source = labelled(tmp_path, b"1", b"01", b"3", b"x", classes=names)
+    assert labels_of(source) == [1, 2, 0, 3]
+    source = labelled(tmp_path, b"1", b"0", classes=names)
+    with pytest.raises(DataError, match=r"has the label '0', but a label must be a name in data"):
+        labels_of(source)
+
+
+@pytest.mark.parametrize("label", ["[" * 9999, '{"y": ' + "9" * 5000 + "}", '{"y": "²"}'])
+def test_label_in_json_that_is_hostile_is_no_traceback(tmp_path, label):
+    source = labelled(
+        tmp_path, b'{"y": 1}', label.encode(), extension="json", classes=2, label_key="json.y"
+    )
+    with pytest.raises(DataError, match=r"1\.png"):
+        labels_of(source)
+
+
 def test_labels_are_found_by_the_key_that_is_set(tmp_path):
     rows = [b'{"y": 2}', b'{"y": "dog", "label": 7}']
     source = labelled(
@@ -529,7 +547,7 @@ def test_label_that_is_none_of_the_classes_is_an_error_that_names_it(tmp_path, l
     [
         (b"", None, "is empty"),
         (b"\xff", None, "UnicodeDecodeError"),
-        (b"{", "json.label", "JSONDecodeError"),
+        (b"{", "json.label", "its .json: not valid JSON"),
         (b"[1]", "json.label", "has no label in its .json"),
         (b'{"label": true}', "json.label", "has no label in its .json"),
         (b'{"label": null}', "json.label", "has no label in its .json"),
@@ -538,7 +556,8 @@ def test_label_that_is_none_of_the_classes_is_an_error_that_names_it(tmp_path, l
 )
 def test_label_that_cannot_be_read_makes_a_bad_sample(tmp_path, content, key, reason):
     extension, good = ("cls", b"1") if key is None else ("json", b'{"label": 1}')
-    source = labelled(tmp_path, good, content, good, extension=extension, classes=2, label_key=key)
+    settings = {"classes": 2, "label_key": key, "max_bad_share": 1.0}
+    source = labelled(tmp_path, good, content, good, extension=extension, **settings)
     image, label, [skipped] = source[source.references()[1]]
     assert (int(image), label) == (2, 1)
     assert skipped.path == f"{tmp_path}/a.tar/1.png"
@@ -554,7 +573,7 @@ def test_next_good_image_of_the_shard_stands_in_for_a_bad_one(tmp_path):
     files[3] = ("3.txt", b"no image")
     files[4], files[5] = ("4.png", b"torn"), ("5.png", b"")
     write_tar(tmp_path / "1.tar", files)
-    source = open_tars(f"{tmp_path}/{{0,1}}.tar", size=1)
+    source = open_tars(f"{tmp_path}/{{0,1}}.tar", size=1, max_bad_share=1.0)
     _, _, _, _, third, fourth, fifth = source.references()
     for reference, names in [(third, "345"), (fourth, "45"), (fifth, "5")]:
         image, _, skipped = source[reference]
@@ -571,7 +590,7 @@ def test_next_good_image_of_the_shard_stands_in_for_a_bad_one(tmp_path):
 def test_image_of_another_shard_stands_in_where_none_of_its_own_can(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", b"torn")])
     write_tar(tmp_path / "b.tar", [("b.png", png(9))])
-    source = open_tars(f"{tmp_path}/*.tar", size=1)
+    source = open_tars(f"{tmp_path}/*.tar", size=1, max_bad_share=1.0)
     assert values(source, source.references()) == [9, 9]
 
 
@@ -592,8 +611,11 @@ def test_bad_images_end_it_by_the_rules_of_other_sources(tmp_path):
 
 def test_few_bad_images_count_once_a_pass_and_not_once_a_draw(tmp_path):
     files = [(f"{i}.png", b"torn" if i < 5 else png(i)) for i in range(50)]
-    source = open_tars(write_tar(tmp_path / "a.tar", files), size=1, shuffle_buffer=10)
+    path = write_tar(tmp_path / "a.tar", files)
+    source = open_tars(path, size=1, shuffle_buffer=10, max_bad_share=0.1)
     assert len(take(source, 100, layout=Layout(25))) == 100  # fifty passes
+    with pytest.raises(DataError, match=r"5 of the 50 files in .* beyond data\.max_bad_share = 0"):
+        take(open_tars(path, size=1, shuffle_buffer=10), 2, layout=Layout(25))
 
 
 def bit_flipped(data: bytes, at: int) -> bytes:
@@ -620,7 +642,7 @@ def test_damaged_tar_is_used_up_to_the_damage_which_is_named(tmp_path, kind, wor
         write_tar(tmp_path / f"{i}.tar", [(f"{n}.png", png(10 * i + n)) for n in range(8)])
     path = tmp_path / "1.tar"
     path.write_bytes(spoil(path.read_bytes()))
-    source = open_tars(f"{tmp_path}/*.tar", size=1, shuffle_buffer=3)
+    source = open_tars(f"{tmp_path}/*.tar", size=1, shuffle_buffer=3, max_bad_share=1.0)
     good = {*range(8), *range(10, 10 + usable), *range(20, 28)}
     n = len(good) + 1
     batches = take(source, 3, layout=Layout(n), workers=workers)
@@ -693,7 +715,7 @@ def test_header_with_a_size_that_is_none_is_damage(tmp_path, size):
     data[1024 + 148 : 1024 + 156] = b" " * 8
     data[1024 + 148 : 1024 + 155] = b"%06o\0" % sum(data[1024 : 1024 + 512])
     path.write_bytes(data)
-    source = open_tars(path, size=1)
+    source = open_tars(path, size=1, max_bad_share=1.0)
     assert len(source.references()) == 2, "the first image, and the damage"
     assert "no header of a tar at byte 1024" in source[source.references()[1]].skipped[0].reason
 
@@ -702,7 +724,7 @@ def test_pax_header_with_a_negative_size_is_damage(tmp_path):
     member = tarfile.TarInfo("0.png")
     member.pax_headers = {"size": "-512"}
     path = write_tar(tmp_path / "a.tar", [("a.png", png(1)), (member, png(2))])
-    source = open_tars(path, size=1)
+    source = open_tars(path, size=1, max_bad_share=1.0)
     assert any(
         "bytes" in (source[r].skipped or [Skipped("", "")])[0].reason for r in source.references()
     )
@@ -866,6 +888,11 @@ def test_compressed_tar_is_refused_with_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=rf"{name} is compressed.*unpack it to a \.tar"):
         TypeAdapter(DataSpec).validate_python({"path": str(tmp_path / name), "size": 8}).open()
+
+
+def test_braces_that_are_nested_too_deep_are_an_error():
+    with pytest.raises(DataError, match="has too many braces, one in another"):
+        open_tars("{a," * 1100 + "b" + "}" * 1100)
 
 
 @pytest.mark.parametrize("path", ["https://x.org/a-{0..3}.tar", "s3://a/b.tar", "pipe:cat a.tar"])

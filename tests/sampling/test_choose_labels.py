@@ -1,0 +1,75 @@
+"""Which classes --labels asks for."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hdit.errors import UserError
+from hdit.protocols import NULL_LABEL
+from hdit.sampling.options import choose_labels
+
+
+def chosen(text: str | None, *classes: str, number: int = 4) -> list[int] | None:
+    return choose_labels(text, number, SimpleNamespace(classes=classes))
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "labels"),
+    [
+        (None, ["cat", "dog"], [0, 1, 0, 1]),
+        ("dog", ["cat", "dog"], [1, 1, 1, 1]),
+        (" dog , cat,none", ["cat", "dog"], [1, 0, NULL_LABEL, 1]),
+        ("#1,#0", ["cat", "dog"], [1, 0, 1, 0]),
+        # a name wins over an index, and is taken as it is written
+        ("1,2,3,10", ["1", "10", "2", "3"], [0, 2, 3, 1]),
+        ("01,1,#1,02", ["01", "02", "1"], [0, 2, 1, 1]),
+        ("none,#0", ["#0", "#1", "none"], [2, 0, 2, 0]),
+        # as in a line of CSV
+        ('"cat, black",cat', ["cat", "cat, black"], [1, 0, 1, 0]),
+        ('"cat ", " cat",cat ,cat', [" cat", "cat", "cat "], [2, 0, 2, 1]),
+        ('"the ""big"" cat",5" disk', ['5" disk', 'the "big" cat'], [1, 0, 1, 0]),
+        ('"two\nlines"', ["two\nlines"], [0, 0, 0, 0]),
+        # what is no UTF-8, as bytes and as it is shown
+        ("caf\udce9,caf\\xe9", ["caf", "caf\\xe9"], [1, 1, 1, 1]),
+        ("²", ["2", "²"], [1, 1, 1, 1]),
+    ],
+)
+def test_labels_are_names_as_written_or_indices_after_a_hash(text, classes, labels):
+    assert chosen(text, *classes) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--labels: '' is no list of classes (it is empty); write names with commas"),
+        (",", "--labels: '' is no class of this model: 1, 2, 3"),
+        ("0", "'0' is no class of this model: 1, 2, 3; for the class at that index, write #0"),
+        ("01", "'01' is no class of this model: 1, 2, 3; for"),
+        ("²", "'²' is no class of this model: 1, 2, 3"),
+        ("#3", "'#3' is no class of this model: 1, 2, 3; an index is a number from #0 to #2"),
+        ("#²", "'#²' is no class of this model: 1, 2, 3; an index is"),
+        ("#-1", "'#-1' is no class"),
+        ("9" * 5000, "is no class of this model: 1, 2, 3"),
+        ('"1', "is no list of classes (unexpected end of data)"),
+        ('"1"2', "is no list of classes (',' expected after '\"')"),
+        ("1\n2", "--labels: '1\\\\n2' is no list of classes ("),
+        ("\x1b[2J", "'\\\\x1b[2J' is no class"),
+    ],
+)
+def test_label_that_is_no_class_is_an_error_that_says_what_there_is(text, message):
+    with pytest.raises(UserError) as error:
+        chosen(text, "1", "2", "3")
+    assert message in str(error.value)
+
+
+def test_classes_in_an_error_are_few_and_can_be_shown():
+    with pytest.raises(UserError) as error:
+        chosen("x", "\x1b[2J", "caf\\xe9", *map(str, range(30)))
+    assert r": \x1b[2J, caf\xe9, 0, 1, " in str(error.value)
+    assert str(error.value).endswith("17, ...")
+
+
+def test_labels_of_a_model_without_classes_are_an_error():
+    assert chosen(None) is None
+    with pytest.raises(UserError, match="the model was trained without classes"):
+        chosen("0")
