@@ -40,7 +40,15 @@ UNREADABLE = (
 
 
 class ArraysError(UserError):
-    """An npz file that cannot be read: names the file, the array in it, and why."""
+    """An npz file that cannot be read: names the file; the `reason` names the array, and why."""
+
+    def __init__(self, path: Path, reason: str):
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+
+class _Trouble(Exception):
+    """The reason why an array cannot be read."""
 
 
 class Npz(NamedTuple):
@@ -57,21 +65,21 @@ def read_npz(path: Path, wanted: Sequence[str]) -> Npz:
     objects, text, records), is not as long as it says, or would not fit in memory.
     """
     if not path.is_file():
-        raise ArraysError(f"{path}: is not a regular file")
+        raise ArraysError(path, "is not a regular file")
     try:
         with zipfile.ZipFile(path) as file:
-            members = _members(file, path)
+            members = _members(file)
             arrays: dict[str, np.ndarray] = {}
             left = available_memory()
             for name in wanted:
                 if name in members:
                     arrays[name], used = _read(file, path, members[name], left)
                     left -= used
+    except _Trouble as error:
+        raise ArraysError(path, str(error)) from None
     except UNREADABLE as error:
-        if isinstance(error, ArraysError):
-            raise
         reason = str(error) or type(error).__name__
-        raise ArraysError(f"{path}: no npz file, or damaged: {reason}") from None
+        raise ArraysError(path, f"no npz file, or damaged: {reason}") from None
     return Npz(list(members), arrays)
 
 
@@ -84,13 +92,13 @@ def available_memory() -> float:
         return math.inf
 
 
-def _members(file: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The members by the names of their arrays. Raises ArraysError for two of one name."""
+def _members(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members by the names of their arrays. Raises _Trouble for two of one name."""
     members: dict[str, zipfile.ZipInfo] = {}
     for member in file.infolist():
         name = member.filename.removesuffix(".npy")
         if name in members:
-            raise ArraysError(f"{path}: holds {name!r} twice")
+            raise _Trouble(f"holds {name!r} twice")
         members[name] = member
     return members
 
@@ -99,7 +107,7 @@ def _read(
     file: zipfile.ZipFile, path: Path, member: zipfile.ZipInfo, memory: float
 ) -> tuple[np.ndarray, int]:
     """Reads an array of at most `memory` bytes -> (array, bytes of memory that it takes)."""
-    where = f"{path}: {member.filename}"
+    where = member.filename.removesuffix(".npy")
     try:
         with file.open(member) as stream:
             shape, fortran, dtype = _header(stream, where)
@@ -112,12 +120,10 @@ def _read(
         if stored:
             offset = _content_start(path, member) + start
             if offset + size > path.stat().st_size:
-                raise ArraysError(f"{where}: ends beyond the end of the file, which is cut off")
+                raise _Trouble(f"{where}: ends beyond the end of the file, which is cut off")
             flat = np.memmap(path, dtype, "r", offset, (size // dtype.itemsize,))
     except UNREADABLE as error:
-        if isinstance(error, ArraysError):
-            raise
-        raise ArraysError(f"{where}: damaged: {str(error) or type(error).__name__}") from None
+        raise _Trouble(f"{where}: damaged: {str(error) or type(error).__name__}") from None
     return flat.reshape(shape, order="F" if fortran else "C"), 0 if stored else size
 
 
@@ -130,12 +136,13 @@ def _header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dt
             shape, fortran, dtype = parse(io.BytesIO(text), max_header_size=MAX_HEADER)
     except Exception as error:  # it is parsed as Python, whose parser raises many kinds
         reason = str(error).partition("\n")[0]
-        raise ArraysError(f"{where}: has no header of an array: {reason:.200}") from None
+        raise _Trouble(f"{where}: has no header of an array: {reason:.200}") from None
     if any(type(n) is not int or n < 0 for n in shape) or len(shape) > MAX_SIDES:
-        raise ArraysError(f"{where}: must have sides from 0 up, got the shape {shape!r:.200}")
+        raise _Trouble(f"{where}: must have sides from 0 up, got the shape {shape!r:.200}")
+    if dtype.hasobject:
+        raise _Trouble(f"{where} holds Python objects, and no pickle is read")
     if dtype.kind not in "iuf" or not dtype.itemsize:
-        kind = "Python objects, and no pickle is read" if dtype.hasobject else f"dtype {dtype}"
-        raise ArraysError(f"{where}: must hold real numbers, got {kind:.200}")
+        raise _Trouble(f"{where}: must hold real numbers, got dtype {dtype!s:.200}")
     return shape, fortran, dtype
 
 
@@ -143,38 +150,38 @@ def _header_text(stream: IO[bytes], where: str) -> tuple[int, bytes]:
     """The version of npy, 1 or 2, and the header with its length, which must not be long."""
     start = stream.read(8)
     if start[:6] != b"\x93NUMPY":
-        raise ArraysError(f"{where}: is no array of numpy: it begins with {start!r}")
+        raise _Trouble(f"{where}: is no array of numpy: it begins with {start!r}")
     if start[6:] not in (b"\1\0", b"\2\0"):  # 3.0 is of records whose names are not ASCII
         version = ".".join(map(str, start[6:]))
-        raise ArraysError(f"{where}: has version {version} of npy, where 1.0 and 2.0 are read")
+        raise _Trouble(f"{where}: has version {version} of npy, where 1.0 and 2.0 are read")
     length = stream.read(2 * start[6])
     size = int.from_bytes(length, "little")
     if size > MAX_HEADER:
-        raise ArraysError(f"{where}: has a header of {size:,} bytes, which no array has")
+        raise _Trouble(f"{where}: has a header of {size:,} bytes, which no array has")
     return start[6], length + stream.read(size)
 
 
 def _check_size(member: zipfile.ZipInfo, start: int, size: int, where: str) -> None:
-    """Raises ArraysError where the header promises other than the archive says that there is."""
+    """Raises _Trouble where the header promises other than the archive says that there is."""
     sizes = {member.file_size}
     if member.compress_type == zipfile.ZIP_STORED:
         sizes.add(member.compress_size)
     for held in sizes - {start + size}:
-        raise ArraysError(
+        raise _Trouble(
             f"{where}: its header tells of {size:,} bytes, but it has {held - start:,}; it is "
             "damaged or cut off"
         )
 
 
 def _check_memory(member: zipfile.ZipInfo, size: int, memory: float, where: str) -> None:
-    """Raises ArraysError for a compressed array that is not worth unpacking, or too large."""
+    """Raises _Trouble for a compressed array that is not worth unpacking, or too large."""
     if size > max(FREE, MAX_RATIO * member.compress_size):
-        raise ArraysError(
+        raise _Trouble(
             f"{where}: {member.compress_size:,} bytes unpack to {size:,}, which no real data do; "
             "save it with numpy.savez, uncompressed"
         )
     if size > memory:
-        raise ArraysError(
+        raise _Trouble(
             f"{where}: unpacks to {size:,} bytes, more than the {memory:,.0f} of memory that are "
             "free; save it with numpy.savez, uncompressed, which is read in place"
         )
@@ -185,12 +192,12 @@ def _fill(stream: Any, size: int, where: str) -> np.ndarray:
     try:
         values = np.empty(size, np.uint8)
     except MemoryError as error:
-        raise ArraysError(f"{where}: {error}") from None
+        raise _Trouble(f"{where}: {error}") from None
     view, at = values.data, 0
     while at < size:
         count = stream.readinto(view[at : at + CHUNK])
         if not count:
-            raise ArraysError(f"{where}: ends after {at:,} of {size:,} bytes")
+            raise _Trouble(f"{where}: ends after {at:,} of {size:,} bytes")
         at += count
     stream.read(1)  # at the end, where the checksum is compared
     return values

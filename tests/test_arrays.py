@@ -93,7 +93,7 @@ BAD_HEADERS = {
     "shorter": (header("(3,)") + bytes(4), "tells of 3 bytes, but it has 4"),
     "objects": (
         header("(4,)", "|O") + bytes(32),
-        "got Python objects, and no pickle is read",
+        "and no pickle is read",
     ),
     "text": (header("(2,)", "<U1") + bytes(8), "real numbers, got dtype <U1"),
     "records": (header("(4,)", [("a", "u1")]) + bytes(4), "real numbers, got dtype"),
@@ -121,7 +121,7 @@ BAD_HEADERS = {
 def test_header_that_is_no_plain_arrays_is_refused_by_file_and_member(tmp_path, name, method):
     content, words = BAD_HEADERS[name]
     path = archive(tmp_path / "a.npz", method, arr_0=content)
-    with pytest.raises(ArraysError, match=f"a.npz: arr_0.npy: .*{words}"):
+    with pytest.raises(ArraysError, match=f"a.npz: arr_0:? .*{words}"):
         read_npz(path, ("arr_0",))
 
 
@@ -141,7 +141,7 @@ def test_compressed_arrays_must_fit_in_memory_together(tmp_path, monkeypatch, me
     if memory >= 2**21:
         assert len(read_npz(tmp_path / "a.npz", ("a", "b")).arrays) == 2
     else:
-        with pytest.raises(ArraysError, match=r"b.npy: unpacks to 1,048,576 bytes, more than the"):
+        with pytest.raises(ArraysError, match=r"b: unpacks to 1,048,576 bytes, more than the"):
             read_npz(tmp_path / "a.npz", ("a", "b"))
     np.savez(tmp_path / "b.npz", a=array, b=array, c=array)
     assert len(read_npz(tmp_path / "b.npz", ("a", "b", "c")).arrays) == 3  # mapped
@@ -170,7 +170,7 @@ def test_archive_that_lies_about_sizes_is_refused(tmp_path, method, sizes):
         struct.pack_into("<I", content, entry + 20, len(start) + size)
     path.write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ArraysError, match=r"a\.npz: a\.npy: "):
+    with pytest.raises(ArraysError, match=r"a\.npz: a: "):
         read_npz(path, ("a",))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
@@ -236,7 +236,7 @@ def test_array_under_a_password_is_refused(tmp_path):
     content[6] |= 1
     content[entry + 8] |= 1
     path.write_bytes(content)
-    with pytest.raises(ArraysError, match=r"a\.npz: a\.npy: damaged: .*password"):
+    with pytest.raises(ArraysError, match=r"a\.npz: a: damaged: .*password"):
         read_npz(path, ("a",))
 
 

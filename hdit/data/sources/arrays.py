@@ -40,7 +40,7 @@ class Arrays:
         try:
             names, arrays = read_npz(self.path, ("arr_0", *LABELS))
         except ArraysError as error:
-            raise DataError(f"data.path: {error}") from None
+            raise DataError(f"{where} cannot be read as npz: {error.reason}") from None
         if "arr_0" not in arrays:
             raise DataError(f"{where} has no arr_0, (n h w c) uint8 images; {_held(names)}")
         self.images = arrays["arr_0"]  # (n h w c)
