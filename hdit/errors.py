@@ -20,3 +20,10 @@ class SpecError(UserError):
 
 class SolverError(UserError):
     """A sampler or solver that cannot go on."""
+
+
+class WritingError(OSError, UserError):
+    """A file or folder that cannot be written: made of errno, reason and path, which it names."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be written: {self.strerror}"

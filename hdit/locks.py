@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hdit.errors import UserError
+from hdit.files import make_folder
 from hdit.names import printable
 
 LOCK = ".lock"
@@ -65,7 +66,7 @@ def locked(
 def _take(path: Path, does: str, fix: str, wait: Callable[[str], None] | None) -> int:
     """The descriptor of the file, once this process has its lock."""
     while True:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         try:
             handle = _open(path)
         except FileNotFoundError:  # whoever had made the folder has just removed it
@@ -86,15 +87,6 @@ def _take(path: Path, does: str, fix: str, wait: Callable[[str], None] | None) -
             _close(handle)
             raise
         _close(handle)  # of a file that its owner has removed
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: is a file, where a folder is needed") from None
-    except ValueError as error:  # a zero byte
-        raise UserError(f"{printable(str(folder))}: is no name of a folder: {error}") from None
 
 
 def _open(path: Path) -> int:

@@ -7,17 +7,28 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdit.errors import UserError
+from hdit.errors import UserError, WritingError
 
 
 class NotFiniteError(UserError):
     """Numbers that are nan or infinite: says of what, and what to do."""
+
+
+def open_tensors(path: Path) -> Any:
+    """Opens a safetensors file, whatever its name is. Raises OSError or SafetensorError."""
+    try:
+        str(path).encode()
+        return safe_open(path, "pt")
+    except UnicodeEncodeError:  # safetensors takes no name that is not UTF-8
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", "pt")
 
 
 def save_tensors(
@@ -25,13 +36,13 @@ def save_tensors(
 ) -> None:
     """Writes tensors as a safetensors file that others may read, as the umask has it.
 
-    Some versions of safetensors write it for the owner alone. Raises OSError with the path where
-    the disk is full.
+    Some versions of safetensors write it for the owner alone. Raises WritingError where the disk is
+    full.
     """
     try:
         save_file({key: t.contiguous() for key, t in tensors.items()}, path, metadata)
     except SafetensorError as error:
-        raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from None
+        raise WritingError(errno.EIO, str(error), str(path)) from None
     path.chmod(0o666 & ~_umask())
 
 
@@ -57,6 +68,18 @@ def check_finite(tensors: Mapping[str, Tensor], where: str, advice: str = "") ->
                 f"{where}: the tensor {name!r} has {bad:,} of {tensor.numel():,} values that are "
                 "not finite" + (f"; {advice}" if advice else "")
             )
+
+
+def save_pickled(value: Any, path: Path) -> None:
+    """Writes a value as torch.save does. Raises WritingError where the disk is full."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # torch's, which hides the reason in what came before it
+        reason = error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise WritingError(reason.errno, reason.strerror, str(path)) from None
 
 
 def _umask() -> int:

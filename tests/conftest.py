@@ -1,4 +1,6 @@
+import resource
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -88,3 +90,19 @@ def hdit(monkeypatch, capfd):
         return exit_.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def full_disk():
+    """While full_disk(size) runs, a file may have no more bytes: as on a disk that fills there."""
+
+    @contextmanager
+    def limited(size=1000):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limited

@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     {"hdit_kernels"},
     {"errors", "names"},
-    {"protocols", "files", "hub", "locks", "plugins", "reading", "tensors"},
+    {"arrays", "files", "hub", "plugins", "protocols", "reading", "tensors"},
+    {"locks"},
     {"device", "manifest"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},

@@ -21,8 +21,8 @@ from pathlib import Path
 from hdit.locks import locked
 with locked(Path(sys.argv[1]), "paints"):
     child = os.fork() if sys.argv[2] == "fork" else None
-    if child != 0:
-        print(child, flush=True)
+    if not child:  # a child prints once it has begun
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -118,13 +118,18 @@ def test_lock_is_never_taken_of_what_is_no_regular_file(tmp_path, kind):
 
 def test_lock_within_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "deep"):
-        with pytest.raises(UserError, match="is a file, where a folder is needed"):
+    file = tmp_path / "file"
+    messages = {
+        file: "file: .* it is a file, where a fol",
+        file / "deep": "deep: .*file is no folder",
+    }
+    for folder, message in messages.items():
+        with pytest.raises(UserError, match=message):
             locked(folder / LOCK, *DOES).__enter__()
 
 
 def test_lock_in_a_folder_that_can_have_no_such_name_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a\\x00b: is no name of a folder: embedded null byte"):
+    with pytest.raises(UserError, match="its name has a zero byte"):
         locked(tmp_path / "a\0b" / LOCK, *DOES).__enter__()
 
 
@@ -132,7 +137,7 @@ def test_lock_in_a_working_folder_that_is_gone_ends_with_an_error(tmp_path, monk
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(FileNotFoundError, match="run"):
+    with pytest.raises(UserError, match="run: cannot be written: No such file"):
         locked(Path("run") / LOCK, *DOES).__enter__()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdit.tensors import NotFiniteError, check_finite, is_finite, save_tensors
+from hdit.tensors import NotFiniteError, check_finite, is_finite, open_tensors, save_tensors
 
 PACKAGE = Path(__file__).parents[1] / "hdit"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2)
@@ -59,3 +59,12 @@ def test_tensor_that_is_not_finite_is_named_with_how_much_of_it():
     check_finite({"n": torch.tensor(2**62), "a": torch.ones(3, dtype=torch.bfloat16)}, "it")
     with pytest.raises(NotFiniteError, match="'large' has 1 of 1 values"):
         check_finite({"large": torch.tensor([1e300], dtype=torch.float64)}, "it")
+
+
+@pytest.mark.parametrize("name", [b"plain", b"caf\xe9", "caf\u00e9".encode()])
+def test_tensors_are_read_under_any_name(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    save_tensors({"a": torch.arange(5)}, path)
+    file = open_tensors(path)
+    assert file.get_tensor("a").tolist() == [0, 1, 2, 3, 4]
+    assert file.get_slice("a")[1:3].tolist() == [1, 2]

@@ -87,11 +87,12 @@ def _open(place: str, kind: str | None, options: dict[str, Any], overrides: list
     from hdit.config import load
     from hdit.config.presets import or_preset
     from hdit.data import check
+    from hdit.data.kinds import what_is
     from hdit.errors import UserError
 
     given = {key: value for key, value in options.items() if value is not None}
     found = or_preset(place)
-    if Path(found).suffix == ".toml":
+    if what_is(found) == "config":
         if idle := [*given, *(["kind"] if kind else [])]:
             raise UserError(f"--{idle[0]}: has no effect with a config; use --set data.KEY=VALUE")
         return check.by_index(load(found, overrides).data.open())

@@ -30,8 +30,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="A",
-            help="Images: a folder (any layout), .zip, .npz (arr_0), or a config or preset, for "
-            "its data as training crops them; or a model to sample, as of `hdit sample`.",
+            help="Images: a folder (any layout), .zip, .npz (arr_0), .tar, or a config or preset, "
+            "for its data as training crops them; or a model to sample, as of `hdit sample`.",
         ),
     ],
     b: Annotated[
@@ -75,23 +75,27 @@ def evaluate(
     from hdit.errors import UserError
     from hdit.evaluation import card, image_sets
     from hdit.evaluation.features import open_features
-    from hdit.files import write_text
+    from hdit.files import check_writable, write_text
+    from hdit.names import escape, path_of
     from hdit.runs.trained import is_trained
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out: {out} must name a file, in a folder that is there")
-    if is_trained(Path(b)):
+    if out is not None:
+        check_writable(out)
+    a, b = escape(a), escape(b)
+    if is_trained(path_of(b)):
         raise UserError(f"B: {b} is a model; the reference must be images; only A may be a model")
     keep_freed_memory()
     reference = image_sets.open_set(or_preset(b))
     candidate: ImageSet
-    if is_trained(Path(a)):
+    if is_trained(path_of(a)):
         options = {
             "--steps": ("steps", steps),
             "--batch-size": ("batch_size", batch_size),
             "--guidance": ("guidance.scale", guidance),
         }
-        candidate = _samples(Path(a), number or 10_000, seed or 0, raw, options, overrides or [])
+        candidate = _samples(path_of(a), number or 10_000, seed or 0, raw, options, overrides or [])
     else:
         given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
         given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}

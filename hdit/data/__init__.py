@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from hdit.data.images import kind_of
+from hdit.data.kinds import kind_of
 from hdit.data.sources.archive import ZipSpec
 from hdit.data.sources.arrays import NpzSpec
 from hdit.data.sources.digits import DigitsSpec

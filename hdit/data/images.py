@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
+from hdit.data.kinds import kind_of
 from hdit.data.source import (
     CENTER,
     Chance,
@@ -458,23 +459,6 @@ def file_stamp(path: str | Path) -> str:
 
 
 # ---- words for those who list images -------------------------------------------------------------
-
-
-def kind_of(path: str) -> str | None:
-    """The kind of source that a path tells; None where it is a file of another kind."""
-    place = path_of(path)
-    suffix = place.suffix.lower()
-    if os.path.isdir(place):  # False where several names in braces are too long for one
-        saved = any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        return "hub" if saved else "folder"
-    if suffix in (".zip", ".npz", ".tar"):
-        return suffix[1:]
-    if place.name.lower().endswith(COMPRESSED_TARS):
-        return "tar"  # which refuses them with the reason
-    return None if os.path.exists(place) else "folder"
-
-
-COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 def refuse_path(path: str, kind: str, trouble: str) -> DataError:

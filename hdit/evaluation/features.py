@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hdit.device import float32_products
 from hdit.errors import UserError
+from hdit.files import make_folder, whole
 from hdit.plugins import import_function
 from hdit_kernels.native import cache_folder
 
@@ -80,8 +81,11 @@ def open_features(
     """
     if name is None:
         return inception(device, say)
-    if Path(name).expanduser().exists():
-        return torchscript(Path(name).expanduser(), device)
+    path = Path(name).expanduser()
+    if path.exists():
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"--features: {name!r} is no regular file, as one of TorchScript is")
+        return torchscript(path, device)
     if ":" in name:
         return hook(name, device)
     raise UserError(
@@ -149,8 +153,9 @@ def inception_file(download: Callable[[str], Any], say: Callable[[str], None]) -
                 return path
             say(f"{path} is damaged or another file: its SHA-256 is not {INCEPTION_SHA256:.12}...")
     say(f"downloading {INCEPTION} into {cache}")
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as folder:
+    make_folder(cache)
+    kept = cache / INCEPTION
+    with whole(kept, shared=True) as part, TemporaryDirectory(dir=cache) as folder:
         path = Path(folder, INCEPTION)
         try:
             download(folder)
@@ -165,8 +170,8 @@ def inception_file(download: Callable[[str], Any], say: Callable[[str], None]) -
                 f"--features: what was downloaded as {INCEPTION} is not that file: its SHA-256 is "
                 f"{found:.12}..., and not {INCEPTION_SHA256:.12}..."
             )
-        os.replace(path, cache / INCEPTION)
-    return cache / INCEPTION
+        os.replace(path, part)
+    return kept
 
 
 def sha256(path: Path) -> str:

@@ -7,8 +7,6 @@ its place would falsify the distance.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,17 +15,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hdit.data import DataSpec
+from hdit.arrays import UNREADABLE
+from hdit.config import load
+from hdit.data import DataSpec, HubSpec, TarSpec
 from hdit.data.images import MAX_PIXELS, open_image
+from hdit.data.kinds import DATA, MODELS, OTHERS, what_is
 from hdit.data.loader import load_batches
 from hdit.data.source import DataError, Source, Stream, references
 from hdit.data.sources.archive import Archive
 from hdit.data.sources.arrays import Arrays
-from hdit.data.sources.listing import is_hidden, is_image, order
+from hdit.data.sources.folder import start_of
+from hdit.data.sources.listing import find_images, is_hidden
+from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
+from hdit.names import path_of
+from hdit.reading import parse_json
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settle_sampling
+from hdit.sampling.writer import MAX_RECORD, SAMPLES, read_samples, sample_names
 
 Prepare = Callable[[Tensor], Tensor] | None
 """Of one image, (3 h w) uint8, what a batch is stacked of; None is the image itself."""
@@ -100,11 +106,15 @@ class FolderFiles:
 
     def __init__(self, root: Path):
         self.root = root
-        names = [name for name in _walk(root) if is_image(name) and not is_hidden(name)]
-        self.names = sorted(names, key=order)
-        record = root / "samples.json"
-        if record.is_file():
-            self.names = _sampled(record)
+        try:
+            files = walk(root).files
+        except OSError as error:
+            raise DataError(f"{root}: cannot be listed: {error}") from None
+        seen = [name for name in files if not is_hidden(name)]
+        names = self.names = find_images(seen, lambda name: start_of(root / name))
+        record = root / SAMPLES
+        if SAMPLES in files:
+            self.names = read_samples(record)
             if missing := set(self.names) - set(names):
                 raise DataError(f"{root / min(missing)}: is not there, but {record} lists it")
         if not self.names:
@@ -122,26 +132,44 @@ class FolderFiles:
         return open_image(self.name(index)), 0
 
 
-def _sampled(record: Path) -> list[str]:
+class Chosen:
+    """Some images of others, by their index there."""
+
+    def __init__(self, files: Files, indices: list[int]):
+        self.files, self.indices = files, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """The name by which the others know an image."""
+        return self.files.name(self.indices[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Opens an image as the others do."""
+        return self.files.load(self.indices[index])
+
+
+def zip_files(place: str) -> Files:
+    """The images of an archive; of one of samples, those that its samples.json lists."""
+    archive = Archive(place, MAX_PIXELS)
+    members = [name for name in archive.zip.namelist() if name.rpartition("/")[2] == SAMPLES]
+    record = min(members, key=lambda name: name.count("/"), default="")
+    if not record or record.count("/") > 1:
+        return archive
+    top, where = record.removesuffix(SAMPLES), f"{place}/{record}"
     try:
-        return [Path(entry["file"]).name for entry in json.loads(record.read_text())["samples"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record}: cannot tell which images are samples: {error}") from None
-
-
-def _walk(root: Path) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for parent, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        inside = Path(parent).relative_to(root)
-        yield from ((inside / name).as_posix() for name in files)
+        with archive.zip.open(record) as file:
+            text = file.read(MAX_RECORD)
+    except UNREADABLE as error:
+        raise DataError(f"{where}: cannot be read: {error}") from None
+    indices = {member.filename: i for i, member in enumerate(archive.members)}
+    listed = [top + name for name in sample_names(parse_json(text, where), where)]
+    if not listed:
+        raise DataError(f"{where}: lists no images")
+    if missing := set(listed) - set(indices):
+        raise DataError(f"{place}/{min(missing)}: is not there, but {where} lists it")
+    return Chosen(archive, [indices[name] for name in listed])
 
 
 class Listed:
@@ -296,24 +324,30 @@ class Sampled:
 
 
 def open_set(place: str) -> Listed | Configured:
-    """Images by path: a folder, a .zip, a .npz, or a config's .toml. Raises UserError."""
-    path = Path(place).expanduser()
-    if not path.exists():
+    """Images by path, of any kind that training reads, or of a config. Raises UserError."""
+    path, kind = path_of(place), what_is(place)
+    if kind == "config":
+        return Configured(load(path).data, place)
+    if kind == "folder":
+        return Listed(FolderFiles(path), place, kind)
+    if not path.exists() and kind != "tar":  # which may be named with braces or wildcards
         raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
-    if path.is_dir():
-        return Listed(FolderFiles(path), place, "folder")
+    if kind not in DATA:
+        what = f"is {(MODELS | OTHERS)[kind]}, and " if kind else ""
+        raise UserError(
+            f"{place}: {what}must be a folder of images, a .zip of one, an .npz, tar files, a "
+            "config's .toml (its data), or as the first of both a trained model"
+        )
     try:
-        if path.suffix == ".npz":
-            return Listed(Arrays(place), place, "npz")
-        if path.suffix == ".zip":
-            return Listed(Archive(place, MAX_PIXELS), place, "zip")
+        return Listed(_entries(place, kind), place, kind)
     except DataError as error:
         raise UserError(str(error).removeprefix("data.path: ")) from None
-    if path.suffix == ".toml":
-        from hdit.config import load
 
-        return Configured(load(path).data, place)
-    raise UserError(
-        f"{place}: must be a folder of images, a .zip of one, a .npz, a config's .toml (its "
-        "data), or as the first of both a trained model"
-    )
+
+def _entries(place: str, kind: str) -> Files:
+    """The images of a source by index, whatever labels they have. Raises DataError."""
+    if kind == "tar":
+        return TarSpec(path=place, size=(1, 1), classes=0).open().listed()
+    if kind == "hub":
+        return HubSpec(path=place, size=(1, 1), label_column="").open().entries
+    return Arrays(place) if kind == "npz" else zip_files(place)

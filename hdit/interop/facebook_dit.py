@@ -22,6 +22,7 @@ from hdit.interop.files import check_plain, unwrapped
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.settings import Settings, read_table, shown
 from hdit.protocols import DataShape
+from hdit.tensors import save_pickled
 
 KIND = "facebook-dit"
 MARK = "x_embedder.proj.weight"
@@ -194,7 +195,7 @@ def _state(path: Path, where: str, saved: dict[Any, Any]) -> dict[str, Tensor]:
 def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
-    torch.save(scatter(layout(model.config, model.shape), model.state_dict), path)
+    save_pickled(scatter(layout(model.config, model.shape), model.state_dict), path)
     if HEADS.get((spec.width, spec.depth)) == spec.num_heads:
         return ()
     return (f"a state dict does not tell its heads: to read it, give --num-heads {spec.num_heads}",)

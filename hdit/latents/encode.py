@@ -197,7 +197,7 @@ def _summary(folder: Path, manifest: Manifest, shards: int, space: VAE) -> Encod
     sigma = None
     if not left:
         remove_parts(folder)
-        sigma = measure_sigma_data(Latents(str(folder)), space)
+        sigma = measure_sigma_data(Latents(folder), space)
     return Encoded(manifest.images, shards, len(left), size, sigma)
 
 

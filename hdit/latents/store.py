@@ -18,24 +18,29 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.data.source import DataError, Sample
-from hdit.files import whole
+from hdit.errors import WritingError
+from hdit.files import make_folder, whole
 from hdit.locks import LOCK, locked
 from hdit.manifest import FormatError, check_format
+from hdit.names import escape, path_of
 from hdit.protocols import Spec
 from hdit.reading import read_object
-from hdit.tensors import is_finite, save_tensors
+from hdit.tensors import is_finite, open_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MAX_IMAGES = 2**40  # of a folder; each other count is far smaller
+MAX_SHARDS = 10**6
+DTYPES = {"float32": "F32", "float16": "F16"}  # as safetensors name them
 OPEN_SHARDS = 256  # files that a process holds open
 ABANDONED = 3600  # seconds after which nobody writes a part any more
 
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=MAX_IMAGES)]
 
 
 class Manifest(Spec):
@@ -51,7 +56,7 @@ class Manifest(Spec):
     background: str
     flips: Literal[1, 2]  # 2 with the mirror images
     dtype: str
-    images: Annotated[int, Field(ge=0)]
+    images: Annotated[int, Field(ge=0, le=MAX_IMAGES)]
     shard_size: Count  # images; the last shard may have fewer
     classes: list[str]
     origin: str  # the data in words
@@ -108,6 +113,7 @@ def begin(folder: Path, manifest: Manifest) -> None:
 
     Of processes that come at the same time, one makes it.
     """
+    _check_shards(manifest, str(folder))
     if (folder / MANIFEST).exists() or folder.is_file():
         return _begin(folder, manifest)
     with locked(folder / LOCK, "begins to write latents here", wait=lambda owner: None):
@@ -126,9 +132,18 @@ def _begin(folder: Path, manifest: Manifest) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise DataError(f"{folder}: is there already and has no {MANIFEST}; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = json.dumps({"format": FORMAT} | manifest.model_dump(), indent=1, ensure_ascii=False)
     _replace(path, lambda part: part.write_text(content + "\n", encoding="utf-8"))
+
+
+def _check_shards(manifest: Manifest, where: str) -> None:
+    """Raises DataError for more shards than can be looked for."""
+    if manifest.shards > MAX_SHARDS:
+        raise DataError(
+            f"{where}: {manifest.images:,} images in shards of {manifest.shard_size:,} are more "
+            f"than {MAX_SHARDS:,} files; take a larger --shard-size"
+        )
 
 
 def _is_foreign(path: Path) -> bool:
@@ -145,7 +160,8 @@ def remove_parts(folder: Path) -> None:
 
 
 def missing(folder: Path, manifest: Manifest) -> list[int]:
-    """Lists the shards that are not there yet."""
+    """Lists the shards that are not there yet. Raises DataError for more than can be looked for."""
+    _check_shards(manifest, str(folder))
     return [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
 
 
@@ -154,8 +170,8 @@ def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae
     tensors = {"posterior": posterior, "labels": labels}
     try:
         _replace(shard_path(folder, shard), lambda part: save_tensors(tensors, part, {"vae": vae}))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error}; the same command goes on") from None
+    except WritingError as error:
+        raise DataError(f"{error}; the same command goes on") from None
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -188,16 +204,17 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
 class Latents:
     """Stored posteriors and their labels, by the index of the image."""
 
-    def __init__(self, folder: str):
-        """Opens a folder. Raises DataError if shards are missing."""
-        self.name, self.folder = folder, Path(folder).expanduser()
+    def __init__(self, folder: str | Path):
+        """Opens a folder, or one that a setting names. Raises DataError if shards are missing."""
+        self.name = folder if isinstance(folder, str) else escape(str(folder))
+        self.folder = path_of(self.name)
         self.manifest = read_manifest(self.folder)
         self.classes = self.manifest.classes
         absent = missing(self.folder, self.manifest)
         if absent:
             raise DataError(
-                f"space.stored: {folder!r} lacks {len(absent)} of {self.manifest.shards} shards; "
-                "the same `hdit encode` goes on where it was stopped"
+                f"space.stored: {self.name!r} lacks {len(absent)} of {self.manifest.shards} "
+                "shards; the same `hdit encode` goes on where it was stopped"
             )
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
@@ -227,7 +244,9 @@ class Latents:
         m = self.manifest
         shape = [len(m.range_of(shard)), m.flips, 2 * m.latent[0], *m.latent[1:]]
         try:
-            file = safe_open(path, "pt")
+            if not path.is_file():
+                raise OSError("is no regular file")
+            file = open_tensors(path)
             labels = file.get_tensor("labels").numpy()
             posterior = file.get_slice("posterior")
             found = posterior.get_shape()
@@ -236,7 +255,11 @@ class Latents:
             raise DataError(
                 f"{path}: damaged: {error}; remove it, and the same `hdit encode` makes it anew"
             ) from None
-        if found != shape or len(labels) != shape[0] or vae != m.vae:
+        if (
+            (found, posterior.get_dtype(), vae) != (shape, DTYPES.get(m.dtype), m.vae)
+            or (labels.shape, labels.dtype) != ((shape[0],), np.int64)
+            or not all(0 <= label < max(1, len(m.classes)) for label in set(labels.tolist()))
+        ):
             raise DataError(f"{path}: is not of this folder's {MANIFEST}; remove it and encode it")
         return posterior, labels
 

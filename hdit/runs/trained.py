@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
+from hdit.data.kinds import MODELS, what_is
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
@@ -20,7 +21,7 @@ from hdit.models import BackboneModule
 from hdit.protocols import DataShape, Space
 from hdit.runs import export
 from hdit.runs.building import make_denoiser, make_network
-from hdit.runs.checkpoint import MANIFEST, Checkpoint, find
+from hdit.runs.checkpoint import Checkpoint, find
 from hdit.tensors import check_finite
 
 log = logging.getLogger(__name__)
@@ -171,10 +172,8 @@ class Trained:
 
 
 def is_trained(path: Path) -> bool:
-    """Whether a path looks like a model that `Trained.open` reads, damaged or not."""
-    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() or export.is_export(path):
-        return True
-    try:
-        return formats.is_foreign(path)
-    except UserError:  # a config.json that is nothing of ours
-        return False
+    """Whether a path looks like a model that `Trained.open` reads, damaged or not.
+
+    Raises DataError for a folder that is both a model and images.
+    """
+    return what_is(path) in MODELS

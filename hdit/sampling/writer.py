@@ -16,14 +16,17 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
-from hdit.files import write_text
+from hdit.files import check_writable, write_text
 from hdit.locks import LOCK, locked
 from hdit.protocols import NULL_LABEL
+from hdit.reading import ReadingError, read_json
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
 from hdit.tensors import NotFiniteError
 
+SAMPLES, GRID = "samples.json", "grid.png"
+MAX_RECORD = 2**28  # bytes, of some two million samples
 GRID_LIMIT = 100  # images in the grid
 
 Making = Callable[[Callable[[], None]], Iterator[Samples]]
@@ -58,11 +61,12 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
+    _check_targets(out, record)
     with locked(out / LOCK, "is writing samples here", "wait for its end, or name another --out"):
         _check_free(out, overwrite)  # again: another process may have just ended
         samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
         _remove_old_samples(out)
-        write_text(out / "samples.json", json.dumps(record, indent=1))
+        write_text(out / SAMPLES, json.dumps(record, indent=1))
         started = monotonic()
         paths = [out / entry["file"] for entry in record["samples"]]
         try:
@@ -71,12 +75,12 @@ def write_samples(
             _remove_old_samples(out)
             raise
         seconds = monotonic() - started
-        save_grid(torch.stack(shown), out / "grid.png")
+        save_grid(torch.stack(shown), out / GRID)
         record["evaluations"] = evaluations
-        write_text(out / "samples.json", json.dumps(record, indent=1))
+        write_text(out / SAMPLES, json.dumps(record, indent=1))
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
-        f"in {seconds:.1f} s: {out} (grid: {out / 'grid.png'})"
+        f"in {seconds:.1f} s: {out} (grid: {out / GRID})"
     )
 
 
@@ -176,15 +180,61 @@ def _warn(console: Console, text: str) -> None:
     console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def read_samples(record: Path) -> list[str]:
+    """The names of the images that a samples.json lists. Raises UserError as `sample_names`."""
+    try:
+        return sample_names(read_json(record, MAX_RECORD), str(record))
+    except ReadingError as error:
+        raise UserError(f"{error}; mend or remove it") from None
+
+
+def sample_names(content: Any, record: str) -> list[str]:
+    """The names of the images that the content of a samples.json lists.
+
+    Raises UserError, which names the `record`, where it is damaged, or names what does not lie
+    beside it.
+    """
+    samples = content.get("samples") if isinstance(content, dict) else None
+    if not isinstance(samples, list):
+        raise UserError(f"{record}: samples must be a list, got {samples!r:.60}; mend or remove it")
+    files: list[str] = []
+    for index, entry in enumerate(samples):
+        file = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or not _is_plain(file):
+            raise UserError(
+                f"{record}: samples[{index}].file must be the name of an image beside it, got "
+                f"{file!r:.60}; mend or remove it"
+            )
+        files.append(file)
+    return files
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file beside another, and leads nowhere else."""
+    return name == Path(name).name and name not in ("", "..") and "\0" not in name
+
+
+def _old_samples(folder: Path) -> list[Path]:
+    """The images that an earlier samples.json lists, and it. Raises UserError for a damaged one."""
+    record = folder / SAMPLES
+    if not record.is_file():
+        return []
+    return [*(folder / file for file in read_samples(record)), record]
+
+
 def _remove_old_samples(folder: Path) -> None:
     """Deletes the images that an earlier samples.json lists, and it, so that no two sets mix."""
-    record = folder / "samples.json"
-    if not record.exists():
-        return
-    try:
-        names = [entry["file"] for entry in json.loads(record.read_text("utf-8"))["samples"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: cannot tell what to replace: {error}; remove it") from None
-    for name in names:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    record.unlink()
+    for path in _old_samples(folder):
+        path.unlink(missing_ok=True)
+
+
+def _check_targets(out: Path, record: dict[str, Any]) -> None:
+    """Raises UserError, before the work, where a file cannot be written or an old one removed."""
+    check_writable(out / SAMPLES)
+    names = {SAMPLES, GRID, *(entry["file"] for entry in record["samples"])}
+    names |= {path.name for path in _old_samples(out)}
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path.name in names:
+            check_writable(path)
+        if path.name in names and path.is_dir():
+            raise UserError(f"{path}: is a folder, in the place of an image; name another --out")

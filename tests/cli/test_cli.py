@@ -380,7 +380,8 @@ def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
     (out / "samples.json").write_text("{")
     status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--overwrite")
     assert status == 1
-    assert "samples.json: cannot tell what to replace" in err
+    assert "samples.json: not valid JSON" in err
+    assert "mend or remove it" in err
 
 
 def test_sample_overwrites_what_an_interrupt_left(run, hdit, tmp_path, monkeypatch):

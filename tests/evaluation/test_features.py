@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 import warnings
 
@@ -122,6 +123,19 @@ def test_without_clean_fid_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanfid.downloads_helper", None)
     with pytest.raises(UserError, match=r"pip install 'hdit\[fid\]'.*--no-deps"):
         open_features(None, CPU)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_features_of_no_regular_file_are_refused_and_not_waited_for(tmp_path, kind):
+    path = tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="it' is no regular file"):
+        open_features(str(path), CPU)
 
 
 # ---- the file of the Inception -------------------------------------------------------------------

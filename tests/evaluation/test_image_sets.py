@@ -148,3 +148,67 @@ def test_what_is_no_set_of_images_is_refused(tmp_path, place, words):
     np.savez(tmp_path / "bad.npz", images=pixels(2, 4, 4, 3))
     with pytest.raises(UserError, match=words):
         open_set(str(tmp_path / place))
+
+
+# ---- what a samples.json lists -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", ["", "samples/"])
+def test_archive_of_samples_is_those_that_are_listed_too(tmp_path, top):
+    entries = [{"file": f"{i}.png"} for i in (1, 0)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("0.png", "1.png", "grid.png"):
+            archive.write(save(tmp_path / "set" / name, pixels(4, 4)), top + name)
+        archive.writestr(f"{top}samples.json", json.dumps({"samples": entries}))
+    images = open_set(str(tmp_path / "a.zip"))
+    assert names(images) == ["1.png", "0.png"]
+    assert len(read(images)[0]) == 2
+
+
+DAMAGED = {
+    "no JSON": ("{", "samples.json: not valid JSON"),
+    "nested": ("[" * 100_000, "samples.json: not valid JSON"),
+    "list": ("[]", "samples.json: samples must be a list, got None; mend or remove it"),
+    "no list": ('{"samples": 5}', "samples must be a list, got 5"),
+    "number": ('{"samples": [{"file": 5}]}', r"samples\[0\].file must be the name .*, got 5; mend"),
+    "no table": ('{"samples": [{"file": "0.png"}, 3]}', r"samples\[1\].file must be"),
+    "no file": ('{"samples": [{}]}', r"samples\[0\].file must be .* got None"),
+    "elsewhere": ('{"samples": [{"file": "../0.png"}]}', r"beside it, got '../0.png'"),
+    "absolute": ('{"samples": [{"file": "/0.png"}]}', "beside it, got '/0.png'"),
+    "above": ('{"samples": [{"file": ".."}]}', "beside it, got '..'"),
+    "empty": ('{"samples": [{"file": ""}]}', "beside it, got ''"),
+    "zero byte": ('{"samples": [{"file": "a\\u0000"}]}', "beside it, got 'a"),
+    "absent": ('{"samples": [{"file": "9.png"}]}', "9.png: is not there, but .*samples.json lists"),
+    "none": ('{"samples": []}', "lists no images|has no image files"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_samples_json_that_is_damaged_is_named(tmp_path, name, kind):
+    content, words = DAMAGED[name]
+    save(tmp_path / "set" / "0.png", pixels(4, 4))
+    (tmp_path / "set" / "samples.json").write_text(content)
+    place = tmp_path / "set"
+    if kind == "zip":
+        place = tmp_path / "set.zip"
+        with zipfile.ZipFile(place, "w") as archive:
+            for file in (tmp_path / "set").iterdir():
+                archive.write(file, file.name)
+    with pytest.raises(UserError, match=words):
+        open_set(str(place))
+
+
+def test_samples_json_is_no_pipe(tmp_path):
+    save(tmp_path / "0.png", pixels(4, 4))
+    os.mkfifo(tmp_path / "samples.json")
+    with pytest.raises(UserError, match=r"samples\.json: is a device or pipe"):
+        open_set(str(tmp_path))
+
+
+@pytest.mark.parametrize("keys", [("mu", "sigma"), ("mu", "sigma", "ref_feats")])
+def test_statistics_are_no_images_and_are_named_by_their_keys(tmp_path, keys):
+    np.savez(tmp_path / "stats.npz", **dict.fromkeys(keys, np.zeros(3)))
+    words = f"holds {', '.join(keys)}: statistics of features, which cannot be read yet"
+    with pytest.raises(UserError, match=words):
+        open_set(str(tmp_path / "stats.npz"))

@@ -20,6 +20,7 @@ from hdit.errors import UserError
 from hdit.latents import store
 from hdit.latents.encode import encode, measure_sigma_data
 from hdit.latents.store import Latents
+from hdit.names import escape
 from hdit.training.trainer import Trainer
 
 SIZES = [(20, 16), (16, 24), (40, 33), (16, 16), (50, 17)] * 2  # of the images
@@ -620,3 +621,47 @@ def test_sample_refuses_a_guide_model_of_another_vae(images, vae, tmp_path, hdit
     status, _, err = hdit("sample", tmp_path / "a", "-n", 1, "--guide", tmp_path / "b")
     assert status == 1
     assert "has other latents, by the hash of their VAE" in err
+
+
+# ---- what cannot be written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [100, 1500])
+def test_encode_on_a_full_disk_names_the_file_and_goes_on_later(
+    config, tmp_path, whole, full_disk, size
+):
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as caught, full_disk(size):
+        encode(config, out, **OF_FOUR)
+    file = "manifest.json" if size == 100 else "shard-00000.safetensors"
+    assert str(caught.value).startswith(f"{out / file}: cannot be written: ")
+    left = [path.name for path in out.iterdir() if path.name != ".lock"] if out.exists() else []
+    assert left == ([] if size == 100 else ["manifest.json"])
+    encode(config, out, **OF_FOUR)
+    assert files(out).items() >= whole.items()
+
+
+def test_encode_into_a_pipe_or_through_a_link_to_nothing_is_refused(config, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("pipe", "link", "pipe/below"):
+        with pytest.raises(UserError, match=f"{name}: "):
+            encode(config, tmp_path / name, **OF_FOUR)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in ("pipe", "link")) == [
+        "link",
+        "pipe",
+    ]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_encode_into_more_files_than_can_be_counted_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("hdit.latents.store.MAX_SHARDS", 2)
+    with pytest.raises(DataError, match=r"out: 10 images in shards of 4 are more than 2 files"):
+        encode(config, tmp_path / "out", **OF_FOUR)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", rb"a\xe9b", b"~"])
+def test_latents_may_lie_in_a_folder_of_any_name(config, tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    encode(config, folder, **OF_FOUR)
+    assert len(Latents(escape(str(folder)))) == len(Latents(folder)) == 10

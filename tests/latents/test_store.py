@@ -1,6 +1,7 @@
 """Stored latents: how they are read, and that training on them is training on the images."""
 
 import json
+import os
 import pickle
 import shutil
 from itertools import islice
@@ -175,8 +176,23 @@ def test_damaged_shard_is_named_with_what_to_do(copy, content):
         lambda tensors: tensors.update(posterior=tensors["posterior"][:-1].clone()),
         lambda tensors: tensors.update(posterior=tensors["posterior"][:, :1].clone()),
         lambda tensors: tensors.update(posterior=tensors["posterior"][..., :2].clone()),
+        lambda tensors: tensors.update(posterior=tensors["posterior"].half()),
+        lambda tensors: tensors.update(labels=tensors["labels"].float()),
+        lambda tensors: tensors.update(labels=tensors["labels"][:, None].clone()),
+        lambda tensors: tensors.update(labels=tensors["labels"] + 9),
+        lambda tensors: tensors.update(labels=tensors["labels"] - 9),
     ],
-    ids=["labels", "images", "sides", "width"],
+    ids=[
+        "labels",
+        "images",
+        "sides",
+        "width",
+        "dtype",
+        "labels of floats",
+        "labels of two sides",
+        "labels of no class",
+        "labels below 0",
+    ],
 )
 def test_shard_of_another_shape_is_refused(copy, change):
     edit(copy / SHARD, change)
@@ -236,6 +252,37 @@ def test_manifest_that_cannot_be_read_is_named(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=message):
         Latents(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("images", 10**23, "is damaged: .*images"),
+        (
+            "images",
+            10**12,
+            r"1,000,000,000,000 images in shards of 4 are more than 1,000,000 files",
+        ),
+        ("images", -1, "is damaged: .*images"),
+        ("shard_size", 0, "is damaged: .*shard_size"),
+        ("flips", 3, "is damaged: .*flips"),
+        ("latent", [4, 10**23, 4], "is damaged: .*latent"),
+        ("classes", 5, "is damaged: .*classes"),
+    ],
+)
+def test_manifest_of_numbers_that_no_folder_has_is_refused_at_once(copy, key, value, message):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        Latents(str(copy))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
+def test_pipe_among_latents_is_not_waited_for(copy, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(DataError, match=f"{name}: is a device or pipe|{name}: damaged: is no reg"):
+        Latents(str(copy))[4]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

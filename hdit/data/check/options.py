@@ -10,9 +10,11 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from hdit.data import DataSpec
-from hdit.data.images import Images, ImagesSpec, kind_of
+from hdit.data.images import Images, ImagesSpec
+from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
 from hdit.data.sources.tars import Tars
+from hdit.files import check_writable
 from hdit.names import escape, path_of
 
 LONGEST_STEM = 50  # of the contact sheet's name: in UTF-8, up to four times as many bytes
@@ -70,12 +72,13 @@ def sheet_path(place: str, sheet: Path | None) -> Path:
     if not place:
         raise DataError("PATH: must name a folder or file, got ''")
     name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
-    stem = re.sub(r"\.(zip|npz|tar|toml)$", "", name)
+    stem = re.sub(r"(?i)\.(zip|npz|tar|toml)$", "", name)
     stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:LONGEST_STEM]
     path = sheet or Path(f"{stem or 'data'}-contact-sheet.png")
     home = Path(place).expanduser()
     if path.suffix.lower() != ".png":
         raise DataError(f"--sheet: must end in .png, got {str(path)!r}")
+    check_writable(path)
     if path.is_dir() or not path.parent.is_dir():
         trouble = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise DataError(f"--sheet: {str(path)!r} {trouble}; name a file")

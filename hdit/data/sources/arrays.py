@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
-import zlib
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from hdit.arrays import ArraysError, read_npz
 from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
+from hdit.names import path_of
 
 
 class NpzSpec(ImagesSpec):
@@ -34,18 +32,17 @@ class Arrays:
     setting = "data.path"
 
     def __init__(self, path: str):
-        self.place, self.path = path, Path(path).expanduser()
+        self.place, self.path = path, path_of(path)
         if not self.path.is_file():
             raise refuse_path(path, "npz", "is not a file")
         where = f"data.path: {path!r}"
         self.stamp_of_file = file_stamp(self.path)
         try:
-            keys, arrays = _read_arrays(self.path)
-        except UNREADABLE as error:
-            raise DataError(f"{where} cannot be read as npz: {error}") from None
+            names, arrays = read_npz(self.path, ("arr_0", *LABELS))
+        except ArraysError as error:
+            raise DataError(f"{where} cannot be read as npz: {error.reason}") from None
         if "arr_0" not in arrays:
-            held = ", ".join(keys) or "nothing"
-            raise DataError(f"{where} has no arr_0, (n h w c) uint8 images; it holds {held}")
+            raise DataError(f"{where} has no arr_0, (n h w c) uint8 images; {_held(names)}")
         self.images = arrays["arr_0"]  # (n h w c)
         shape = " x ".join(map(str, self.images.shape))
         if (
@@ -93,53 +90,11 @@ class Arrays:
 
 
 LABELS = ("arr_1", "labels")
-UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def _read_arrays(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Reads (names in the file, arrays that are wanted): mapped, or unpacked where compressed.
-
-    Raises ValueError for Python objects, which a pickle would have to make.
-    """
-    with zipfile.ZipFile(path) as file:
-        members = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
-        arrays: dict[str, np.ndarray] = {}
-        for key in ("arr_0", *LABELS):
-            if key not in members:
-                continue
-            with file.open(members[key]) as stream:
-                shape, fortran, dtype = _array_header(stream)
-                if dtype.hasobject:
-                    raise ValueError(f"{key} holds Python objects, and no pickle is read")
-                start = stream.tell()
-            if members[key].compress_type == zipfile.ZIP_STORED and 0 not in shape:
-                arrays[key] = np.memmap(
-                    path,
-                    dtype=dtype,
-                    mode="r",
-                    offset=_content_start(path, members[key]) + start,
-                    shape=shape,
-                    order="F" if fortran else "C",
-                )
-            else:
-                with file.open(members[key]) as stream:
-                    arrays[key] = np.lib.format.read_array(stream, allow_pickle=False)
-    return list(members), arrays
-
-
-def _array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, in Fortran's order, dtype); the stream is left where the values begin."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"an array of npy version {version}; save it again with plain keys")
-
-
-def _content_start(path: Path, member: zipfile.ZipInfo) -> int:
-    """Byte at which the content of a member that is not compressed begins."""
-    with open(path, "rb") as file:
-        file.seek(member.header_offset + 26, os.SEEK_SET)
-        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return member.header_offset + 30 + name + extra
+def _held(names: list[str]) -> str:
+    """What a file holds that has no images, in words."""
+    held = f"it holds {', '.join(names) or 'nothing'}"
+    if {"mu", "sigma"} <= set(names):
+        return f"{held}: statistics of features, which cannot be read yet; name the images"
+    return held

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib.resources import as_file, files
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from hdit.arrays import read_npz
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.source import Sample
 from hdit.protocols import Spec
@@ -42,8 +43,9 @@ class Digits:
     """The digits of a split, (1 8 8) uint8, by index."""
 
     def __init__(self, split: str):
-        with np.load(str(files("hdit.data.sources") / "digits.npz"), allow_pickle=False) as data:
-            images, labels = data["images"], data["labels"]
+        with as_file(files("hdit.data.sources") / "digits.npz") as path:
+            arrays = read_npz(path, ("images", "labels")).arrays
+        images, labels = arrays["images"], arrays["labels"]
         test = np.arange(len(images)) % 6 == 5
         keep = {"train": ~test, "test": test, "all": np.ones_like(test)}[split]
         self.images = torch.from_numpy(images[keep])[:, None]  # (n 1 8 8) uint8

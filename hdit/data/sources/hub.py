@@ -8,7 +8,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 
-from hdit.data.images import Images, ImagesSpec, kind_of, open_image, refuse_path
+from hdit.data.images import Images, ImagesSpec, open_image, refuse_path
+from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
 from hdit.data.sources.listing import by_name
 from hdit.hub import HubError, asking, first_line

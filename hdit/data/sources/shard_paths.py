@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from hdit.data.images import COMPRESSED_TARS, refuse_path
+from hdit.data.images import refuse_path
+from hdit.data.kinds import COMPRESSED_TARS
 from hdit.data.source import DataError
 from hdit.names import path_of
 

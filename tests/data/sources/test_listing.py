@@ -96,15 +96,6 @@ def test_folder_takes_files_without_extension_by_their_content(tmp_path):
     assert source.left_out == {"no extension": 3}
 
 
-def test_folder_counts_links_to_folders_that_it_does_not_follow(tmp_path):
-    save(tmp_path / "data" / "cat" / "a.png")
-    save(tmp_path / "more" / "b.png")
-    (tmp_path / "data" / "cat" / "more").symlink_to(tmp_path / "more")
-    folder = open_folder(tmp_path / "data")
-    assert folder.left_out == {"links to folders": 1}
-    assert "1 links to folders within its sub-folders are not followed, as " in folder.warnings[0]
-
-
 def test_folder_and_class_whose_names_are_not_utf_8_are_text_that_can_be_stored(tmp_path):
     root = os.fsencode(tmp_path) + b"/caf\xe9"
     for name in (b"caf\xe9", b"ant"):

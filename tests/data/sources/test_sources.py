@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hdit.data import DigitsSpec, FolderSpec, ShapesSpec
+from hdit.data import DigitsSpec, FolderSpec, NpzSpec, ShapesSpec
 from hdit.data.source import DataError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -450,3 +450,30 @@ def test_folder_skips_numbers_without_a_range(tmp_path):
 def test_folder_refuses_an_index_beyond_its_end(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert len(list(FolderSpec(path=str(tmp_path), size=8).open())) == 1
+
+
+# ---- arrays --------------------------------------------------------------------------------------
+
+
+def test_npz_of_statistics_is_no_images_and_says_so(tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(DataError, match=r"it holds mu, sigma: statistics .* cannot be read yet"):
+        NpzSpec(path=str(tmp_path / "stats.npz"), size=4).open()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_in_the_order_of_fortran_has_the_same_images(tmp_path, save):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
+    save(tmp_path / "a.npz", arr_0=np.asfortranarray(pixels), arr_1=np.arange(3))
+    images = NpzSpec(path=str(tmp_path / "a.npz"), size=4).open()
+    for i in range(3):
+        np.testing.assert_array_equal(images[i].image.permute(1, 2, 0), pixels[i])
+        assert images[i].label == i
+
+
+def test_npz_that_lies_is_an_error_of_the_setting_that_names_file_and_array(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.array([{}]))
+    with pytest.raises(
+        DataError, match=r"^data\.path: .*a\.npz.*: arr_0 holds .* no pickle is read"
+    ):
+        NpzSpec(path=str(tmp_path / "a.npz"), size=4).open()
