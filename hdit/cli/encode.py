@@ -10,6 +10,7 @@ import typer
 
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
+from hdit.names import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def _naming(console: Console) -> Callable[[Skipped], None]:
     def name(file: Skipped) -> None:
         if file.path not in named:
             named.add(file.path)
-            text = f"warning: skipped {file.path}: {file.reason}"
+            text = f"warning: skipped {printable(file.path)}: {file.reason}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     return name

@@ -15,6 +15,7 @@ from hdit.config import RunConfig
 from hdit.data.batches import Batch, Batches
 from hdit.data.source import Skipped, size_of
 from hdit.device import float32_products, precision_on
+from hdit.names import printable
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import State
@@ -82,19 +83,21 @@ class Trainer:
         ):
             if self.main:
                 self.run.prepare(self.config, self.images, self.source.classes)
-            if self.images:
-                self._sample_grid()  # the run may have been killed before it was made
-            finished = self._train(seconds)
+            stream = self._open_stream()  # before the bar, or its workers would inherit that
+            self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
+            with self.bar:
+                if self.images:
+                    self._sample_grid()  # the run may have been killed before it was made
+                finished = self._train(stream, seconds)
         if not finished:
             why = "interrupted" if self.signalled else "time is up"
             self._say(f"{why} at {self.images:,} images; the same command resumes")
         return finished
 
-    def _train(self, limit: float | None) -> bool:
-        """Steps to the end, an interrupt or the limit, and saves there. Returns if to the end."""
+    def _open_stream(self) -> Batches:
+        """The batches that this process draws, from where training stands."""
         t = self.config.training
-        assert t.log_every is not None, "the config must be resolved"
-        stream = Batches(
+        return Batches(
             self.source,
             seed=t.seed,
             start=self.images,
@@ -103,28 +106,32 @@ class Trainer:
             state=self.stream,
             keep_state=self.main,
         )
+
+    def _train(self, stream: Batches, limit: float | None) -> bool:
+        """Steps to the end, an interrupt or the limit, and saves there. Returns if to the end."""
+        t = self.config.training
+        assert t.log_every is not None, "the config must be resolved"
         self.metrics.start()
-        with Progress(self.console, t.images, self.images, self.main) as bar:
-            while True:
-                loss, norm = self._step(stream)
-                self.metrics.add(loss)
-                before, self.images = self.images, self.images + t.batch_size
-                self.step += 1
-                if limit is not None and self.metrics.elapsed >= limit:
-                    self.interrupts.is_time_up = True
-                last = self.interrupts.agreed(self.step) or self.images >= t.images
-                save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
-                if save or self.images // t.log_every > before // t.log_every:
-                    bar.describe(self._log(norm))
-                bar.advance(self.images)
-                if save:
-                    with self.metrics.paused():
-                        self._save(stream.state())
-                        if not self.signalled:
-                            self._sample_grid()
-                        self.accelerator.wait_for_everyone()
-                if last:
-                    return self.images >= t.images
+        while True:
+            loss, norm = self._step(stream)
+            self.metrics.add(loss)
+            before, self.images = self.images, self.images + t.batch_size
+            self.step += 1
+            if limit is not None and self.metrics.elapsed >= limit:
+                self.interrupts.is_time_up = True
+            last = self.interrupts.agreed(self.step) or self.images >= t.images
+            save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
+            if save or self.images // t.log_every > before // t.log_every:
+                self.bar.describe(self._log(norm))
+            self.bar.advance(self.images, self.metrics.elapsed)
+            if save:
+                with self.metrics.paused():
+                    self._save(stream.state())
+                    if not self.signalled:
+                        self._sample_grid()
+                    self.accelerator.wait_for_everyone()
+            if last:
+                return self.images >= t.images
 
     def _step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step -> (mean loss over the batch of this process, gradient norm)."""
@@ -189,7 +196,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
+        with self.bar.doing("saving"):
+            saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
         self._say(f"{self.images:,} images: {saved}")
 
     def _sample_grid(self) -> None:
@@ -205,17 +213,18 @@ class Trainer:
         classes = self.shape.num_classes
         labels = [i % classes for i in range(n)] if classes else None
         try:
-            parts = sample(
-                self.ema,
-                self.config,
-                self.shape,
-                list(range(n)),
-                labels,
-                self.device,
-                stop_if_signalled,
-                space=self.space,
-            )
-            images = torch.cat([part.images for part in parts])
+            with self.bar.doing("sampling"):
+                parts = sample(
+                    self.ema,
+                    self.config,
+                    self.shape,
+                    list(range(n)),
+                    labels,
+                    self.device,
+                    stop_if_signalled,
+                    space=self.space,
+                )
+                images = torch.cat([part.images for part in parts])
         except _Stopped:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +239,7 @@ class Trainer:
 
     def _name_skipped(self, file: Skipped) -> None:
         """Each process names the files that it met."""
-        self._print(f"warning: skipped {file.path}: {file.reason}")
+        self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
