@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 LAYERS = (
     {"hdit_kernels"},
-    {"errors", "names"},
+    {"errors", "names", "signals"},
     {"protocols", "files", "plugins", "reading", "tensors"},
     {"device"},
     {"randomness"},

@@ -45,6 +45,7 @@ def encode(
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
+    from hdit.signals import noting
 
     settings = load(find_config(config), overrides or [])
     stored = getattr(settings.space, "stored", None)
@@ -55,7 +56,7 @@ def encode(
         raise UserError("--out: name the folder to write, or set space.stored")
     keep_freed_memory()
     console = error_console()
-    with progress(console) as bar:
+    with noting("the same command goes on"), progress(console) as bar:
         task = bar.add_task("encoding", total=None)
         done = encode_images(
             settings,

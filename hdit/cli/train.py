@@ -41,6 +41,7 @@ def train(
     from hdit.config.presets import find_config
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
+    from hdit.signals import status_of
     from hdit.training.trainer import Trainer
 
     if minutes is not None and not 0 < minutes < math.inf:
@@ -61,4 +62,4 @@ def train(
         gc.collect()  # what still holds the group, or its threads outlive it and abort the process
         dist.destroy_process_group()
     if not finished and trainer.signalled:
-        raise typer.Exit(130)
+        raise typer.Exit(status_of(trainer.signalled))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
+from hdit import signals
 from hdit.data.source import DataError
 
 Item = TypeVar("Item")
@@ -35,7 +36,7 @@ def load_batches(
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_Collate(collate),
-        worker_init_fn=_leave_signals_to_the_parent if workers else None,
+        worker_init_fn=_begin_worker if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or it would draw from the global one
     )
@@ -79,10 +80,14 @@ class _Collate(Generic[Item, Loaded]):
         return self.collate(good)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer needs its workers for one more step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _begin_worker(worker: int) -> None:
+    """Leaves signals and the progress bar to the parent.
+
+    Ctrl-C reaches the whole process group; the trainer needs its workers for one more step. And a
+    stream that prints above a bar may be forked with its lock held.
+    """
+    signals.ignore()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _raising(loaded: Iterator[Loaded | DataError]) -> Iterator[Loaded]:

@@ -59,8 +59,8 @@ class Trainer:
         self.metrics = Metrics(self.accelerator, self.config.training, self._name_skipped)
 
     @property
-    def signalled(self) -> bool:
-        """Whether Ctrl-C or SIGTERM ended the session."""
+    def signalled(self) -> int:
+        """The number of the signal that ended the session, or 0."""
         return self.interrupts.signalled
 
     def fit(self, seconds: float | None = None) -> bool:
