@@ -14,7 +14,7 @@ LAYERS = (
     {"hdit_kernels"},
     {"errors", "names", "signals"},
     {"protocols", "files", "plugins", "reading", "tensors"},
-    {"device"},
+    {"device", "processes"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},
     {"models"},

@@ -37,16 +37,16 @@ def encode(
     labels and a manifest. The same command goes on after an interrupt; torchrun shares it among
     processes. Train with --set space.stored=DIR.
     """
-    import os
-
     from hdit.config import load
     from hdit.config.presets import find_config
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
+    from hdit.processes import read_world
     from hdit.signals import noting
 
+    world = read_world()
     settings = load(find_config(config), overrides or [])
     stored = getattr(settings.space, "stored", None)
     if dtype not in DTYPES:
@@ -65,8 +65,8 @@ def encode(
             workers=settings.training.workers,
             dtype=dtype,
             shard_size=shard_size,
-            rank=int(os.environ.get("RANK", 0)),
-            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            rank=world.rank,
+            processes=world.size,
             on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
             on_skipped=_naming(console),

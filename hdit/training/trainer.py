@@ -41,7 +41,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: Path, console: Console | None = None):
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
-        self.accelerator, hosts = open_processes()
+        limit = config.training.start_timeout
+        self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
         self.config, self.layout, self.shape = setup.config, setup.layout, setup.shape
