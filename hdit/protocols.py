@@ -195,7 +195,7 @@ class Space(Protocol):
         """What is stored -> x0, float32; a space whose x0 is drawn calls `noise` once."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 -> uint8 images."""
+        """x0 -> uint8 images. Raises NotFiniteError where there is a value that is not finite."""
 
 
 NoiseSource = Callable[[float, float], Tensor]

@@ -1,4 +1,4 @@
-"""Files of tensors, in the safetensors format."""
+"""Files of tensors, in the safetensors format, and tensors whose values must be finite."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hdit.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """Numbers that are nan or infinite: says of what, and what to do."""
 
 
 def save_tensors(
@@ -26,6 +33,30 @@ def save_tensors(
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from None
     path.chmod(0o666 & ~_umask())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. Reads a tensor of floats once, and makes no copy of it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.itemsize == 1:  # floats of 8 bits have no order in torch
+        tensor = tensor.float()
+    low, high = tensor.aminmax()  # nan, where there is one
+    return bool(low.isfinite() & high.isfinite())
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str, advice: str = "") -> None:
+    """Raises NotFiniteError for the first tensor of `where` with a value that is not finite.
+
+    That is in float32, in which networks have their weights.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor):
+            bad = int((~tensor.float().isfinite()).sum())
+            raise NotFiniteError(
+                f"{where}: the tensor {name!r} has {bad:,} of {tensor.numel():,} values that are "
+                "not finite" + (f"; {advice}" if advice else "")
+            )
 
 
 def _umask() -> int:

@@ -63,7 +63,9 @@ def compare(
     on_images: Callable[[str, int], None] = lambda which, n: None,
     on_subset: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Of all images of both. Raises UserError where it cannot be.
+    """FID and KID between the images of `a` and of `b`.
+
+    Raises UserError where a set has fewer than two images, or an image or a distance cannot be had.
 
     `on_images` is told after each batch of which set, "A" or "B", it was, and how many.
     """
@@ -90,7 +92,7 @@ def compare(
             "standard_error": kid.error,
             "subsets": kid.subsets,
             "sizes": list(kid.sizes),
-            "seed": KID_SEED,
+            "seed": kid.seed,
         },
         "a": _record(a, one),
         "b": _record(b, other),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdit.tensors import NotFiniteError, is_finite
+
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as Binkowski et al., 2018
+SMALLER = "take features of smaller values"
 
 
 class Gaussian(NamedTuple):
@@ -51,13 +55,24 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) (Heusel et al., 2017, eq. 6; it is a square).
 
     With any root R R^T = S1, S1 S2 has the eigenvalues of R^T S2 R, which is symmetric. Zero is
-    the least that it can be; rounding below it is cut off.
+    the least that it can be; rounding below it is cut off. Raises NotFiniteError where features
+    are so large that their moments, or the distance, overflow.
     """
     a, b = sorted((a, b), key=lambda gaussian: gaussian.n)  # the lower rank is the one to root
+    for moments in (*a[1:], *b[1:]):
+        _check(moments)  # LAPACK has no answer for others
     r = root(a.cov)  # (d rank)
-    covariance = torch.linalg.eigvalsh(r.T @ b.cov @ r).clamp(min=0).sqrt().sum()
+    product = _check(r.T @ b.cov @ r)
+    covariance = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * covariance
-    return max(0.0, distance.item())
+    return max(0.0, _check(distance).item())  # max would make 0 of nan
+
+
+def _check(x: Tensor) -> Tensor:
+    """Returns x. Raises NotFiniteError where it has overflowed."""
+    if not is_finite(x):
+        raise NotFiniteError(f"FID: the features are too large for it; {SMALLER}")
+    return x
 
 
 def root(cov: Tensor) -> Tensor:
@@ -75,12 +90,16 @@ def root(cov: Tensor) -> Tensor:
 
 
 class KernelDistance(NamedTuple):
-    """Mean over subsets; `error` is its standard error, None where there is one subset only."""
+    """Mean over subsets; `error` is its standard error, None where there is one subset only.
+
+    Subsets are drawn by `seed`.
+    """
 
     mean: float
     error: float | None
     subsets: int
     sizes: tuple[int, int]
+    seed: int
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +136,8 @@ def kernel_distance(
     """KID (Binkowski et al., 2018) of features x (n d), y (m d): the mean over random subsets.
 
     A set of fewer than `size` is taken whole. The standard error is the delete-d jackknife's (Shao
-    and Wu, 1989), as subsets overlap, but no less than for subsets that do not.
+    and Wu, 1989), as subsets overlap, but no less than for subsets that do not. Raises
+    NotFiniteError where the cube of the features' products overflows.
     """
     sizes = min(size, len(x)), min(size, len(y))
     if sizes == (len(x), len(y)):
@@ -131,9 +151,11 @@ def kernel_distance(
     values = []
     for _ in range(subsets):
         values.append(squared_mmd(subset(x, sizes[0]), subset(y, sizes[1])).item())
+        if not math.isfinite(values[-1]):
+            raise NotFiniteError(f"KID: the features are too large for their cubes; {SMALLER}")
         on_subset()
     left_out = min(len(x) - sizes[0], len(y) - sizes[1])
     error = None
     if left_out and subsets > 1:
         error = float(np.std(values)) * max(size / left_out, 1 / (subsets - 1)) ** 0.5
-    return KernelDistance(float(np.mean(values)), error, subsets, sizes)
+    return KernelDistance(float(np.mean(values)), error, subsets, sizes, seed)

@@ -30,6 +30,7 @@ from hdit.report.grids import to_png
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settle_sampling
+from hdit.tensors import NotFiniteError
 from hdit.training.objective import Objective
 from hdit.training.trainer import Trainer
 
@@ -178,13 +179,21 @@ def x0_losses(
 ) -> tuple[list[float], int]:
     """Mean of (D - x0)^2 over elements and images in each bin of noise levels; their number.
 
-    Images, noise and the place of the level in its bin are those of any other cell.
+    Images, noise and the place of the level in its bin are those of any other cell. Raises
+    NotFiniteError where a mean is not finite.
     """
     sums, count = np.zeros(len(edges) - 1), 0
     for images, labels, counters in _chosen(held_out, measures.images, measures.batch_size):
         sums += objective.x0_errors(images, labels, counters, edges).sum(1).cpu().numpy()
         count += len(images)
-    return (sums / count).tolist(), count
+    losses = (sums / count).tolist()
+    for loss, low, high in zip(losses, edges, edges[1:], strict=False):
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"the loss on held-out images is {loss} at sigma {low:.3g} to {high:.3g}: the "
+                "model is ruined, as by a learning rate that is too high"
+            )
+    return losses, count
 
 
 def _gaussian(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.config import RunConfig
@@ -24,6 +23,7 @@ from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.models import DiTSpec
 from hdit.nn.embed import sincos_positions
 from hdit.protocols import DataShape
+from hdit.tensors import save_tensors
 
 KIND = "diffusers"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -218,5 +218,5 @@ def write(model: Contents, folder: Path) -> tuple[str, ...]:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
     return (FREQUENCIES,)

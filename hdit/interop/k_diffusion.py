@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.config import RunConfig, parse
@@ -32,6 +31,7 @@ from hdit.interop.files import Settings, parse_json, read_json
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.models import HDiTSpec
 from hdit.protocols import DataShape, Spec
+from hdit.tensors import save_tensors
 
 KIND = "k-diffusion"
 MARK = "patch_in.proj.weight"
@@ -464,5 +464,5 @@ def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a .safetensors file with its config -> notes."""
     raw, notes = to_config(model)
     tensors = scatter(layout(model.config, model.shape), model.state_dict)
-    save_file(tensors, path, metadata={"config": json.dumps(raw, indent=4)})
+    save_tensors(tensors, path, {"config": json.dumps(raw, indent=4)})
     return notes

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hdit.data.source import DataError, Sample
 from hdit.files import whole
 from hdit.protocols import Spec
+from hdit.tensors import is_finite, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -140,10 +140,10 @@ def missing(folder: Path, manifest: Manifest) -> list[int]:
 
 def write_shard(folder: Path, shard: int, posterior: Tensor, labels: Tensor, vae: str) -> None:
     """Writes a shard whole, or nothing. Raises DataError where it cannot be written."""
-    tensors = {"posterior": posterior.contiguous(), "labels": labels.contiguous()}
+    tensors = {"posterior": posterior, "labels": labels}
     try:
-        _replace(shard_path(folder, shard), lambda part: save_file(tensors, part, {"vae": vae}))
-    except (OSError, SafetensorError) as error:
+        _replace(shard_path(folder, shard), lambda part: save_tensors(tensors, part, {"vae": vae}))
+    except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error}; the same command goes on") from None
 
 
@@ -203,9 +203,15 @@ class Latents:
         """A sample whose image is a posterior (f 2c h w), as above. Raises DataError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        posterior, labels = self._open(index // self.manifest.shard_size)
-        place = index % self.manifest.shard_size
-        return Sample(posterior[place], int(labels[place]))
+        shard, place = divmod(index, self.manifest.shard_size)
+        posterior, labels = self._open(shard)
+        image = posterior[place]
+        if not is_finite(image):
+            raise DataError(
+                f"{shard_path(self.folder, shard)}: damaged: the latents of its image {place} are "
+                "not finite; remove it, and the same `hdit encode` makes it anew"
+            )
+        return Sample(image, int(labels[place]))
 
     def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:
         path = shard_path(self.folder, shard)

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hdit.config import RunConfig, parse, read_toml
 from hdit.errors import UserError
 from hdit.files import fingerprint, whole, write_text
 from hdit.protocols import DataShape
+from hdit.tensors import check_finite, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -52,8 +52,15 @@ class Checkpoint:
     state: State
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of model, ema or optimizer, on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
+        """Those of model, ema or optimizer, on the CPU. Raises NotFiniteError."""
+        path = self.folder / f"{name}.safetensors"
+        tensors = load_file(path)
+        check_finite(
+            tensors,
+            str(path),
+            f"use another checkpoint; without {self.folder}, a run goes on from the one before",
+        )
+        return tensors
 
 
 def folder_name(images: int) -> str:
@@ -69,11 +76,7 @@ def save(
     with whole(final) as part:
         part.mkdir()
         for name, values in tensors.items():
-            path = part / f"{name}.safetensors"
-            try:
-                save_file({key: t.contiguous() for key, t in values.items()}, path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: cannot be written: {error}") from None
+            save_tensors(values, part / f"{name}.safetensors")
         (part / "config.toml").write_text(config.dump(), encoding="utf-8")
         (part / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         files = {path.name: fingerprint(path) for path in sorted(part.iterdir())}

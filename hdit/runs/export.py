@@ -1,58 +1,95 @@
-"""A converted model: a folder ready for a hub, with config.json, model.safetensors and a card."""
+"""A converted model: a folder ready for a hub, with config.json, model.safetensors and a card.
+
+config.json has checksums of itself and of the weights; the card is left to who publishes it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
-from hdit.config import parse
+from hdit.config import RunConfig, differences, parse
+from hdit.config.errors import explain
+from hdit.files import fingerprint, write_json
 from hdit.interop import Contents
 from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.models.cost import cost
-from hdit.protocols import DataShape
+from hdit.protocols import DataShape, Spec
+from hdit.reading import ReadingError, read_json, read_object
 from hdit.runs.checkpoint import CheckpointError
+from hdit.tensors import save_tensors
 
 KIND = "hdit"
-FORMAT = 1
+FORMAT = 2
+WITHOUT_CHECKSUMS = 1  # an earlier format, which is read with a warning
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HELD = {"ema": "moving average (EMA)", "model": "as trained", "given": "as they came"}
+
+
+class _Shape(Spec):
+    """As hdit.protocols.DataShape."""
+
+    channels: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    num_classes: int = Field(ge=0)
+    sigma_data: float = Field(gt=0)
+
+
+class _Facts(Spec):
+    """What config.json says of the model, apart from the checksums."""
+
+    origin: str
+    weights: Literal["ema", "model", "given"]
+    images: int = Field(ge=0)
+    shape: _Shape
+    classes: list[str]
+    config: dict[str, Any]
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder says of itself that it is a converted model, or looks like a damaged one."""
     try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        raw = read_json(folder / CONFIG)
     except OSError:
         return False
-    except ValueError:
+    except ReadingError:
         return (folder / WEIGHTS).is_file()
     return isinstance(raw, dict) and "hdit_format" in raw
 
 
-def read(folder: Path) -> Contents:
-    """The model in a folder of `write`. Raises UserError where it is damaged."""
+def read(folder: Path, warn: Callable[[str], None]) -> Contents:
+    """The model in a folder of `write`; `warn` hears of one that has no checksums.
+
+    Raises UserError where it is damaged, or its facts contradict each other.
+    """
     path = folder / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    if raw["hdit_format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: has format {raw['hdit_format']!r}, this version reads {FORMAT}"
+        raw = read_object(path)
+    except ReadingError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: damaged: {reason}") from None
+    if (found := raw.get("hdit_format")) == WITHOUT_CHECKSUMS:
+        warn(
+            f"{folder}: written by an earlier version, without checksums, so that damage is not "
+            "noticed; `hdit convert` it into a new folder"
         )
-    try:
-        shape, classes = DataShape(**raw["shape"]), tuple(raw["classes"])
-        settings, held, origin, images = (
-            raw[key] for key in ("config", "weights", "origin", "images")
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged, or of another version: {error}") from None
-    config, weights = parse(settings, str(path)), folder / WEIGHTS
+    elif found != FORMAT:
+        raise CheckpointError(f"{path}: has format {found!r}, this version reads {FORMAT}")
+    else:
+        _check_sums(folder, raw)
+    facts, config, shape = _facts(path, raw)
+    weights = folder / WEIGHTS
     try:
         tensors = load_file(weights)
     except FileNotFoundError:
@@ -61,14 +98,59 @@ def read(folder: Path) -> Contents:
         raise CheckpointError(f"{weights}: damaged: {error}") from None
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     check_shapes(weights, shapes, expected_shapes(config, shape))
-    return Contents(config, shape, classes, {held: tensors}, origin, images)
+    sets: dict[str, dict[str, Tensor]] = {facts.weights: tensors}
+    return Contents(config, shape, tuple(facts.classes), sets, facts.origin, facts.images)
+
+
+def _check_sums(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises CheckpointError where config.json or the weights are not as they were written."""
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    if raw.get("sha256") != _sha256(raw):
+        raise CheckpointError(
+            f"{path}: damaged, or changed by hand: its checksum is another; convert the model "
+            "again, and give other settings of sampling by --set"
+        )
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: missing from the converted model")
+    if raw.get("files") != {WEIGHTS: fingerprint(weights)}:
+        raise CheckpointError(
+            f"{weights}: damaged, or of another model: its size or checksum is not that in "
+            f"{CONFIG}; copy or convert the model again"
+        )
+
+
+def _sha256(raw: dict[str, Any]) -> str:
+    """Hash of what config.json says; what a hub adds, or how it is laid out, does not matter."""
+    told = {key: raw.get(key) for key in ("hdit_format", "files", *_Facts.model_fields)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(path: Path, raw: dict[str, Any]) -> tuple[_Facts, RunConfig, DataShape]:
+    """What config.json says, checked. Raises UserError with the keys that are wrong."""
+    try:
+        facts = _Facts.model_validate({k: v for k, v in raw.items() if k in _Facts.model_fields})
+    except ValidationError as error:
+        lines = [f"  {explain(_Facts, e)}" for e in error.errors()]
+        raise CheckpointError("\n".join([f"{path}: damaged:", *lines])) from None
+    config, shape = parse(facts.config, str(path)), DataShape(**facts.shape.model_dump())
+    problems = [
+        f"shape.{key} is {theirs!r}, where its config has {ours!r}"
+        for key, ours, theirs in differences(
+            asdict(config.data_shape(shape.num_classes)), asdict(shape)
+        )
+        if key != "channels"  # the tensors tell
+    ]
+    if (names := len(set(facts.classes))) != shape.num_classes:
+        problems.append(f"classes names {names}, and shape.num_classes is {shape.num_classes}")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path}: damaged:", *problems]))
+    return facts, config, shape
 
 
 def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
     """Writes the folder; `name` is what the card calls the model -> notes."""
     folder.mkdir()
-    tensors = {key: t.contiguous() for key, t in model.state_dict.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(model.state_dict, folder / WEIGHTS, {"format": "pt"})
     raw = {
         "hdit_format": FORMAT,
         "origin": model.origin,
@@ -77,9 +159,9 @@ def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
         "shape": asdict(model.shape),
         "classes": model.classes,
         "config": model.config.model_dump(mode="json", exclude_none=True),
+        "files": {WEIGHTS: fingerprint(folder / WEIGHTS)},
     }
-    text = json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG, raw | {"sha256": _sha256(raw)})
     (folder / "README.md").write_text(card(model, name), encoding="utf-8")
     return model.notes
 

@@ -20,6 +20,7 @@ from hdit.protocols import DataShape, Space
 from hdit.runs import export
 from hdit.runs.building import make_denoiser, make_network
 from hdit.runs.checkpoint import MANIFEST, Checkpoint, find
+from hdit.tensors import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,13 @@ class Trained:
         project's: a .safetensors file of k-diffusion, a .pt of DiT, a folder of diffusers.
 
         `warn` hears of damaged checkpoints that were passed over. `num_heads` is that of a DiT
-        whose file does not tell. Raises UserError where it cannot be read.
+        whose file does not tell. Raises UserError where it cannot be read, or its weights are not
+        finite.
         """
         path = Path(path)
         if path.is_dir() and export.is_export(path):
             formats.refuse_heads(num_heads, path)
-            return cls.of(export.read(path), path)
+            return cls.of(export.read(path, warn), path)
         if path.is_file() or formats.is_foreign(path):
             return cls.of(formats.read(path, num_heads), path)
         formats.refuse_heads(num_heads, path)
@@ -58,7 +60,12 @@ class Trained:
 
     @classmethod
     def of(cls, held: Contents, path: Path) -> Trained:
-        """The model that was read from `path`; its samples go beside that."""
+        """The model that was read from `path`; its samples go beside that.
+
+        Raises NotFiniteError for weights that are not finite.
+        """
+        for tensors in held.sets.values():
+            check_finite(tensors, str(path), "the model is of no use")
         place = path.resolve()
         name = place.stem if place.is_file() else place.name
         return cls(path, held, place.with_name(f"{name}-samples"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,10 +23,13 @@ from hdit.device import (
 )
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.guidance import Batching, cfg
-from hdit.errors import UserError
+from hdit.errors import SolverError, UserError
 from hdit.nn.compiling import compiles
 from hdit.protocols import Cond, DataShape, Denoise, Space
 from hdit.runs.building import make_denoiser
+from hdit.tensors import NotFiniteError
+
+log = logging.getLogger(__name__)
 
 
 def settle_sampling(
@@ -116,6 +120,38 @@ def _guided(
     return bind
 
 
+def _solver(
+    config: RunConfig, shape: DataShape, device: torch.device, on_step: Callable[[], None] | None
+) -> Callable[[Denoise, list[int]], Tensor]:
+    """(denoiser of a batch, its seeds) -> x0, by the sampler and the noise levels of a config.
+
+    Raises SolverError, which names the seeds, where the sampler cannot go on.
+    """
+    spec = config.sampling
+    sigmas = spec.sigmas(spec.steps, *config.sigma_range(), config.beta_schedule)
+    start = config.diffusion.parametrization.start(sigmas[0].item())
+
+    def solve(denoise: Denoise, seeds: list[int]) -> Tensor:
+        counters = np.array(seeds)
+        x_keys = randomness.keys(0, "sampling", counters, device)
+        path_keys = randomness.keys(0, "sampling path", counters, device)
+        try:
+            x0: Tensor = spec.sampler(
+                denoise,
+                start * randomness.normal(x_keys, shape.chw),
+                sigmas,
+                noise=BrownianPath(
+                    lambda i: randomness.normal(path_keys, shape.chw, i), sigmas[0].item()
+                ),
+                on_step=None if on_step is None else lambda *_: on_step(),
+            )
+        except SolverError as error:
+            raise SolverError(f"{error} ({_named(seeds)})") from None
+        return x0
+
+    return solve
+
+
 def sample(
     backbone: nn.Module,
     config: RunConfig,
@@ -132,6 +168,9 @@ def sample(
     The image of a seed does not depend on the others, nor on the batch size, to float tolerance;
     and with more steps it comes closer to one image, also where the sampler draws noise. `on_step`
     is called after each step of each batch; `space` is config's, opened, if it is at hand.
+
+    Raises NotFiniteError with the seeds whose x0 is not finite, and warns once where every pixel
+    of all images is at an end of its range.
     """
     spec = settle_sampling(config, device, len(seeds), warn=lambda text: None).sampling
     precision = precision_on(device, spec.precision)
@@ -140,30 +179,64 @@ def sample(
     if guide:
         networks.append(_Counted(guide.backbone.eval()))
     denoise_of = _guided(networks, config, shape, precision, guide)
-    sigmas = spec.sigmas(spec.steps, *config.sigma_range(), config.beta_schedule)
-    start = config.diffusion.parametrization.start(sigmas[0].item())
+    solve = _solver(config, shape, device, on_step)
 
     @torch.inference_mode()
     def batch(seeds: list[int], labels: list[int] | None) -> Samples:
-        counters = np.array(seeds)
-        x_keys = randomness.keys(0, "sampling", counters, device)
-        path_keys = randomness.keys(0, "sampling path", counters, device)
         cond = Cond(None if labels is None else to_device(torch.tensor(labels), device))
         before = sum(network.images for network in networks)
-        x0 = spec.sampler(
-            denoise_of(cond),
-            start * randomness.normal(x_keys, shape.chw),
-            sigmas,
-            noise=BrownianPath(
-                lambda i: randomness.normal(path_keys, shape.chw, i), sigmas[0].item()
-            ),
-            on_step=None if on_step is None else lambda *_: on_step(),
-        )
+        x0 = solve(denoise_of(cond), seeds)
         seen = sum(network.images for network in networks) - before
-        return Samples(space.decode(x0).cpu(), seen // len(seeds))
+        return Samples(_decode(space, x0, seeds, config, guide), seen // len(seeds))
 
+    saturated = True
     for first in range(0, len(seeds), spec.batch_size):
         part = slice(first, first + spec.batch_size)
         with float32_products(precision):
             samples = batch(seeds[part], None if labels is None else labels[part])
+        saturated &= bool(((samples.images == 0) | (samples.images == 255)).all())
         yield samples
+    if saturated:
+        log.warning(
+            "warning: every pixel of all %d images is 0 or 255: %s",
+            *(len(seeds), _causes(config, guide)),
+        )
+
+
+def _decode(
+    space: Space, x0: Tensor, seeds: list[int], config: RunConfig, guide: GuideModel | None
+) -> Tensor:
+    """The images of x0 on the CPU. Raises NotFiniteError with the seeds of those that are none."""
+    try:
+        return space.decode(x0).cpu()
+    except NotFiniteError:
+        bad = [seed for seed, one in zip(seeds, x0.split(1), strict=True) if not _shows(space, one)]
+    bad = bad or seeds  # where it takes the whole batch
+    raise NotFiniteError(f"{_named(bad)}: values that are not finite: {_causes(config, guide)}")
+
+
+def _named(seeds: list[int], limit: int = 8) -> str:
+    """Names the samples of these seeds."""
+    more = f" and {len(seeds) - limit} more" if seeds[limit:] else ""
+    return f"sample of seed {', '.join(map(str, seeds[:limit]))}{more}"
+
+
+def _shows(space: Space, x0: Tensor) -> bool:
+    """Whether x0 can be decoded."""
+    try:
+        space.decode(x0)
+    except NotFiniteError:
+        return False
+    return True
+
+
+def _causes(config: RunConfig, guide: GuideModel | None) -> str:
+    """What may have ruined samples, and what to do."""
+    scales = {"sampling.guidance.scale": config.sampling.guidance.scale}
+    if guide:
+        scales["--guide-scale"] = guide.scale
+    listing = " and ".join(f"{key} = {scale:g}" for key, scale in scales.items() if scale != 1)
+    guidance = f"{listing} may be too large; if not, " if listing else ""
+    return guidance + (
+        "the model is ruined, as by a learning rate that is too high; use an earlier checkpoint"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
-from hdit.errors import UserError
+from hdit.errors import SolverError, UserError
 from hdit.files import write_text
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
+from hdit.tensors import NotFiniteError
 
 GRID_LIMIT = 100  # images in the grid
 
@@ -62,7 +64,13 @@ def write_samples(
     write_text(out / "samples.json", json.dumps(record, indent=1))
     started = monotonic()
     paths = [out / entry["file"] for entry in record["samples"]]
-    evaluations, shown = _write_images(samples, paths, config.sampling, console)
+    try:
+        evaluations, shown = _write_images(samples, paths, config.sampling, console)
+    except (NotFiniteError, SolverError):  # the model is ruined: nothing of it is kept
+        _remove_old_samples(out)
+        with suppress(OSError):
+            out.rmdir()
+        raise
     seconds = monotonic() - started
     save_grid(torch.stack(shown), out / "grid.png")
     record["evaluations"] = evaluations

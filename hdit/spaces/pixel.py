@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hdit.protocols import NormalNoise, Spec
+from hdit.tensors import NotFiniteError, is_finite
 
 
 def from_pixels(images: Tensor) -> Tensor:
@@ -17,7 +18,12 @@ def from_pixels(images: Tensor) -> Tensor:
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """floor(clamp(127.5 x + 128, 0, 255)): rounds to the nearest of 0..255."""
+    """floor(clamp(127.5 x + 128, 0, 255)): rounds to the nearest of 0..255.
+
+    Raises NotFiniteError for what is no image: a cast would make black pixels of nan.
+    """
+    if not is_finite(x):
+        raise NotFiniteError("images: values that are not finite cannot be shown")
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -53,5 +59,5 @@ class PixelSpace(Spec):
         return from_pixels(stored)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (b c h w) -> images (b c h w) uint8."""
+        """x0 (b c h w) -> images (b c h w) uint8. Raises NotFiniteError."""
         return to_pixels(x0)

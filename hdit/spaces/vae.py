@@ -16,6 +16,7 @@ from torch import Tensor
 from hdit.errors import UserError
 from hdit.protocols import NormalNoise
 from hdit.spaces.pixel import from_pixels, to_pixels
+from hdit.tensors import NotFiniteError, check_finite
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of the images in one call of the VAE, whose activations are many times as large."""
@@ -39,10 +40,13 @@ class VAE:
     ):
         """Loads the VAE `name`. The others are the settings of hdit.spaces.LatentSpace.
 
-        Raises UserError where it is missing, or has not these channels or this factor.
+        Raises UserError where it is missing, is not finite, or has not these channels or this
+        factor.
         """
         self.name, self.device, self.factor, self.sigma_data = name, device, factor, sigma_data
         self.model = _load(name).to(device).eval().requires_grad_(False)
+        where = f"space.vae: {name!r}"
+        check_finite(self.model.state_dict(), where, "name a VAE that is whole")
         config = self.model.config
         halvings = len(config.block_out_channels) - 1
         for key, ours, theirs in (
@@ -56,6 +60,11 @@ class VAE:
         std = 1.0 if config.latents_std is None else config.latents_std
         self.shift = _per_channel(mean, device)
         self.scale = config.scaling_factor / _per_channel(std, device)
+        if not (self.shift.isfinite() & self.scale.isfinite() & (self.scale != 0)).all():
+            raise NotFiniteError(
+                f"{where} scales latents by {config.scaling_factor!r} / {std!r} after a shift by "
+                f"{mean!r}, as its config.json has it; they must be finite, and not 0"
+            )
         if tile:
             self.model.enable_tiling()
             self.model.tile_sample_min_size = tile
@@ -91,7 +100,7 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (b c h w) -> images uint8, `factor` times as high and wide."""
+        """x0 (b c h w) -> images uint8, `factor` times as high and wide. Raises NotFiniteError."""
         latents = x0.float() / self.scale + self.shift
         size = latents.shape[-2] * latents.shape[-1] * self.factor**2
         return _in_parts(lambda part: to_pixels(self.model.decode(part).sample), latents, size)

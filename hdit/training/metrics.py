@@ -101,9 +101,6 @@ class Metrics:
         }
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
-                raise TrainingError(
-                    f"the {name} became {line[name]} before {images:,} images; earlier "
-                    "checkpoints are kept. Lower training.optimizer.lr, or train in fp32"
-                )
+                raise TrainingError(f"the {name} became {line[name]} before {images:,} images")
         self._begin_line()
         return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,21 @@ from hdit.config import RunConfig
 from hdit.data.batches import Batch, Batches
 from hdit.data.source import Skipped, size_of
 from hdit.device import float32_products, precision_on
+from hdit.errors import UserError
 from hdit.names import printable
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import State
 from hdit.runs.folder import RunFolder
 from hdit.sampling.sample import sample
+from hdit.tensors import NotFiniteError
 from hdit.training.interrupts import Interrupts
-from hdit.training.metrics import Metrics
+from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale
 from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate, update_ema
 from hdit.training.progress import Progress
 from hdit.training.setup import open_processes, prepare
+from hdit.training.soundness import check_sound, what_to_do
 
 
 class _Stopped(Exception):
@@ -172,14 +175,31 @@ class Trainer:
 
         Raises TrainingError if loss or gradient is not finite.
         """
-        line = self.metrics.line(self.images, self.step, norm)
+        with self._advised():
+            line = self.metrics.line(self.images, self.step, norm)
         if self.config.training.gradient_noise_scale:
             line["gradient_noise_scale"] = self.noise_scale.scale
         if self.main:
             self.run.log(line)
         return line["loss"]
 
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Adds what to do to the reason why a run diverged."""
+        try:
+            yield
+        except (TrainingError, NotFiniteError) as error:
+            raise TrainingError(f"{error}. {what_to_do(self.run, self.config)}") from None
+
     def _save(self, stream: dict[str, Any] | None) -> None:
+        """Saves a checkpoint. Raises TrainingError, and saves none, where it would be ruined."""
+        tensors = {
+            "model": self.backbone.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.backbone, self.optimizer),
+        }
+        with self._advised():  # in each process, so that all of them end
+            check_sound(tensors, self.ema, self.config, self.shape, self.device)
         if not self.main:
             return
         state = State(
@@ -192,17 +212,15 @@ class Trainer:
             self.space.identity,
             stream,
         )
-        tensors = {
-            "model": self.backbone.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_tensors(self.backbone, self.optimizer),
-        }
         with self.bar.doing("saving"):
             saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
         self._say(f"{self.images:,} images: {saved}")
 
     def _sample_grid(self) -> None:
-        """The grid of the present EMA, if the config asks for one and it is not there yet."""
+        """The grid of the present EMA, if the config asks for one and it is not there yet.
+
+        One that cannot be made is named, and training goes on.
+        """
         n, path = self.config.sampling.grid, self.run.grid(self.images)
         if not self.main or not n or path.exists():
             return
@@ -226,10 +244,12 @@ class Trainer:
                     space=self.space,
                 )
                 images = torch.cat([part.images for part in parts])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
         except _Stopped:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            self._warn(f"{path}: the grid cannot be made: {error}")
 
     def _warn(self, text: str) -> None:
         self._say(f"warning: {text}")

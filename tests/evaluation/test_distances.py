@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hdit.errors import UserError
 from hdit.evaluation.distances import (
     Gaussian,
     Moments,
@@ -114,6 +115,16 @@ def test_fid_of_fewer_images_than_features_has_no_noise_of_the_other_directions(
     assert found == pytest.approx(wanted, rel=1e-10)
 
 
+def test_fid_of_what_overflows_is_refused():
+    """nan would be 0 to `max`, the best distance that there is."""
+    x = gaussian(normal(20, 4))
+    large = gaussian(normal(20, 4) * 1e120)
+    bad = x._replace(mean=x.mean * math.nan), x._replace(cov=x.cov * math.inf)
+    for pair in ((x, bad[0]), (bad[0], x), (bad[1], x), (large, large)):
+        with pytest.raises(UserError, match="FID: the features are too large"):
+            frechet_distance(*pair)
+
+
 # ---- KID -----------------------------------------------------------------------------------------
 
 
@@ -140,6 +151,26 @@ def test_kid_depends_on_its_seed_alone():
     x, y = normal(60, 4), normal(50, 4, seed=1)
     runs = [kernel_distance(x, y, seed=seed, subsets=5, size=20) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_kid_draws_its_subsets_by_numpys_philox(vectors):
+    """Computed by numpy alone: a published figure must not move with a version."""
+    found = kernel_distance(*vectors, seed=0, subsets=3, size=10)
+    assert found.mean == pytest.approx(0.046595245981169896, rel=1e-12)
+    assert found.seed == 0
+    assert kernel_distance(*vectors, seed=1, subsets=3, size=10).seed == 1
+
+
+def test_kid_keeps_images_by_numpys_philox(monkeypatch):
+    monkeypatch.setattr("hdit.evaluation.distances.SUBSETS", 2)
+    monkeypatch.setattr("hdit.evaluation.distances.SUBSET_SIZE", 3)
+    assert kept_for_kid(20, 0, 1).tolist() == [4, 8, 12, 14, 15, 17]
+
+
+def test_kid_of_what_overflows_is_refused():
+    large = normal(20, 4) * 1e60
+    with pytest.raises(UserError, match="KID: the features are too large for their cubes"):
+        kernel_distance(large, large)
 
 
 def test_kid_of_one_distribution_is_zero_on_average():

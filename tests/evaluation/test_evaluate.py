@@ -3,18 +3,21 @@
 import json
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hdit.evaluation.card import compare
+from hdit.evaluation.card import compare, protocol
+from hdit.evaluation.distances import kernel_distance
 from hdit.evaluation.features import Extractor
 from hdit.evaluation.image_sets import open_set
 from scripts import train_classifier
 
 CPU = torch.device("cpu")
+KID = 0.06345908941751614  # of the two sets below, over 3 subsets of 10
 
 
 @pytest.fixture
@@ -96,6 +99,41 @@ def test_protocol_tells_what_can_be_compared(here, hdit):
     assert card(hdit, "a.npz", "shuffled.npz")[0]["protocol"] == first
     assert card(hdit, "fewer.npz", "b.npz")[0]["protocol"] != first
     assert card(hdit, "a.npz", "other.npz")[0]["protocol"] != first
+
+
+def test_kid_of_evaluate_is_of_the_seed_that_its_card_tells(here, monkeypatch, hdit):
+    """The figure was computed by numpy alone, from its Philox generator of seed 0."""
+    few = partial(kernel_distance, subsets=3, size=10)
+    monkeypatch.setattr("hdit.evaluation.card.kernel_distance", few)
+    first, _ = card(hdit, "a.npz", "b.npz")
+    assert first["kid"]["mean"] == pytest.approx(KID, rel=1e-9)
+    assert [first["kid"][key] for key in ("subsets", "sizes", "seed")] == [3, [10, 10], 0]
+    monkeypatch.setattr("hdit.evaluation.card.KID_SEED", 1)
+    second, _ = card(hdit, "a.npz", "b.npz")
+    assert second["kid"]["seed"] == 1
+    assert second["kid"]["mean"] != pytest.approx(KID, rel=1e-3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("subsets", 4), ("sizes", [10, 11])])
+def test_protocol_changes_with_each_choice_of_kid(here, hdit, key, value):
+    found, _ = card(hdit, "a.npz", "b.npz")
+    assert protocol(found) == found["protocol"]
+    assert protocol({**found, "kid": {**found["kid"], key: value}}) != found["protocol"]
+
+
+def test_protocol_of_a_card_stays_what_it_was():
+    """A figure that was published names it."""
+    features = {"name": "f", "sha256": "ab", "dimensions": 4, "input": "as it is"}
+    one = {"images": 3, "sizes": "8 x 8", "pixels_sha256": "cd"}
+    kid = {"mean": 0.5, "standard_error": None, "subsets": 1, "sizes": [3, 3], "seed": 0}
+    assert protocol({"features": features, "kid": kid, "a": one, "b": one}) == "d5a2c645e579"
+
+
+def test_evaluate_of_a_ruined_model_is_refused_with_its_seeds(here, hdit, trained):
+    status, out, err = hdit("evaluate", trained, "b.npz", "-n", 3, "--guidance", 1e300, *MINE)
+    assert status == 1
+    assert "sample of seed 0, 1, 2: values that are not finite: sampling.guidance.scale" in err
+    assert "FID" not in out
 
 
 @pytest.mark.parametrize(

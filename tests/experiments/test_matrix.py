@@ -1,6 +1,7 @@
 """A matrix of small cells: read, trained, measured, resumed, reported."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,8 +17,15 @@ from hdit import randomness
 from hdit.config import ConfigError
 from hdit.data import DigitsSpec
 from hdit.errors import UserError
-from hdit.experiments.cell import check_cells, finished, record_path, run_cell, trained_seconds
-from hdit.experiments.matrix import MatrixError, read_matrix
+from hdit.experiments.cell import (
+    check_cells,
+    finished,
+    record_path,
+    run_cell,
+    trained_seconds,
+    x0_losses,
+)
+from hdit.experiments.matrix import MatrixError, Measures, read_matrix
 from hdit.models.cost import cost
 from hdit.protocols import Cond
 from hdit.report.pages import bins, markdown, page, table
@@ -218,6 +226,20 @@ def test_loss_by_noise_level_is_that_of_the_definition(done):
         with torch.inference_mode():
             error = (denoiser(x, sigma.float(), Cond(labels)) - x0).double() ** 2
         assert record["x0_loss"][i] == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_ends_the_cell_with_its_noise_level(value):
+    class Ruined:
+        def x0_errors(self, images, labels, counters, edges):
+            errors = torch.ones(len(edges) - 1, len(images), dtype=torch.float64)
+            errors[1, 2] = value
+            return errors
+
+    measures = Measures(held_out={}, images=8)
+    edges = np.array([0.1, 1.0, 10.0, 80.0])
+    with pytest.raises(UserError, match=rf"held-out images is {value} at sigma 1 to 10: the model"):
+        x0_losses(Ruined(), DigitsSpec(split="test").open(), measures, edges)
 
 
 def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sessions(tmp_path):

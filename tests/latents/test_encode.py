@@ -177,9 +177,10 @@ def test_encode_of_too_many_bad_images_ends_as_training_does(vae, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
-def test_encode_of_a_vae_that_gives_nan_stores_nothing(images, tmp_path):
+def test_encode_of_a_vae_that_overflows_stores_nothing(images, tmp_path):
     broken = tiny_vae.model()
-    broken.quant_conv.bias[0] = float("nan")
+    for parameter in (broken.quant_conv.weight, broken.quant_conv.bias):
+        parameter.fill_(3e38)
     broken.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"space\.vae: .* gives latents that are not finite"):
         encode(settings(images, tmp_path / "vae"), tmp_path / "out", **OF_FOUR)
@@ -233,7 +234,7 @@ def test_encode_interrupted_while_it_writes_leaves_no_part(config, tmp_path, who
         path.write_bytes(path.read_bytes()[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hdit.latents.store.save_file", write_half)
+    monkeypatch.setattr("hdit.latents.store.save_tensors", write_half)
     with pytest.raises(DataError, match="No space left on device; the same command goes on"):
         encode(config, tmp_path / "out", **OF_FOUR)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]

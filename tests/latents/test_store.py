@@ -184,6 +184,15 @@ def test_shard_of_another_shape_is_refused(copy, change):
         Latents(str(copy))[4]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused_by_place(copy, value):
+    edit(copy / SHARD, lambda tensors: tensors["posterior"][2].fill_(value))
+    latents = Latents(str(copy))
+    assert latents[5].label == 1, "the others can be read"
+    with pytest.raises(DataError, match=rf"{SHARD}: damaged: the latents of its image 2 are not"):
+        latents[6]
+
+
 def test_shard_of_another_vae_is_refused(copy):
     edit(copy / SHARD, lambda tensors: None, vae="f" * 64)
     with pytest.raises(DataError, match=rf"{SHARD}: is not of this folder's manifest"):

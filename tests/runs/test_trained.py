@@ -9,9 +9,11 @@ import pytest
 import torch
 from known_answers import FOLDER, load
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hdit import config
 from hdit.errors import UserError
+from hdit.files import fingerprint
 from hdit.interop import Contents
 from hdit.interop.formats import FORMATS
 from hdit.protocols import Cond
@@ -239,4 +241,23 @@ def test_sample_of_a_file_without_a_model_is_one_message(hdit, tmp_path):
     status, _, err = hdit("sample", source, "--out", tmp_path / "out", "-n", 1)
     assert status == 1
     assert err.startswith(f"error: {source}: holds no model that is known")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("which", "inside"), [(0, "checkpoints/000000000096"), (1, "")], ids=["run", "checkpoint"]
+)
+def test_weights_that_are_not_finite_are_refused(which, inside, hdits, hdit, tmp_path):
+    path = shutil.copytree(hdits[which], tmp_path / "copy")
+    file, manifest = (path / inside / name for name in ("ema.safetensors", "manifest.json"))
+    tensors = load_file(file)
+    tensors["out_norm.scale"][1] = float("nan")
+    save_file(tensors, file)
+    raw = json.loads(manifest.read_text())
+    raw["files"][file.name] = fingerprint(file)
+    manifest.write_text(json.dumps(raw))
+    status, _, err = hdit("sample", path, "--out", tmp_path / "out", "-n", 1)
+    assert status == 1
+    assert f"{file}: the tensor 'out_norm.scale' has 1 of 32 values that are not finite" in err
+    assert f"without {file.parent}, a run goes on from the one before" in err
     assert not (tmp_path / "out").exists()

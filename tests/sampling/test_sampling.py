@@ -13,8 +13,10 @@ from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import LinearT
+from hdit.errors import SolverError
 from hdit.protocols import Cond
 from hdit.sampling.sample import GuideModel, Samples, sample
+from hdit.tensors import NotFiniteError
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -119,6 +121,51 @@ def by(kind: str) -> str:
 
 
 # ---- what comes out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_sample_that_is_not_finite_is_refused_with_its_seeds_alone(settings, value):
+    """The network is ruined for class 7, which seeds 5 and 8 ask for."""
+
+    class Ruined(Normal):
+        def forward(self, x, c_noise, cond):
+            f = super().forward(x, c_noise, cond).clone()
+            f[cond.labels == 7, 0, 3, 2] = value
+            return f
+
+    words = "^sample of seed 5, 8: values that are not finite: the model is ruined"
+    with pytest.raises(NotFiniteError, match=words):
+        images(Ruined(), settings(), [3, 5, 6, 8], [1, 7, 2, 7])
+    with pytest.raises(NotFiniteError, match=r"^sample of seed 0, 1, .*7 and 12 more: values"):
+        images(Ruined(), settings(), list(range(20)), [7] * 20)
+    with pytest.raises(SolverError, match=r"^the solver came to a stop.*\(sample of seed 5\)$"):
+        images(Ruined(), settings(by("dpm_adaptive")), [5], [7])
+
+
+def test_sample_of_too_large_a_guidance_names_each_scale(settings):
+    run = settings(f"{GUIDANCE}.scale=1e300")
+    with pytest.raises(NotFiniteError, match=r"seed 4: .*sampling\.guidance\.scale = 1e\+300 may"):
+        images(Normal(), run, [4])
+    guide = GuideModel(Normal(slope=0.3), settings(), 1e300)
+    with pytest.raises(NotFiniteError, match=r"--guide-scale = 1e\+300 may be too large"):
+        images(Normal(), settings(), [4], guide=guide)
+
+
+def test_sample_warns_where_every_pixel_of_every_image_is_at_an_end(settings, caplog):
+    images(Normal(slope=1e6), settings(), [0, 1], [0, 9])
+    (record,) = caplog.records
+    assert "every pixel of all 2 images is 0 or 255: the model is ruined" in record.message
+    caplog.clear()
+    images(Normal(slope=1e6), settings("sampling.batch_size=1"), [0, 1], [0, 4])
+    assert not caplog.records, "the second has the mean 0"
+
+
+def test_sample_command_of_a_ruined_model_leaves_nothing(trained, hdit, tmp_path):
+    options = ("--out", tmp_path / "out", "-n", 3, "--guidance", 1e300)
+    status, _, err = hdit("sample", trained, *options)
+    assert status == 1
+    assert "error: sample of seed 0, 1, 2: values that are not finite" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sample_gives_uint8_images_in_batches_and_tells_its_steps(settings):

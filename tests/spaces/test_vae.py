@@ -1,6 +1,7 @@
 """The VAE of a latent space, against diffusers' own AutoencoderKL."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hdit.errors import UserError
-from hdit.spaces import LatentSpace, vae
+from hdit.spaces import LatentSpace, PixelSpace, vae
 from hdit.spaces.vae import VAE
+from hdit.tensors import NotFiniteError
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -133,6 +135,47 @@ def test_decode_gives_diffusers_image_rounded_to_bytes(folder, oracle):
     # float32 rounding moves a value by some 1e-4 levels, across an integer that rarely
     assert off.max() <= 1
     assert (off > 0).mean() < 0.002
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_decode_of_what_is_not_finite_is_refused(folder, space, value):
+    """The cast to bytes would make a black image of nan."""
+    decoder = PixelSpace() if space == "pixel" else opened(folder)
+    x0 = normal(3, 4, 6, 8)
+    x0[1, 2, 3, 4] = value
+    with pytest.raises(NotFiniteError):
+        decoder.decode(x0)
+    assert decoder.decode(x0[::2]).dtype == torch.uint8
+
+
+def test_decode_that_overflows_in_the_vae_is_refused(folder):
+    with pytest.raises(NotFiniteError):
+        opened(folder).decode(normal(1, 4, 6, 8) * 1e38)
+
+
+def test_vae_whose_weights_are_not_finite_is_refused_by_name(tmp_path):
+    broken = tiny_vae.model()
+    broken.decoder.conv_in.bias[2] = math.nan
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"space\.vae: .*the tensor 'decoder\.conv_in\.bias' has 1"):
+        opened(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scaling_factor": math.nan},
+        {"scaling_factor": 0.0},
+        {"shift_factor": math.inf},
+        {"latents_std": [1.0, 0.0, 1.0, 1.0]},
+        {"latents_mean": [0.0, math.nan, 0.0, 0.0]},
+    ],
+    ids=str,
+)
+def test_vae_that_scales_by_what_is_not_finite_is_refused(settings, tmp_path):
+    with pytest.raises(UserError, match=r"space\.vae: .* scales latents by .*must be finite"):
+        opened(tiny_vae.save(tmp_path, **settings))
 
 
 def test_decode_of_a_half_is_that_of_the_same_numbers(folder):

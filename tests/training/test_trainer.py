@@ -1,7 +1,9 @@
 import fcntl
 import json
+import math
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -17,12 +19,15 @@ from safetensors.torch import load, load_file
 
 from hdit import config
 from hdit.data.batches import Batch, Batches, Layout
-from hdit.errors import UserError
+from hdit.errors import SolverError, UserError
 from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError
+from hdit.runs.folder import RunFolder
+from hdit.tensors import NotFiniteError
 from hdit.training.interrupts import AGREE_EVERY, Interrupts
 from hdit.training.metrics import TrainingError
+from hdit.training.soundness import what_to_do
 from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -454,6 +459,128 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, log_every):
         trainer.fit()
     assert checkpoint.find(tmp_path, print).state.images == 32
     assert (tmp_path / "checkpoints" / "latest").read_text() == "000000000032\n"
+
+
+def fill(module: torch.nn.Module, value: float) -> None:
+    with torch.no_grad():
+        module.patch_out.proj.weight.fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("ruin", "words"),
+    [
+        (lambda t: fill(t.ema, math.nan), "ema: the tensor 'patch_out.proj.weight' has"),
+        (lambda t: fill(t.backbone, math.inf), "model: the tensor 'patch_out.proj.weight' has"),
+        (
+            lambda t: t.optimizer.state[t.backbone.patch_out.proj.weight]["exp_avg"].fill_(
+                math.inf
+            ),
+            "optimizer: the tensor 'exp_avg/patch_out.proj.weight' has",
+        ),
+        (lambda t: fill(t.ema, 1e38), "ema: its weights are finite, but what they give is not"),
+        (lambda t: fill(t.backbone, 1e38), "model: its weights are finite, but what they give"),
+    ],
+)
+def test_ruined_model_is_never_saved_and_the_error_says_where_to_go_back_to(
+    tiny, tmp_path, ruin, words
+):
+    """Ruined in the last step before a checkpoint, so that no loss tells of it."""
+    trainer = Trainer(config.load(tiny), tmp_path)
+    step = trainer._step
+
+    def ruined(stream):
+        found = step(stream)
+        if trainer.images == 48:
+            ruin(trainer)
+        return found
+
+    trainer._step = ruined
+    with pytest.raises(TrainingError, match=re.escape(words)) as error:
+        trainer.fit()
+    last = tmp_path / "checkpoints" / "000000000032"
+    assert f"and the same command goes on from {last}" in str(error.value)
+    assert checkpoint.checkpoint_folders(tmp_path / "checkpoints") == [last]
+    assert Trainer(config.load(tiny, ["training.optimizer.lr=1e-5"]), tmp_path).fit()
+
+
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [
+        ({16: 0.9}, "begin in another --run: there is no checkpoint yet"),
+        ({16: 0.9, 32: 0.8, 64: 0.5}, "and the same command goes on from {}/000000000064"),
+        (
+            {16: 0.9, 32: 0.8, 64: 7e3, 96: 4e7},
+            "remove {0}/000000000096 (loss 4e+07), {0}/000000000064 (loss 7e+03), and the same "
+            "command goes on from {0}/000000000032",
+        ),
+        ({16: 0.2, 32: 7e3}, "begin in another --run: no checkpoint is of use"),
+    ],
+)
+def test_run_that_diverged_goes_back_to_the_last_checkpoint_before(tiny, tmp_path, losses, advice):
+    run = RunFolder(tmp_path)
+    lines = [json.dumps({"images": images, "loss": loss}) for images, loss in losses.items()]
+    run.metrics.write_text("\n".join(lines) + "\n")
+    for images in losses:
+        if images % 32 == 0:
+            (run.checkpoints / checkpoint.folder_name(images)).mkdir(parents=True)
+    settings = config.load(tiny, ["training.optimizer.lr=10"])
+    wanted = f"Lower training.optimizer.lr (it is 10), {advice.format(run.checkpoints)}"
+    assert what_to_do(run, settings) == wanted.replace("), begin", "), and begin")
+    in_bf16 = config.load(tiny, ["training.precision='bf16'"])
+    assert "or train in fp32" in what_to_do(run, in_bf16)
+
+
+def test_learning_rate_that_ruins_a_model_leaves_none_to_sample(tiny, hdit, tmp_path):
+    run = tmp_path / "run"
+    status, _, err = hdit("train", tiny, "--run", run, "--set", "training.optimizer.lr=1e6")
+    assert status == 1
+    assert "model: its weights are finite, but what they give is not. Lower training" in err
+    assert hdit("sample", run)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFiniteError("sample of seed 3: values that are not finite"),
+        SolverError("the solver came to a stop"),
+        OSError(28, "No space left on device"),
+        torch.OutOfMemoryError("out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_grid_that_cannot_be_made_is_named_and_training_goes_on(
+    tiny, tmp_path, monkeypatch, capfd, error
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("hdit.training.trainer.sample", fail)
+    assert Trainer(config.load(tiny, ["training.images=32"]), tmp_path).fit()
+    grid = tmp_path / "samples" / "000000000032.png"
+    assert f"warning: {grid}: the grid cannot be made: {error}" in capfd.readouterr().err
+    assert checkpoint.find(tmp_path, print).state.images == 32
+    assert not grid.exists()
+
+
+def test_ema_of_each_step_is_that_of_the_schedule_from_the_first(tiny, tmp_path):
+    """In float64 from the weights after each step; the first has no decay, so that it copies."""
+    settings = config.load(tiny, ["training.checkpoint_every=16", "training.ema.power=0.75"])
+    assert Trainer(settings, tmp_path).fit()
+    expected = None
+    for step, folder in enumerate(
+        reversed(checkpoint.checkpoint_folders(tmp_path / "checkpoints"))
+    ):
+        model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
+        decay = 1 - (1 + step) ** -0.75
+        weights = {key: value.double() for key, value in model.items()}
+        expected = {
+            key: value if expected is None else decay * expected[key] + (1 - decay) * value
+            for key, value in weights.items()
+        }
+        for key, value in expected.items():  # float32, rounded at each of 6 steps
+            torch.testing.assert_close(ema[key].double(), value, rtol=1e-6, atol=1e-7)
+        assert metrics(tmp_path)[step]["ema_decay"] == pytest.approx(decay, rel=1e-12)
+    assert step == 5
 
 
 def test_signal_at_any_moment_of_a_step_leaves_a_checkpoint(tiny, tmp_path):

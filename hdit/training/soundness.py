@@ -1,0 +1,75 @@
+"""Whether weights can be used, before they are saved, and what to go back to if they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hdit import randomness
+from hdit.config import RunConfig
+from hdit.device import precision_on
+from hdit.protocols import Cond, DataShape
+from hdit.runs.building import make_denoiser
+from hdit.runs.checkpoint import checkpoint_folders
+from hdit.runs.folder import RunFolder, read_metrics
+from hdit.tensors import NotFiniteError, check_finite, is_finite
+
+RUINED = 10.0
+"""A loss of so many times the lowest of a run tells that its checkpoint is of no use."""
+
+
+def check_sound(
+    sets: Mapping[str, dict[str, Tensor]],
+    network: nn.Module,
+    config: RunConfig,
+    shape: DataShape,
+    device: torch.device,
+) -> None:
+    """Raises NotFiniteError where sets of tensors, or what the models among them give, are not.
+
+    `network` is one for their weights, in eval mode, and keeps its own. Finite weights may be so
+    large that no output is: a call at both ends of the noise levels shows it.
+    """
+    for name, tensors in sets.items():
+        check_finite(tensors, name)
+    sigma = torch.tensor(config.sigma_range(), device=device)
+    keys = randomness.keys(0, "soundness", np.arange(len(sigma)), device)
+    x = sigma[:, None, None, None] * randomness.normal(keys, shape.chw)
+    labels = torch.zeros(len(sigma), dtype=torch.int64, device=device)
+    cond = Cond(labels if shape.num_classes else None)
+    precision = precision_on(device, config.training.precision)
+    for name in ("model", "ema"):
+
+        def call(x: Tensor, c_noise: Tensor, cond: Cond, name: str = name) -> Tensor:
+            found: Tensor = torch.func.functional_call(network, sets[name], (x, c_noise, cond))
+            return found
+
+        with torch.no_grad():
+            denoised = make_denoiser(call, config, shape, precision)(x, sigma, cond)
+        if not is_finite(denoised):
+            raise NotFiniteError(f"{name}: its weights are finite, but what they give is not")
+
+
+def what_to_do(run: RunFolder, config: RunConfig) -> str:
+    """Which checkpoint a run that diverged is to go back to, and how."""
+    t = config.training
+    lower = f"Lower training.optimizer.lr (it is {t.optimizer.lr:g})"
+    if t.precision != "fp32":
+        lower += " or train in fp32"
+    folders = checkpoint_folders(run.checkpoints)  # newest first
+    last = int(folders[0].name) if folders else 0
+    lines = read_metrics(run.metrics, last)
+    losses = {line["images"]: line["loss"] for line in lines if "loss" in line}
+    limit = RUINED * min(losses.values(), default=0.0)
+    sound = [folder for folder in folders if losses.get(int(folder.name), 0.0) <= limit]
+    if not sound:
+        kept = "no checkpoint is of use" if folders else "there is no checkpoint yet"
+        return f"{lower}, and begin in another --run: {kept}"
+    after = folders[: folders.index(sound[0])]
+    if not after:
+        return f"{lower}, and the same command goes on from {sound[0]}"
+    listing = ", ".join(f"{folder} (loss {losses[int(folder.name)]:.3g})" for folder in after)
+    return f"{lower}, remove {listing}, and the same command goes on from {sound[0]}"
