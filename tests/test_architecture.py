@@ -12,10 +12,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 LAYERS = (
     {"hdit_kernels"},
-    {"errors", "names"},
+    {"errors", "names", "signals"},
     {"arrays", "files", "hub", "plugins", "protocols", "reading", "tensors"},
     {"locks"},
-    {"device", "manifest"},
+    {"device", "manifest", "processes"},
     {"randomness"},
     {"diffusion", "nn", "spaces", "data", "report"},
     {"models"},

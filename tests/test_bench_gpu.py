@@ -87,10 +87,10 @@ def parse_hdit(words):
     """Parses a command line of hdit, and loads the config that `train` is given."""
     import typer
 
-    from hdit import cli
+    from hdit.cli.app import app
     from hdit.config.schema import load
 
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app)
     with group.make_context("hdit", list(words)) as context:
         _, command, rest = group.resolve_command(context, list(words))
         with command.make_context(words[0], rest) as inner:

@@ -1,6 +1,6 @@
 """python -m hdit.cli"""
 
-from hdit.cli.app import main
+from hdit.cli import main
 
 if __name__ == "__main__":
     main()

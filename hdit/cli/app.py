@@ -9,6 +9,7 @@ import typer
 
 import hdit
 from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
+from hdit.cli.output import listen_to_loggers
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,9 +57,7 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Runs the command line. What the user can mend is one message, without a traceback."""
-    import logging
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    listen_to_loggers()
     try:
         app()
     except OSError as error:

@@ -10,6 +10,7 @@ import typer
 
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
+from hdit.names import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,15 +37,16 @@ def encode(
     labels and a manifest. The same command goes on after an interrupt; torchrun shares it among
     processes. Train with --set space.stored=DIR.
     """
-    import os
-
     from hdit.config import load
     from hdit.config.presets import find_config
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
+    from hdit.processes import read_world
+    from hdit.signals import noting
 
+    world = read_world()
     settings = load(find_config(config), overrides or [])
     stored = getattr(settings.space, "stored", None)
     if dtype not in DTYPES:
@@ -54,7 +56,7 @@ def encode(
         raise UserError("--out: name the folder to write, or set space.stored")
     keep_freed_memory()
     console = error_console()
-    with progress(console) as bar:
+    with noting("the same command goes on"), progress(console) as bar:
         task = bar.add_task("encoding", total=None)
         done = encode_images(
             settings,
@@ -63,8 +65,8 @@ def encode(
             workers=settings.training.workers,
             dtype=dtype,
             shard_size=shard_size,
-            rank=int(os.environ.get("RANK", 0)),
-            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            rank=world.rank,
+            processes=world.size,
             on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
             on_skipped=_naming(console),
@@ -87,7 +89,7 @@ def _naming(console: Console) -> Callable[[Skipped], None]:
     def name(file: Skipped) -> None:
         if file.path not in named:
             named.add(file.path)
-            _say(console, f"warning: skipped {file.path}: {file.reason}")
+            _say(console, f"warning: skipped {printable(file.path)}: {file.reason}")
 
     return name
 

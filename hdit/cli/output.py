@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
 def warn(text: str) -> None:
     """Prints a warning."""
     typer.echo(f"warning: {text}", err=True)
+
+
+def listen_to_loggers() -> None:
+    """Prints what loggers warn of, above a bar that is up."""
+    import logging
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            # Looked up at each line: a bar puts a stream in the place of sys.stderr that prints
+            # above it, and logging's own handler would write into the bar.
+            print(self.format(record), file=sys.stderr)
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
 
 
 def error_console() -> Console:
@@ -31,8 +45,9 @@ def plain_console() -> Console:
 
 
 def progress(console: Console | None = None) -> Progress:
-    """Bars with counts on standard error, which go away when they are done."""
+    """Bars with counts on standard error, which go away when they are done; none in a file."""
     from rich.progress import MofNCompleteColumn, Progress
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    return Progress(*columns, console=console or error_console(), transient=True)
+    console = console or error_console()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -9,6 +9,7 @@ import typer
 
 from hdit.cli.options import BATCH_SIZE, SEED, Guidance, Raw, SamplingOverrides, Steps
 from hdit.cli.output import error_console, warn
+from hdit.names import printable
 
 
 def sample(
@@ -96,4 +97,4 @@ def sample(
         guide=open_guide(guide, trained, warn) if guide else None,
         guide_scale=2.0 if guide_scale is None else guide_scale,
     )
-    typer.echo(done)
+    typer.echo(printable(done))

@@ -31,16 +31,19 @@ def train(
     The folder gets config.toml, metrics.jsonl, checkpoints/ and a grid of samples/ at each
     checkpoint. Ctrl-C saves a checkpoint and ends.
     """
-    import gc
     import logging
     import math
+    import os
 
-    import torch.distributed as dist
+    # Before torch is imported: it would log a trace of its stack where another process is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from hdit.config import load
     from hdit.config.presets import find_config
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
+    from hdit.processes import closing
+    from hdit.signals import status_of
     from hdit.training.trainer import Trainer
 
     if minutes is not None and not 0 < minutes < math.inf:
@@ -55,10 +58,9 @@ def train(
         )
     logging.getLogger("hdit_kernels").setLevel(logging.INFO)  # which backend attention takes
     keep_freed_memory()
-    trainer = Trainer(settings, folder)
-    finished = trainer.fit(None if minutes is None else 60 * minutes)
-    if dist.is_initialized():
-        gc.collect()  # what still holds the group, or its threads outlive it and abort the process
-        dist.destroy_process_group()
-    if not finished and trainer.signalled:
-        raise typer.Exit(130)
+    with closing():
+        trainer = Trainer(settings, folder)
+        finished = trainer.fit(None if minutes is None else 60 * minutes)
+        signalled = trainer.signalled
+    if not finished and signalled:
+        raise typer.Exit(status_of(signalled))

@@ -136,6 +136,9 @@ class TrainingSpec(DependentSpec):
     batch_size: int = Field(gt=0, description="images of an optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
+    start_timeout: float = Field(
+        600, gt=0, le=86_400, description="seconds to wait for the other processes of torchrun"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order and noise")
     precision: Precision = Field(
         "auto", description="bf16 if the hardware multiplies it, else fp32; what it was at first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from hdit import signals
 from hdit.data.source import DataError
 
 Item = TypeVar("Item")
@@ -83,12 +84,13 @@ class _Collate(Generic[Item, Loaded]):
 
 
 def _begin_worker(parent: int, worker: int) -> None:
-    """Leaves signals to the parent, and ends when that is gone.
+    """Leaves signals and the progress bar to the parent, and ends when that is gone.
 
-    Ctrl-C reaches the whole process group; the trainer needs its workers for one more step.
+    Ctrl-C reaches the whole process group; the trainer needs its workers for one more step. And a
+    stream that prints above a bar may be forked with its lock held.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -35,6 +34,7 @@ from hdit.latents.store import (
     shard_path,
     write_shard,
 )
+from hdit.processes import read_world
 from hdit.spaces import LatentSpace
 from hdit.spaces.vae import VAE
 
@@ -176,7 +176,7 @@ def _open_vae(config: RunConfig) -> VAE:
         raise UserError("data.crop: must not be 'random' to encode: its windows are new each time")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", read_world().local_rank % torch.cuda.device_count())
     return config.space.open(device)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal as signals
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from hdit import signals
+
+AGAIN = 1.0  # seconds; torchrun, too, sends its processes the signal that Ctrl-C sent them
 AGREE_EVERY = 8  # steps between two questions of several processes whether to stop
 
 
@@ -26,36 +30,37 @@ class Interrupts:
 
     def clear(self) -> None:
         """Forgets what an earlier session was told."""
-        self.signalled, self.is_time_up = False, False
+        self.signalled = 0  # the number of the signal that came, to this process or another
+        self.is_time_up = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM ends training after the current step; a second Ctrl-C at once."""
+        """A signal ends training after the current step; Ctrl-C once more, at once."""
+        came = 0.0
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signalled and number == signals.SIGINT:
-                raise KeyboardInterrupt
-            self.signalled = True
+            nonlocal came
+            if not self.signalled:
+                self.signalled, came = number, time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - came >= AGAIN:
+                end = before[number]
+                (end if callable(end) else signal.default_int_handler)(number, frame)
 
-        old = {number: signals.signal(number, note) for number in (signals.SIGINT, signals.SIGTERM)}
-        try:
+        with signals.handled(note) as before:
             yield
-        finally:
-            for number, handler in old.items():
-                signals.signal(number, handler)
 
     def agreed(self, step: int) -> bool:
         """Whether some process was told to end: the same answer, at the same step, for all."""
         if self.hosts is None:
-            return self.signalled or self.is_time_up
+            return bool(self.signalled or self.is_time_up)
         if step % AGREE_EVERY:
             return False
         said = torch.tensor([self.signalled, self.is_time_up], dtype=torch.float)
-        dist.all_reduce(said, group=self.hosts)
-        signalled, is_time_up = (n > 0 for n in said.tolist())
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.hosts)
+        signalled, is_time_up = map(int, said.tolist())
         # A signal that arrives during the reduce counts at the next one, or ranks would disagree.
         if signalled:
-            self.signalled = True
+            self.signalled = signalled
         if is_time_up:
             self.is_time_up = True
-        return signalled or is_time_up
+        return bool(signalled or is_time_up)

@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
 from torch import nn
 
 from hdit import models
@@ -20,6 +21,7 @@ from hdit.device import default_device
 from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
+from hdit.processes import join, read_world
 from hdit.protocols import DataShape, Space
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
@@ -33,18 +35,24 @@ PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves 
 Say = Callable[[str], None]
 
 
-def open_processes() -> tuple[Accelerator, dist.ProcessGroup | None]:
-    """This process among those of the run, and the group in which their CPUs talk.
+def open_processes(
+    run: str, limit: float, say: Say
+) -> tuple[Accelerator, dist.ProcessGroup | None]:
+    """This process among those of `run`, and the group in which their CPUs talk.
 
-    The group is None for a single process.
+    The group is None for a single process. Raises ProcessError if others are not there in `limit`
+    seconds; `say` is told of it before.
     """
-    accelerator = Accelerator(
-        cpu=default_device().type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    several = accelerator.num_processes > 1
-    return accelerator, dist.new_group(backend="gloo") if several else None
+    world, device = read_world(), default_device()
+    if world.size == 1:
+        # accelerate reads the environment too, and would wait for others by a part of what it names
+        with patch_environment(LOCAL_RANK="-1", WORLD_SIZE="1", PMI_SIZE="1"):
+            return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), None
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        join(world, run, backend, limit, PATIENCE, say)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    return accelerator, dist.new_group(backend="gloo")
 
 
 @dataclass(frozen=True)

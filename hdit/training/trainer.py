@@ -16,6 +16,7 @@ from hdit.data.batches import Batch, Batches
 from hdit.data.source import Skipped, size_of
 from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
+from hdit.names import printable
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import State
@@ -43,7 +44,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: Path, console: Console | None = None):
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
-        self.accelerator, hosts = open_processes()
+        limit = config.training.start_timeout
+        self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
             setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
@@ -66,8 +68,8 @@ class Trainer:
         return self.run.locked() if self.main else nullcontext()
 
     @property
-    def signalled(self) -> bool:
-        """Whether Ctrl-C or SIGTERM ended the session."""
+    def signalled(self) -> int:
+        """The number of the signal that ended the session, or 0."""
         return self.interrupts.signalled
 
     def fit(self, seconds: float | None = None) -> bool:
@@ -86,9 +88,13 @@ class Trainer:
         with self._alone(), self.interrupts.watching(), float32_products(precision):
             if self.main and not finished:
                 self.run.prepare(self.config, self.images, self.source.classes, self._warn)
-            stopped = self.images > 0 and self._sample_grid()  # that it may lack since it was ended
-            if not (finished or stopped):
-                finished = self._train(seconds)
+            # The stream before the bar, or its workers would inherit that.
+            stream = None if finished else self._open_stream()
+            self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
+            with self.bar:
+                stopped = self.images > 0 and self._sample_grid()  # that it may lack since its end
+                if stream is not None and not stopped:
+                    finished = self._train(stream, seconds)
         if self.signalled and self._lacks_grid():
             finished = False
         if not finished:
@@ -96,11 +102,10 @@ class Trainer:
             self._say(f"{why} at {self.images:,} images; the same command resumes")
         return finished
 
-    def _train(self, limit: float | None) -> bool:
-        """Steps to the end, an interrupt or the limit, and saves there. Returns if to the end."""
+    def _open_stream(self) -> Batches:
+        """The batches that this process draws, from where training stands."""
         t = self.config.training
-        assert t.log_every is not None, "the config must be resolved"
-        stream = Batches(
+        return Batches(
             self.source,
             seed=t.seed,
             start=self.images,
@@ -109,26 +114,30 @@ class Trainer:
             state=self.stream,
             keep_state=self.main,
         )
+
+    def _train(self, stream: Batches, limit: float | None) -> bool:
+        """Steps to the end, an interrupt or the limit, and saves there. Returns if to the end."""
+        t = self.config.training
+        assert t.log_every is not None, "the config must be resolved"
         self.metrics.start()
-        with Progress(self.console, t.images, self.images, self.main) as bar:
-            while True:
-                loss, norm = self._step(stream)
-                self.metrics.add(loss)
-                before, self.images = self.images, self.images + t.batch_size
-                self.step += 1
-                if limit is not None and self.metrics.elapsed >= limit:
-                    self.interrupts.is_time_up = True
-                last = self.interrupts.agreed(self.step) or self.images >= t.images
-                save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
-                if save or self.images // t.log_every > before // t.log_every:
-                    bar.describe(self._log(norm))
-                bar.advance(self.images)
-                if save:
-                    with self.metrics.paused():
-                        self._save(stream.state())
-                        last |= self._sample_grid()
-                if last:
-                    return self.images >= t.images
+        while True:
+            loss, norm = self._step(stream)
+            self.metrics.add(loss)
+            before, self.images = self.images, self.images + t.batch_size
+            self.step += 1
+            if limit is not None and self.metrics.elapsed >= limit:
+                self.interrupts.is_time_up = True
+            last = self.interrupts.agreed(self.step) or self.images >= t.images
+            save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
+            if save or self.images // t.log_every > before // t.log_every:
+                self.bar.describe(self._log(norm))
+            self.bar.advance(self.images, self.metrics.elapsed)
+            if save:
+                with self.metrics.paused():
+                    self._save(stream.state())
+                    last |= self._sample_grid()
+            if last:
+                return self.images >= t.images
 
     def _step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step -> (mean loss over the batch of this process, gradient norm)."""
@@ -205,8 +214,9 @@ class Trainer:
             self.space.identity,
             stream,
         )
-        saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
-        self.run.note_saved(self.images)
+        with self.bar.doing("saving"):
+            saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
+            self.run.note_saved(self.images)
         self._say(f"{self.images:,} images: {saved}")
 
     def _sample_grid(self) -> bool:
@@ -239,17 +249,18 @@ class Trainer:
         classes = self.shape.num_classes
         labels = [i % classes for i in range(n)] if classes else None
         try:
-            parts = sample(
-                self.ema,
-                self.config,
-                self.shape,
-                list(range(n)),
-                labels,
-                self.device,
-                stop_if_signalled,
-                space=self.space,
-            )
-            images = torch.cat([part.images for part in parts])
+            with self.bar.doing("sampling"):
+                parts = sample(
+                    self.ema,
+                    self.config,
+                    self.shape,
+                    list(range(n)),
+                    labels,
+                    self.device,
+                    stop_if_signalled,
+                    space=self.space,
+                )
+                images = torch.cat([part.images for part in parts])
             path.parent.mkdir(parents=True, exist_ok=True)
             save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
         except _Stopped:
@@ -266,7 +277,7 @@ class Trainer:
 
     def _name_skipped(self, file: Skipped) -> None:
         """Each process names the files that it met."""
-        self._print(f"warning: skipped {file.path}: {file.reason}")
+        self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import hdit.latents.encode as hdit_encode
 from hdit.config import RunConfig, load, merge, parse
 from hdit.data.source import DataError
 from hdit.errors import UserError
@@ -433,6 +435,25 @@ def test_encode_of_the_command_line_goes_to_the_folder_of_the_config(toml, hdit,
     out = tmp_path / "out"
     options = ["--shard-size", 4, "--batch-size", 3, "--set", f"space.stored={out}"]
     assert hdit("encode", toml, *options)[0] == 0
+    assert files(out) == whole
+
+
+def test_encode_that_sigterm_ends_leaves_a_folder_to_go_on_with(
+    toml, hdit, tmp_path, whole, monkeypatch
+):
+    out, write = tmp_path / "out", hdit_encode.write_shard
+
+    def told_to_end(*arguments):
+        monkeypatch.setattr(hdit_encode, "write_shard", write)
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(hdit_encode, "write_shard", told_to_end)
+    arguments = ["encode", toml, "--out", out, "--shard-size", 4, "--batch-size", 3]
+    assert hdit(*arguments) == (143, "", "interrupted; the same command goes on\n")
+    assert sorted(files(out)) == ["manifest.json", SHARDS[0]]
+    status, _, err = hdit(*arguments)
+    assert status == 0, err
     assert files(out) == whole
 
 

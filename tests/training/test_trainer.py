@@ -1,10 +1,14 @@
+import fcntl
 import json
 import math
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -115,11 +119,54 @@ def test_interrupted_run_saves_a_checkpoint_and_resumes(tiny, tmp_path, number):
     wait_for(lambda: lines.exists() and len(lines.read_text()) > 0, process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert "the same command resumes" in stderr
     found = checkpoint.find(run, print)
     assert found.state.images == metrics(run)[-1]["images"]
+
+
+def test_run_whose_terminal_is_closed_saves_a_checkpoint(tiny, tmp_path):
+    """SIGHUP comes, and nothing can be printed any more."""
+    tiny.write_text(tiny.read_text().replace("images = 96", "images = 100_000"))
+    run = tmp_path / "run"
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "hdit.cli", "train", str(tiny), "--run", str(run)]
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of its session
+    )
+    os.close(slave)
+    lines = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        if select.select([master], [], [], 0.01)[0]:
+            os.read(master, 10_000)  # or the process would wait for somebody to read
+    os.close(master)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert checkpoint.find(run, print).state.images == metrics(run)[-1]["images"]
+
+
+def test_ctrl_c_twice_ends_training_at_once_but_torchrun_sends_its_own_in_between(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hdit.training.interrupts.time.monotonic", lambda: now[0])
+    interrupts = Interrupts()
+    with interrupts.watching():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.signalled == signal.SIGINT
+        now[0] = 1.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert interrupts.agreed(1)
 
 
 def test_run_whose_time_is_up_leaves_a_checkpoint_and_a_grid(tiny, tmp_path, capfd):
@@ -135,7 +182,7 @@ def test_run_whose_time_is_up_leaves_a_checkpoint_and_a_grid(tiny, tmp_path, cap
 def test_processes_agree_to_stop_though_a_signal_comes_while_they_ask(monkeypatch):
     interrupts = Interrupts(hosts=object())
 
-    def reduce(said, group):
+    def reduce(said, op, group):
         assert group is interrupts.hosts
         interrupts.signalled = True  # as its handler does, after the others have got their answer
 

@@ -1,0 +1,24 @@
+"""How the command line ends where a signal ends it."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from contextlib import suppress
+
+from hdit import signals
+
+
+def run() -> None:
+    """Runs the command line, and says in a line that a signal ended it."""
+    try:
+        with signals.raised():
+            from hdit.cli.app import main
+
+            main()
+    except signals.Signalled as error:
+        with suppress(OSError):  # of a terminal that is gone
+            print("; ".join([signals.SAYING, *getattr(error, "__notes__", [])]), file=sys.stderr)
+        sys.exit(signals.status_of(error.number))
+    finally:
+        atexit.register(signals.end_at_once)  # or Ctrl-C would be a traceback from there

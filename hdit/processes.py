@@ -1,0 +1,239 @@
+"""The processes of a run: which of them this one is, how they find each other, and their end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hdit.errors import UserError
+from hdit.names import escape
+
+MOST = 65_536  # processes
+QUIET = 30.0  # seconds of waiting before it is told who is missing
+POLL = 0.1  # seconds between two looks
+FIX = "start the processes with torchrun, which sets it, or unset {} for a single one"
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class ProcessError(UserError):
+    """Processes that do not find each other, or of which one is gone."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is (`rank`, and on its machine `local_rank`) of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def read_world(environment: Mapping[str, str] | None = None) -> World:
+    """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; a single process without them.
+
+    Raises ProcessError that names the variable which is wrong or missing.
+    """
+    env = os.environ if environment is None else environment
+    for name in MPI if "WORLD_SIZE" not in env else ():
+        if env.get(name, "1") != "1":
+            raise ProcessError(
+                f"{name}: is {env[name]!r}, so MPI started this process, which hdit does not "
+                "follow; start the processes with torchrun"
+            )
+    size = _number(env, "WORLD_SIZE", 1, MOST)
+    _number(env, "LOCAL_WORLD_SIZE", 1, size)  # which accelerate reads
+    return World(
+        rank=_number(env, "RANK", 0, size - 1, needed=size > 1),
+        size=size,
+        local_rank=_number(env, "LOCAL_RANK", 0, size - 1, needed=size > 1),
+    )
+
+
+def read_address(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Host and port at which rank 0, or torchrun for it, listens. Raises ProcessError."""
+    env = os.environ if environment is None else environment
+    host = env.get("MASTER_ADDR", "")
+    if not host:
+        raise ProcessError(
+            f"MASTER_ADDR: is not set, but WORLD_SIZE is; {FIX.format('WORLD_SIZE')}"
+        )
+    port = _number(env, "MASTER_PORT", 1, 65_535, needed=True)
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise ProcessError(f"MASTER_ADDR: {host!r} cannot be resolved: {error}") from None
+    return host, port
+
+
+def _number(env: Mapping[str, str], name: str, low: int, high: int, *, needed: bool = False) -> int:
+    """A variable that holds an integer from `low` to `high`; `low` if it is not set nor needed."""
+    text = env.get(name)
+    if text is None and not needed:
+        return low
+    fix = FIX.format("WORLD_SIZE" if needed else name)
+    if text is None:
+        raise ProcessError(f"{name}: is not set, but WORLD_SIZE is; {fix}")
+    # int() takes more than digits, and fails at thousands of them.
+    if text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high:
+        return int(text)
+    wanted = f"an integer from {low} to {high}" if low < high else str(low)
+    raise ProcessError(f"{name}: must be {wanted}, got {text[:80]!r}; {fix}")
+
+
+# ---- the beginning -------------------------------------------------------------------------------
+
+
+def join(
+    world: World,
+    run: str,
+    backend: str,
+    limit: float,
+    patience: timedelta,
+    say: Callable[[str], None],
+) -> None:
+    """Makes torch's default group of all processes of `run`, once all of them are there.
+
+    After half a minute `say` is told who is missing. In the group, a process waits for another for
+    `patience` at most. Raises ProcessError if somebody is missing after `limit` seconds.
+    """
+    host, port = read_address()
+    waiting = _Waiting(limit, say)
+    key = "rank {}".format
+    everyone = [key(rank) for rank in range(world.size)]
+
+    def missing() -> str:
+        absent = [str(rank) for rank in range(world.size) if not store.check([key(rank)])]
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        ranks = f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent[:8])}{more}"
+        return f"{ranks} of {world.size} (WORLD_SIZE) did not come to {host}:{port}"
+
+    try:
+        store = dist.PrefixStore(escape(run), _open_store(host, port, world.rank, waiting))
+        store.set(key(world.rank), "here")
+        waiting.until(lambda: store.check(everyone), missing, quiet=world.rank != 0)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+        )
+    except dist.DistError as error:
+        raise ProcessError(
+            f"MASTER_ADDR, MASTER_PORT: the {world.size} processes cannot meet at {host}:{port} "
+            f"({_first_line(error)}): rank 0 is gone, and its message says why, or another program "
+            "has that port; give each run one of its own, or start with torchrun"
+        ) from None
+
+
+class _Waiting:
+    """Waits for the others, `limit` seconds in all; tells of it once."""
+
+    def __init__(self, limit: float, say: Callable[[str], None]):
+        self.limit, self.say, self.began, self.told = limit, say, time.monotonic(), False
+
+    @property
+    def left(self) -> float:
+        return self.limit - (time.monotonic() - self.began)
+
+    def until(
+        self, ready: Callable[[], bool], problem: Callable[[], str], quiet: bool = False
+    ) -> None:
+        """Returns once ready() holds. Raises ProcessError with problem() if time is up."""
+        while not ready():
+            if self.left <= 0:
+                raise ProcessError(
+                    f"{problem()} within {self.limit:g} s (training.start_timeout); "
+                    "start all of them, or unset WORLD_SIZE for a single process"
+                )
+            if self.limit - self.left >= QUIET and not self.told:
+                self.told = True
+                if not quiet:
+                    self.say(f"waiting: {problem()}; up to {self.limit:g} s")
+            time.sleep(POLL)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _open_store(host: str, port: int, rank: int, waiting: _Waiting) -> dist.Store:
+    """What the processes share to find each other; rank 0, or torchrun for it, holds it."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not serves:
+        # Before torch connects: it would log a trace of its stack for each attempt that fails.
+        waiting.until(
+            lambda: _answers(host, port), lambda: f"nobody answers at {host}:{port} (MASTER_ADDR)"
+        )
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                host,
+                port,
+                is_master=serves,
+                timeout=timedelta(seconds=max(waiting.left, 1)),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            found.append(store)
+        except Exception as error:
+            found.append(error)
+
+    # In a thread, for torch waits without end for a program that answers nothing.
+    threading.Thread(target=connect, daemon=True).start()
+    waiting.until(
+        lambda: bool(found), lambda: f"what answers at {host}:{port} (MASTER_PORT) is no rank 0"
+    )
+    [store] = found
+    if isinstance(store, Exception):
+        raise store
+    # A restart by torchrun may find the store of the attempt before it.
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+# ---- the end -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def closing() -> Iterator[None]:
+    """Ends the group of processes with the block.
+
+    Raises ProcessError in place of what torch raises where another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_a_lost_process(error):
+            raise
+        raise ProcessError(
+            "another process of this run is gone, and its message says why "
+            f"({_first_line(error)}); start all of them again to resume"
+        ) from None
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # what still holds the group, or its threads abort the process
+            dist.destroy_process_group()
+
+
+def _is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises a plain RuntimeError that names its source file."""
+    if not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or any(n in str(error) for n in ("gloo", "NCCL"))
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch says, without the place in its source and advice to its developers."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].split("] ", 1)[-1].split(". This is", 1)[0]

@@ -1,0 +1,81 @@
+"""Signals end the command line with one line, at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hdit import signals
+from hdit.signals import ENDING, Signalled
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_signal_is_raised_and_the_handlers_before_come_back(number):
+    before = [signal.getsignal(n) for n in ENDING]
+    with pytest.raises(Signalled) as error, signals.raised():
+        os.kill(os.getpid(), number)
+    assert error.value.number == number
+    assert [signal.getsignal(n) for n in ENDING] == before
+
+
+def test_signalled_is_taken_for_no_error():
+    assert not issubclass(Signalled, Exception)
+
+
+def test_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.raised():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_command_line_ends_with_one_line_and_the_status_of_the_signal(number, hdit, monkeypatch):
+    """Whatever the verb, for one place runs them all."""
+
+    def verb():
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:
+            pytest.fail("it must pass what catches errors")
+
+    monkeypatch.setattr("hdit.cli.app.app", verb)
+    assert hdit() == (128 + number, "", "interrupted\n")
+
+
+def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
+    with signals.raised():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(seconds):
+    """The command says that Python is up; from there on no moment gives a traceback."""
+    code = (
+        "import sys; from hdit.cli import main; sys.argv = ['hdit', 'configs']; "
+        "print('up', flush=True); main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process.stdout.readline()
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 0, -signal.SIGINT), err
+    assert err in ("interrupted\n", "")
