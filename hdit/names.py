@@ -33,7 +33,15 @@ def unescape(text: str) -> str:
 
 def path_of(text: str) -> Path:
     """The path that a setting names: unescaped, with ~ as the home folder."""
-    return Path(unescape(text)).expanduser()
+    return expanded(unescape(text))
+
+
+def expanded(name: str) -> Path:
+    """The path of this name, with ~ as the home folder; as it stands if ~USER is no user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 LAYERS = (
     {"hdit_kernels"},
-    {"errors", "names"},
+    {"errors", "names", "bounds"},
     {"protocols", "files", "plugins", "reading", "tensors"},
     {"device"},
     {"randomness"},
@@ -30,7 +30,10 @@ LAYERS = (
 )
 """Packages and modules from the bottom up: each imports those of lower layers, and itself."""
 
-ALONE = {"diffusion": {"errors", "protocols"}, "nn": {"errors", "protocols", "hdit_kernels"}}
+ALONE = {
+    "diffusion": {"bounds", "errors", "protocols"},
+    "nn": {"bounds", "errors", "protocols", "hdit_kernels"},
+}
 """Packages that import less than their layer would let them."""
 
 

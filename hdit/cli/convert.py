@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hdit.bounds import MAX_WIDTH
 from hdit.cli.options import Raw
 
 
@@ -34,7 +35,9 @@ def convert(
     num_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell."
+            min=1,
+            max=MAX_WIDTH,
+            help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell.",
         ),
     ] = None,
 ) -> None:

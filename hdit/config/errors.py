@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from hdit.errors import UserError
+from hdit.names import printable
 from hdit.protocols import Spec
 
 
@@ -57,7 +58,7 @@ def _locate(root: type[Spec], loc: tuple[int | str, ...]) -> _Place:
         field = holder.model_fields.get(part) if holder else None
         description = field.description if field else None
         options = _specs(field.annotation) if field else []
-    return _Place(".".join(path), holder, others, description)
+    return _Place(printable(".".join(path)), holder, others, description)
 
 
 def _all_keys(spec: type[Spec], prefix: str = "") -> Iterator[str]:
@@ -99,6 +100,8 @@ def explain(root: type[Spec], error: Any) -> str:
     last, got = path.rpartition(".")[2], _show(error["input"])
     about = f" ({description})" if description else ""
     match error["type"]:
+        case "string_too_short":
+            return f"{path}: must not be empty; leave it out for its default{about}"
         case "extra_forbidden":
             return f"{path}: unknown key (set to {got}){_nearest(root, place)}"
         case "missing":

@@ -8,6 +8,7 @@ from pathlib import Path
 import tomli_w
 
 from hdit.config.schema import ConfigError, read_toml
+from hdit.names import expanded
 
 MATRICES = "matrices"  # folder of those that are no configs of a run
 
@@ -53,7 +54,7 @@ def find_config(config: Path) -> Path:
 
 def or_preset(place: str) -> str:
     """`place` if such a path exists, else the file of the preset of that name, else `place`."""
-    if not Path(place).expanduser().exists() and place in _names():
+    if not expanded(place).exists() and place in _names():
         return str(_path(place))
     return place
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal
 from PIL import Image
 from pydantic import Field
 
+from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import arrange, is_hidden
@@ -26,7 +27,7 @@ class ZipSpec(ImagesSpec):
     """
 
     kind: Literal["zip"] = "zip"
-    path: str = Field(description="the archive, relative to where the command runs")
+    path: Name = Field(description="the archive, relative to where the command runs")
 
     def open(self) -> Images:
         """Lists the archive. Raises DataError where it is empty, unsafe, or of mixed layout."""

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
+from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
-from hdit.plugins import import_function
+from hdit.plugins import import_function, no_exit
 
 
 def _is_hook(text: str) -> str:
@@ -30,7 +31,7 @@ class PythonSpec(ImagesSpec):
     """
 
     kind: Literal["python"] = "python"
-    hook: Annotated[str, AfterValidator(_is_hook)] = Field(
+    hook: Annotated[Name, AfterValidator(_is_hook)] = Field(
         description="module:function, from the current folder or the environment"
     )
 
@@ -57,6 +58,8 @@ class Hooked:
         function, _ = import_function(hook, where, DataError)
         try:
             self.images = function()
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
         got = f"{where} returned {type(self.images).__name__}"
@@ -80,8 +83,9 @@ class Hooked:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Asks for the image -> (image, class index). Raises DataError for what is no such pair."""
-        item = self.images[index]
         where = f"data.hook: {self.place!r} returned a data set whose item {index}"
+        with no_exit(where, DataError):
+            item = self.images[index]
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise DataError(f"{where} must be (image, label or None), got {_describe(item)}")
         return self._image(item[0], where), self._label(item[1], where)
