@@ -1,10 +1,12 @@
 """Files and folders appear whole, or not at all."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 
 from hdit import files
+from hdit.errors import UserError
 from hdit.files import fingerprint, whole, write_text
 
 
@@ -81,3 +83,11 @@ def test_fingerprint_is_size_and_sha256(tmp_path):
         "bytes": 3,
         "sha256": hashlib.sha256(b"abc").hexdigest(),
     }
+
+
+def test_images_that_no_disk_holds_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    files.check_free_space(tmp_path / "new" / "er", 2**18, 3 * 64 * 64)
+    for images, pixels in ((2**18 + 1, 100), (2**14, 2**21)):  # by blocks of the disk, by pixels
+        with pytest.raises(UserError, match=rf"--out: {images:,} images take at least .* GiB left"):
+            files.check_free_space(tmp_path, images, pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -16,7 +17,7 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import UserError
-from hdit.files import write_text
+from hdit.files import check_free_space, write_text
 from hdit.protocols import NULL_LABEL
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
@@ -56,6 +57,7 @@ def write_samples(
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
+    check_free_space(out, len(seeds), math.prod(config.data.shape))
     samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
     out.mkdir(parents=True, exist_ok=True)
     _remove_old_samples(out)
