@@ -47,8 +47,9 @@ def test_train_for_some_minutes_ends_well_with_a_checkpoint(tiny, hdit, tmp_path
 @pytest.mark.parametrize("minutes", [0, -1, "nan", "inf"])
 def test_train_for_no_time_is_refused(tiny, hdit, tmp_path, minutes):
     status, _, err = hdit("train", tiny, "--run", tmp_path / "run", "--minutes", minutes)
-    assert status == 1
-    assert "error: --minutes: " in err
+    assert status != 0
+    assert "--minutes" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
