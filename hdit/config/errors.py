@@ -58,7 +58,7 @@ def _locate(root: type[Spec], loc: tuple[int | str, ...]) -> _Place:
         field = holder.model_fields.get(part) if holder else None
         description = field.description if field else None
         options = _specs(field.annotation) if field else []
-    return _Place(printable(".".join(path)), holder, others, description)
+    return _Place(_short(printable(".".join(path)), 200), holder, others, description)
 
 
 def _all_keys(spec: type[Spec], prefix: str = "") -> Iterator[str]:
@@ -110,7 +110,7 @@ def explain(root: type[Spec], error: Any) -> str:
             tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
             close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            return f"{path}.kind: must be one of {tags}, got {error['ctx']['tag']!r}{hint}"
+            return f"{path}.kind: must be one of {tags}, got {_show(error['ctx']['tag'])}{hint}"
         case "union_tag_not_found":
             members = _specs(holder.model_fields[last].annotation) if holder else []
             kinds = [_kind(member) for member in members]
@@ -131,5 +131,8 @@ def explain(root: type[Spec], error: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _short(repr(value), 60)
+
+
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -402,5 +402,10 @@ def parse(raw: dict[str, Any], origin: str) -> RunConfig:
     return config
 
 
+MAX_LINES = 30  # of a message
+
+
 def _report(origin: str, lines: list[str]) -> str:
+    if left := len(lines[MAX_LINES:]):
+        lines = [*lines[:MAX_LINES], f"and {left:,} more"]
     return "\n".join([f"{origin}:", *(f"  {line}" for line in lines)])

@@ -41,9 +41,11 @@ class SigmaSchedule(Spec):
     ) -> str | None:
         """Why it cannot have n noise levels from sigma_max to sigma_min, or None if it can."""
         try:
-            self(n, sigma_min, sigma_max, schedule)
+            levels = self(n, sigma_min, sigma_max, schedule)
         except ValueError as error:
             return f"cannot have sampling.steps = {n}: {error}"
+        if not (levels.diff() < 0).all():
+            return f"has a noise level twice in sampling.steps = {n}; take fewer, or a smaller rho"
         return None
 
 

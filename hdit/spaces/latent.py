@@ -40,7 +40,8 @@ class LatentSpace(Spec):
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of images of this shape."""
-        return self.channels, height // self.factor, width // self.factor
+        # At least 1, though `check` refuses smaller images: all that is wrong is told at once.
+        return self.channels, max(1, height // self.factor), max(1, width // self.factor)
 
     def check(self, height: int, width: int) -> list[tuple[str, str]]:
         """Lists (key, what is wrong) for images of this size."""
