@@ -84,6 +84,8 @@ HOOKS = {
     "at import": "import sys\nsys.exit(0)",
     "when called": "import sys\ndef make():\n    sys.exit(0)",
     "of its own kind": "class Stop(BaseException): pass\ndef make():\n    raise Stop('now')",
+    "at its length": "class Data:\n    def __len__(self): raise SystemExit(0)\n"
+    "    def __getitem__(self, i): pass\nmake = Data",
     "at an item": (
         "class Data:\n    classes = ['a']\n    def __len__(self): return 8\n"
         "    def __getitem__(self, i): raise SystemExit(0)\n"

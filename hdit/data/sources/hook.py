@@ -57,12 +57,16 @@ class Hooked:
         where = f"data.hook: {hook!r}"
         function, _ = import_function(hook, where, DataError)
         try:
-            self.images = function()
+            with no_exit(where, DataError):
+                self.images = function()
+                self.classes = self._checked(f"{where} returned {type(self.images).__name__}")
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
-        got = f"{where} returned {type(self.images).__name__}"
+
+    def _checked(self, got: str) -> list[str]:
+        """The classes of what the hook returned. Raises DataError where it is no data set."""
         for method in ("__len__", "__getitem__"):
             if not hasattr(self.images, method):
                 raise DataError(f"{got}, which has no {method}")
@@ -72,7 +76,7 @@ class Hooked:
         classes = [] if classes is None else classes
         if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
             raise DataError(f"{got}, whose classes must be a list of names, got {classes!r:.60}")
-        self.classes = list(classes)
+        return list(classes)
 
     def __len__(self) -> int:
         return len(self.images)
