@@ -78,6 +78,7 @@ def test_name_that_is_not_utf8_can_be_printed(hdit, tmp_path):
     status, out, err = hdit("info", "folder64-hdit", "--set", f"data.path={path}")
     assert status == 0, err
     assert "does not exist" in out
+    assert r"\x5c" not in out + err
 
 
 HOOKS = {
