@@ -166,6 +166,28 @@ def keep_freed_memory() -> bool:
     return all(done)
 
 
+CGROUP_LIMITS = (  # of a container: version 2 and 1
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are: of a GPU, or of the machine or the container that this runs in."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil  # which accelerate brings
+
+    limits = [psutil.virtual_memory().total + psutil.swap_memory().total]
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdecimal() else []  # "max" where there is none
+    return min(limits)
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes now: of a GPU's tensors, or of the process."""
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hdit.errors import WritingError
+from hdit.errors import UserError, WritingError
 
 MAX_NAME = 255  # bytes that a file system takes
 
@@ -132,6 +132,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file (UTF-8) whole, or leaves the old one."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+BLOCK = 4096  # bytes that a file takes at least, on most disks
+SMALLEST_SHARE = 16  # a PNG of a real image has no less of its pixels
+
+
+def check_free_space(folder: Path, images: int, pixels: int) -> None:
+    """Raises UserError where so many PNG files, each of `pixels` bytes, cannot fit on the disk."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    need = images * max(BLOCK, pixels // SMALLEST_SHARE)
+    if need > (free := shutil.disk_usage(there).free):
+        raise UserError(
+            f"--out: {images:,} images take at least {need / 2**30:.4g} GiB, and the disk of "
+            f"{folder} has {free / 2**30:.4g} GiB left; take fewer, or name a folder elsewhere"
+        )
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

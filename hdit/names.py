@@ -18,7 +18,11 @@ def escape(name: str) -> str:
     gives back every name.
     """
     name = re.sub(r"\\(?=x(?:5c|[89a-f][0-9a-f]))", r"\\x5c", name)
-    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", name)
+    return _bytes_in_hex(name)
+
+
+def _bytes_in_hex(text: str) -> str:
+    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text)
 
 
 def unescape(text: str) -> str:
@@ -33,9 +37,20 @@ def unescape(text: str) -> str:
 
 def path_of(text: str) -> Path:
     """The path that a setting names: unescaped, with ~ as the home folder."""
-    return Path(unescape(text)).expanduser()
+    return expanded(unescape(text))
+
+
+def expanded(name: str) -> Path:
+    """The path of this name, with ~ as the home folder; as it stands if ~USER is no user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def printable(text: str) -> str:
-    """Escapes what a terminal cannot show, or obeys: a file may have any name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in escape(text))
+    """Escapes what a terminal cannot show, or obeys: a file may have any name.
+
+    Names that are escaped already stay as they are.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _bytes_in_hex(text))

@@ -16,8 +16,15 @@ NULL_LABEL = -1
 """The label that says "no class"; every backbone maps it to the last row of its class table."""
 
 
+# ---- settings ------------------------------------------------------------------------------------
+
+
 class Spec(BaseModel):
-    """Base of every typed setting: frozen, and a key that it does not know is an error."""
+    """Base of every typed setting: frozen, and a key that it does not know is an error.
+
+    A number of its fields must have a bound below and above, as the types of hdit.bounds
+    have: what a config may ask for is known before anything is made of it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -43,6 +50,9 @@ def one_of(members: Mapping[str, type[Spec]]) -> PlainValidator:
 def _adapter(specs: tuple[type[Spec], ...]) -> TypeAdapter[Any]:
     union: Any = Annotated[reduce(or_, specs), Field(discriminator="kind")]
     return TypeAdapter(union)
+
+
+# ---- data and conditions -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,13 @@ def _type(node: Node) -> str:
         if items := node.get("prefixItems"):
             return f"[{', '.join(_type(item) for item in items)}]"
         return f"array of {_type(node.get('items', {}))}"
-    bounds = [text.format(_toml(node[key])) for key, text in BOUNDS.items() if key in node]
-    return " ".join([node.get("type", "any"), ", ".join(bounds)]).strip()
+    bounds = [text.format(_bound(node[key])) for key, text in BOUNDS.items() if key in node]
+    return " ".join([node.get("type", "any"), " and ".join(bounds)]).strip()
+
+
+def _bound(value: float) -> str:
+    """As a person writes it: 16,384, but 1e+12."""
+    return f"{value:,}" if isinstance(value, int) and value < 10**9 else f"{value:g}"
 
 
 def _resolved(node: Any, definitions: Node) -> Any:

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 LAYERS = (
     {"hdit_kernels"},
-    {"errors", "names", "signals"},
+    {"bounds", "errors", "names", "signals"},
     {"arrays", "files", "hub", "plugins", "protocols", "reading", "tensors"},
     {"locks"},
     {"device", "manifest", "processes"},
@@ -31,7 +31,10 @@ LAYERS = (
 )
 """Packages and modules from the bottom up: each imports those of lower layers, and itself."""
 
-ALONE = {"diffusion": {"errors", "protocols"}, "nn": {"errors", "protocols", "hdit_kernels"}}
+ALONE = {
+    "diffusion": {"bounds", "errors", "protocols"},
+    "nn": {"bounds", "errors", "protocols", "hdit_kernels"},
+}
 """Packages that import less than their layer would let them."""
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,3 +240,11 @@ def test_any_step_of_writing_that_fails_names_the_path(tmp_path, monkeypatch, ca
 def test_file_that_cannot_be_read_while_another_is_written_keeps_its_own_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"), whole(tmp_path / "out"):
         (tmp_path / "absent").read_text()
+
+
+def test_images_that_no_disk_holds_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    files.check_free_space(tmp_path / "new" / "er", 2**18, 3 * 64 * 64)
+    for images, pixels in ((2**18 + 1, 100), (2**14, 2**21)):  # by blocks of the disk, by pixels
+        with pytest.raises(UserError, match=rf"--out: {images:,} images take at least .* GiB left"):
+            files.check_free_space(tmp_path, images, pixels)

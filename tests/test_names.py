@@ -27,3 +27,4 @@ def test_names_that_are_text_stay_as_they_are():
 def test_bytes_are_shown_in_hex_and_control_characters_are_escaped():
     assert escape(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
     assert printable(os.fsdecode(b"caf\xe9") + "\x1b[2J\n\u202e") == r"caf\xe9\x1b[2J\n\u202e"
+    assert printable(printable("\udce9\n")) == r"\xe9\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 import hdit
 from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
 from hdit.cli.output import listen_to_loggers
+from hdit.errors import UserError
+from hdit.names import printable
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,15 +61,39 @@ app.add_typer(data, name="data")
 def main() -> None:
     """Runs the command line. What the user can mend is one message, without a traceback."""
     listen_to_loggers()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # or a name that is not UTF-8 could not be printed
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _refuse_empty(sys.argv[1:])
         app()
-    except OSError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     except Exception as error:
-        # The class is known only if its module was loaded, which a verb that raises it has done.
-        errors = sys.modules.get("hdit.errors")
-        if errors is None or not isinstance(error, errors.UserError):
+        if not isinstance(error, UserError | OSError | MemoryError) and not _out_of_memory(error):
             raise
-        typer.echo(f"error: {error}", err=True)
+        text = f"out of memory: {error}" if _out_of_memory(error) else str(error)
+        typer.echo("error: " + "\n".join(map(printable, text.split("\n"))), err=True)
         sys.exit(1)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raises UserError for an empty argument: no path, name or number is, and none is a default."""
+    for i, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if "\0" in argument:
+            raise UserError(f"{argument!r}: has a zero byte, which no argument can have")
+        if argument.startswith("--") and len(argument) > 2 and option != argument and not value:
+            raise UserError(f"{option}: must not be empty; leave it out for its default")
+        if argument:
+            continue
+        before = arguments[i - 1] if i else ""
+        if before.startswith("-"):
+            raise UserError(f"{before}: must not be empty; leave it out for its default")
+        raise UserError(f"argument {i + 1} of hdit, after {before!r}, must not be empty")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch tells it of a CPU in the message of a RuntimeError alone."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error))
+    )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hdit.bounds import MAX_CLASSES, MAX_WIDTH
 from hdit.cli.options import Raw
 from hdit.names import printable
 
@@ -36,7 +37,7 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            max=2**20,
+            max=MAX_WIDTH,
             help="Heads of a DiT that is not S, B, L or XL, if its .pt does not tell.",
         ),
     ] = None,
@@ -45,7 +46,7 @@ def convert(
         typer.Option(
             "--classes",
             min=1,
-            max=2**31,
+            max=MAX_CLASSES,
             help="Classes of a DiT, if its .pt does not tell; all rows of its table where it was "
             "trained without a null class.",
         ),

@@ -28,7 +28,7 @@ def data_check(
         typer.Option(metavar="SIZE", help="Of the crop: a side, or HEIGHTxWIDTH.  [default: 256]"),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="3 for RGB, 1 for grey.  [default: 3]")
+        int | None, typer.Option(min=1, max=3, help="3 for RGB, 1 for grey.  [default: 3]")
     ] = None,
     crop: Annotated[
         str | None, typer.Option(metavar="NAME", help="As data.crop.  [default: center]")

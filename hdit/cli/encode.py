@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hdit.bounds import MAX_BATCH
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
 from hdit.names import printable
@@ -28,7 +29,7 @@ def encode(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="float32, or float16 for half the bytes.")
     ] = "float32",
-    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 1024,
+    shard_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images in a file.")] = 1024,
     overrides: Overrides = None,
 ) -> None:
     """Encode a config's images with its VAE once, for training to read as latents.

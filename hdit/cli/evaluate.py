@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hdit.bounds import MAX_SAMPLES
 from hdit.cli.options import (
     BATCH_SIZE,
     SEED,
@@ -47,7 +48,9 @@ def evaluate(
     ] = None,
     number: Annotated[
         int | None,
-        typer.Option("-n", "--number", min=2, help="Images to sample.  [default: 10000]"),
+        typer.Option(
+            "-n", "--number", min=2, max=MAX_SAMPLES, help="Images to sample.  [default: 10000]"
+        ),
     ] = None,
     seed: Annotated[int | None, SEED] = None,
     steps: Steps = None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hdit.bounds import MAX_BATCH, MAX_CLASSES
 from hdit.cli.options import ConfigFile, Overrides
+
+MOST_PREDICTED = 2**43  # bytes of parameters, beyond which a prediction takes minutes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,12 +22,18 @@ def info(
     config: ConfigFile,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at once, for the memory.  [default: a part of the batch]"),
+        typer.Option(
+            min=1,
+            max=MAX_BATCH,
+            help="Images at once, for the memory.  [default: a part of the batch]",
+        ),
     ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Number of classes.  [default: data.classes, or as many as the data has]"
+            min=0,
+            max=MAX_CLASSES,
+            help="Number of classes.  [default: data.classes, or as many as the data has]",
         ),
     ] = None,
     device: Annotated[
@@ -45,6 +53,7 @@ def info(
     from hdit.config.presets import find_config
     from hdit.errors import UserError
     from hdit.models.cost import cost
+    from hdit.models.fitting import TRAINED
     from hdit.models.tables import cost_table
 
     if device not in (None, "cpu", "cuda"):
@@ -62,7 +71,13 @@ def info(
     for remark in settings.model.remarks(shape, sum(row.params for row in rows)):
         console.print(remark)
     images = batch or settings.training.batch_size // settings.training.accumulate
-    console.print(_memory(settings, shape, images, device))
+    if (fixed := TRAINED * sum(row.params for row in rows)) < MOST_PREDICTED:
+        console.print(_memory(settings, shape, images, device))
+    else:
+        console.print(
+            f"Its weights, EMA, gradients and moments take {fixed / 2**40:.4g} TiB: no machine "
+            "trains it."
+        )
     if note:
         console.print(note, highlight=False, markup=False)
 
@@ -71,13 +86,14 @@ def _classes(settings: RunConfig) -> tuple[int, str | None]:
     """How many classes the config names, or its data has; or 0, and why they are not known."""
     from hdit.data.source import DataError
     from hdit.latents.store import read_manifest
+    from hdit.names import path_of
 
     named = getattr(settings.data, "classes", None)
     if named is not None:
         return (named if isinstance(named, int) else len(named)), None
     stored = getattr(settings.space, "stored", None)
     try:
-        held = read_manifest(Path(stored).expanduser()) if stored else settings.data.open()
+        held = read_manifest(path_of(stored)) if stored else settings.data.open()
     except DataError as error:
         return 0, (
             "counted without classes (or give --classes, or set data.classes), as the data cannot "

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hdit.bounds import MAX_BATCH, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses NaN, which no comparison with a bound does."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a number, got {value}")
+    return value
+
 
 ConfigFile = Annotated[
     Path,
@@ -24,14 +35,24 @@ SamplingOverrides = Annotated[
     ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="The weights as trained, not their EMA.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, help="Steps of the sampler.")]
 Guidance = Annotated[
-    float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")
+    float | None,
+    typer.Option(
+        min=0,
+        max=MAX_GUIDANCE,
+        callback=finite,
+        help="Scale of classifier-free guidance; 1 is none.",
+    ),
 ]
-BATCH_SIZE = typer.Option(min=1, help="Images at once.")
+BATCH_SIZE = typer.Option(min=1, max=MAX_BATCH, help="Images at once.")
 SEED = typer.Option(min=0, max=2**62, help="Seed of the first image; then one more each.")
 Workers = Annotated[
     int | None,
-    typer.Option(min=0, help="Processes that read; 0 for this one.  [default: one for a CPU]"),
+    typer.Option(
+        min=0,
+        max=MAX_WORKERS,
+        help="Processes that read; 0 for this one.  [default: one for a CPU]",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from hdit.cli.options import BATCH_SIZE, SEED, Guidance, Raw, SamplingOverrides, Steps
+from hdit.bounds import MAX_GUIDANCE, MAX_SAMPLES
+from hdit.cli.options import (
+    BATCH_SIZE,
+    SEED,
+    Guidance,
+    Raw,
+    SamplingOverrides,
+    Steps,
+    finite,
+)
 from hdit.cli.output import error_console, warn
 from hdit.names import printable
 
@@ -21,7 +30,9 @@ def sample(
             ".safetensors, DiT's .pt, or a folder of diffusers.",
         ),
     ],
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many images.")] = 64,
+    number: Annotated[
+        int, typer.Option("-n", "--number", min=1, max=MAX_SAMPLES, help="How many images.")
+    ] = 64,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A new folder.  [default: <run>/samples/<settings>]"),
@@ -42,7 +53,12 @@ def sample(
     ] = None,
     guide_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Scale of the guidance away from that model.  [default: 2]"),
+        typer.Option(
+            min=0,
+            max=MAX_GUIDANCE,
+            callback=finite,
+            help="Scale of the guidance away from that model.  [default: 2]",
+        ),
     ] = None,
     labels: Annotated[
         str | None,

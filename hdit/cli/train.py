@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hdit.cli.options import ConfigFile, Overrides
+from hdit.bounds import MAX_MINUTES
+from hdit.cli.options import ConfigFile, Overrides, finite
 
 
 def train(
@@ -20,6 +21,9 @@ def train(
         float | None,
         typer.Option(
             metavar="M",
+            min=0,
+            max=MAX_MINUTES,
+            callback=finite,
             help="Save a checkpoint and end after so long; time for checkpoints and samples "
             "is not counted.",
         ),
@@ -32,7 +36,6 @@ def train(
     checkpoint. Ctrl-C saves a checkpoint and ends.
     """
     import logging
-    import math
     import os
 
     # Before torch is imported: it would log a trace of its stack where another process is gone.
@@ -43,16 +46,17 @@ def train(
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.processes import closing
+    from hdit.reading import read_text
     from hdit.signals import status_of
     from hdit.training.trainer import Trainer
 
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"--minutes: must be a finite number above 0, got {minutes:g}")
+    if minutes == 0:
+        raise UserError("--minutes: must be above 0")
     config = find_config(config)
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)
     written = folder / "config.toml"
-    if written.exists() and written.samefile(config) and config.read_text() != load(config).dump():
+    if written.exists() and written.samefile(config) and read_text(config) != load(config).dump():
         raise UserError(
             f"--run: {folder} would get its settings written over {config}; name another folder"
         )

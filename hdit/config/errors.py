@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from hdit.errors import UserError
+from hdit.names import printable
 from hdit.protocols import Spec
 
 
@@ -57,7 +58,7 @@ def _locate(root: type[Spec], loc: tuple[int | str, ...]) -> _Place:
         field = holder.model_fields.get(part) if holder else None
         description = field.description if field else None
         options = _specs(field.annotation) if field else []
-    return _Place(".".join(path), holder, others, description)
+    return _Place(_short(printable(".".join(path)), 200), holder, others, description)
 
 
 def _all_keys(spec: type[Spec], prefix: str = "") -> Iterator[str]:
@@ -99,6 +100,8 @@ def explain(root: type[Spec], error: Any) -> str:
     last, got = path.rpartition(".")[2], _show(error["input"])
     about = f" ({description})" if description else ""
     match error["type"]:
+        case "string_too_short":
+            return f"{path}: must not be empty; leave it out for its default{about}"
         case "extra_forbidden":
             return f"{path}: unknown key (set to {got}){_nearest(root, place)}"
         case "missing":
@@ -107,7 +110,7 @@ def explain(root: type[Spec], error: Any) -> str:
             tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
             close = difflib.get_close_matches(str(error["ctx"]["tag"]), tags, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            return f"{path}.kind: must be one of {tags}, got {error['ctx']['tag']!r}{hint}"
+            return f"{path}.kind: must be one of {tags}, got {_show(error['ctx']['tag'])}{hint}"
         case "union_tag_not_found":
             members = _specs(holder.model_fields[last].annotation) if holder else []
             kinds = [_kind(member) for member in members]
@@ -128,5 +131,8 @@ def explain(root: type[Spec], error: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _short(repr(value), 60)
+
+
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hdit.bounds import MAX_LR, Share, StepCount
 from hdit.protocols import Spec
 
 
 class LRSpec(Spec):
     """Base of the schedules."""
 
-    warmup: float = Field(0.0, ge=0, lt=1, description="rate of the exponential warm-up; 0 is none")
+    warmup: Share = Field(0.0, description="rate of the exponential warm-up; 0 is none")
 
     @property
     def lowest(self) -> float:
@@ -45,9 +46,9 @@ class InverseLR(LRSpec):
     """lr (1 + k/inv_gamma)^-power, at least min_lr."""
 
     kind: Literal["inverse"] = "inverse"
-    inv_gamma: float = Field(20_000, gt=0, description="steps in which power 1 halves the rate")
-    power: float = Field(1.0, gt=0, description="how fast the rate falls")
-    min_lr: float = Field(0.0, ge=0, description="lowest rate")
+    inv_gamma: StepCount = Field(20_000, description="steps in which power 1 halves the rate")
+    power: float = Field(1.0, gt=0, le=100, description="how fast the rate falls")
+    min_lr: float = Field(0.0, ge=0, le=MAX_LR, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
         """max(min_lr, lr (1 + step/inv_gamma)^-power)."""
@@ -58,9 +59,9 @@ class ExponentialLR(LRSpec):
     """lr decay^(k/steps), at least min_lr."""
 
     kind: Literal["exponential"] = "exponential"
-    steps: float = Field(gt=0, description="in which the rate falls to `decay` of itself")
+    steps: StepCount = Field(description="in which the rate falls to `decay` of itself")
     decay: float = Field(0.5, gt=0, lt=1, description="factor on the rate in `steps` steps")
-    min_lr: float = Field(0.0, ge=0, description="lowest rate")
+    min_lr: float = Field(0.0, ge=0, le=MAX_LR, description="lowest rate")
 
     def decayed(self, step: int, lr: float) -> float:
         """max(min_lr, lr decay^(step/steps))."""

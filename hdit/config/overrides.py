@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hdit.config.errors import ConfigError
+from hdit.names import escape, path_of
+from hdit.reading import MAX_DEPTH, ReadingError, parse_toml, read_text
+
+MAX_BYTES = 2**20  # of a config; the names of all classes of ImageNet have a fiftieth
+MAX_CHAIN = 32  # files that extend one another
 
 
-def read_toml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A TOML file, merged over those that its `extends` names, relative to itself, in order."""
-    if path.resolve() in above:
-        chain = " -> ".join(str(p) for p in (*above, path.resolve()))
-        raise ConfigError(f"{path}: extends itself: {chain}")
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file, merged over those that its `extends` names, relative to itself, in order.
+
+    Raises ConfigError for a file that is missing, no TOML, or extends itself.
+    """
+    return _merged(path, (), {})
+
+
+def _merged(path: Path, above: tuple[Path, ...], known: dict[Path, Any]) -> dict[str, Any]:
+    """`read_toml`, below the files in `above`. Each file is read once, and then `known`."""
     try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
+        place = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, or links in a circle
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if place in above:
+        chain = " -> ".join(str(p) for p in (*above, place))
+        raise ConfigError(f"{path}: extends itself: {chain}")
+    if len(above) == MAX_CHAIN:
+        raise ConfigError(f"{path}: more than {MAX_CHAIN} files extend one another")
+    if place not in known:
+        own, bases = _read_one(path)
+        merged: dict[str, Any] = {}
+        for base in bases:
+            merged = merge(merged, _merged(path.parent / path_of(base), (*above, place), known))
+        known[place] = merge(merged, own)
+    return known[place]
+
+
+def _read_one(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What a file itself says, and the files that it extends. Raises ConfigError."""
+    try:
+        own = parse_toml(read_text(path, MAX_BYTES), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except ReadingError as error:
+        raise ConfigError(str(error)) from None
     bases = own.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: extends: must be a list of file names, got {bases!r}")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = merge(merged, read_toml(path.parent / base, (*above, path.resolve())))
-    return merge(merged, own)
+    named = isinstance(bases, list) and all(isinstance(base, str) and base for base in bases)
+    if not named:
+        raise ConfigError(f"{path}: extends: must be a list of file names, got {bases!r:.60}")
+    return own, bases
 
 
 def _similar_file(path: Path) -> str:
@@ -71,16 +96,15 @@ def set_key(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: must read KEY=VALUE, as in training.batch_size=64")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = _value(override, text)
     *parents, last = key.strip().split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"--set {override!r:.200}: no key is {len(parents) + 1} tables deep")
     node: Any = raw
     for i, part in enumerate([*parents, last]):
         where = ".".join(parents[:i]) or "the config"
         if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
                 raise ConfigError(
                     f"--set {override!r}: {where} has {len(node)} entries, counted from 0; "
                     f"{part!r} is none of them"
@@ -95,6 +119,31 @@ def set_key(raw: dict[str, Any], override: str) -> None:
             node[index] = merge({"": old}, {"": value})[""]
         else:
             node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
+
+
+def _value(override: str, text: str) -> Any:
+    """The TOML value, or the string, of an override. Raises ConfigError for more than one."""
+    try:
+        table = parse_toml(f"value = {text}", "--set")
+    except ReadingError:
+        several = "\n" in text or "\r" in text
+        table = {} if several else {"value": text.strip()}
+    if len(table) != 1:
+        raise ConfigError(
+            f"--set {override!r:.200}: must be one key and its value on a line; give --set for each"
+        )
+    return _stored(table["value"])
+
+
+def _stored(value: Any) -> Any:
+    """A value of the command line as a file can hold it: with bytes that are not UTF-8 escaped."""
+    if isinstance(value, dict):
+        return {key: _stored(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_stored(part) for part in value]
+    if isinstance(value, str) and any("\udc80" <= c <= "\udcff" for c in value):
+        return escape(value)
+    return value
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

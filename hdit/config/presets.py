@@ -8,6 +8,7 @@ from pathlib import Path
 import tomli_w
 
 from hdit.config.schema import ConfigError, read_toml
+from hdit.names import escape, expanded
 
 MATRICES = "matrices"  # folder of those that are no configs of a run
 
@@ -53,7 +54,7 @@ def find_config(config: Path) -> Path:
 
 def or_preset(place: str) -> str:
     """`place` if such a path exists, else the file of the preset of that name, else `place`."""
-    if not Path(place).expanduser().exists() and place in _names():
+    if not expanded(place).exists() and place in _names():
         return str(_path(place))
     return place
 
@@ -68,7 +69,7 @@ def standalone(name: str) -> str:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "`hdit configs` lists them"
-        raise ConfigError(f"NAME: there is no preset {name!r}; {hint}")
+        raise ConfigError(f"NAME: there is no preset {escape(name)!r}; {hint}")
     text = _path(name).read_text(encoding="utf-8")
     lines = text.splitlines()
     if not any(line.startswith("extends") for line in lines):

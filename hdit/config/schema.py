@@ -11,6 +11,21 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from hdit.bounds import (
+    LR,
+    MAX_GUIDANCE,
+    MAX_WORKERS,
+    BatchSize,
+    GridCount,
+    ImageCount,
+    Seed,
+    Share,
+    Sigma,
+    SigmaOrZero,
+    StepCount,
+    Steps,
+    Width,
+)
 from hdit.config.errors import ConfigError, explain
 from hdit.config.learning_rate import ConstantLR, LearningRate
 from hdit.config.overrides import apply, read_toml
@@ -38,7 +53,9 @@ class DiffusionSpec(DependentSpec):
         None, description="what the backbone is told of sigma; by the kind of model if absent"
     )
     weighting: Weighting = SoftMinSNR()
-    loss_scales: int = Field(1, ge=0, description="octaves of the multi-scale loss; 1 is plain")
+    loss_scales: int = Field(
+        1, ge=0, le=64, description="octaves of the multi-scale loss; 1 is plain"
+    )
     density: Density = CosineInterpolated()
     beta_schedule: AnyBetaSchedule | None = Field(
         None, description="timesteps of eps_vp and uniform_vp; linear with 1000 steps if absent"
@@ -77,20 +94,19 @@ class DiffusionSpec(DependentSpec):
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Compile = Literal["auto", True, False]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSpec(DependentSpec):
     """AdamW. HDiT's mapping network and modulation learn at a third of lr, as the paper does."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(5e-4, gt=0, description="learning rate")
+    lr: LR = Field(5e-4, description="learning rate")
     schedule: LearningRate = ConstantLR()
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.9, 0.95), description="decay of the first and the second moment"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(1e-2, ge=0, description="decoupled from the gradient")
+    eps: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    weight_decay: float = Field(1e-2, ge=0, le=1e3, description="decoupled from the gradient")
 
     def check(self, context: Context) -> Iterator[Problem]:
         """Yields (key, what is wrong): a lowest rate above lr."""
@@ -108,10 +124,10 @@ class EMASpec(Spec):
     Without warmup it begins from the initial weights, and the decay is max_decay at every step.
     """
 
-    max_decay: float = Field(0.9999, ge=0, lt=1, description="upper bound of the decay")
+    max_decay: Share = Field(0.9999, description="upper bound of the decay")
     warmup: bool = Field(True, description="false for max_decay from the first step, as in DiT")
-    power: float = Field(0.6667, gt=0, description="how fast the decay nears 1")
-    inv_gamma: float = Field(1.0, gt=0, description="scale of k, in steps")
+    power: float = Field(0.6667, gt=0, le=100, description="how fast the decay nears 1")
+    inv_gamma: StepCount = Field(1.0, description="scale of k, in steps")
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
@@ -128,18 +144,20 @@ class EMASpec(Spec):
 class TrainingSpec(DependentSpec):
     """Time is counted in images drawn."""
 
-    images: int = Field(gt=0, description="where training ends")
-    checkpoint_every: int = Field(gt=0, description="images between two checkpoints")
-    log_every: int | None = Field(
-        None, gt=0, description="images between two lines of metrics; 10 batches if absent"
+    images: ImageCount = Field(description="where training ends")
+    checkpoint_every: ImageCount = Field(description="images between two checkpoints")
+    log_every: ImageCount | None = Field(
+        None, description="images between two lines of metrics; 10 batches if absent"
     )
-    batch_size: int = Field(gt=0, description="images of an optimizer step, over all processes")
-    accumulate: int = Field(1, gt=0, description="parts that a process takes its batch in")
-    workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the trainer")
+    batch_size: BatchSize = Field(description="images of an optimizer step, over all processes")
+    accumulate: BatchSize = Field(1, description="parts that a process takes its batch in")
+    workers: int = Field(
+        0, ge=0, le=MAX_WORKERS, description="processes that load images; 0 loads in the trainer"
+    )
     start_timeout: float = Field(
         600, gt=0, le=86_400, description="seconds to wait for the other processes of torchrun"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order and noise")
+    seed: Seed = Field(0, description="of initial weights, order and noise")
     precision: Precision = Field(
         "auto", description="bf16 if the hardware multiplies it, else fp32; what it was at first"
     )
@@ -150,10 +168,10 @@ class TrainingSpec(DependentSpec):
         False, description="keep no activations within a block: less memory, a third more work"
     )
     clip_grad_norm: float = Field(
-        1.0, ge=0, description="largest norm of the gradient; 0 does not clip"
+        1.0, ge=0, le=1e12, description="largest norm of the gradient; 0 does not clip"
     )
     gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share trained without their class")
+    label_dropout: Share = Field(0.1, description="share trained without their class")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
 
@@ -187,17 +205,19 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
+Interval = Annotated[
+    tuple[SigmaOrZero, SigmaOrZero], Field(strict=False), AfterValidator(_ascending)
+]
 
 
 class GuidanceSpec(DependentSpec):
     """Classifier-free guidance."""
 
-    scale: float = Field(1.0, ge=0, description="1 is no guidance")
+    scale: float = Field(1.0, ge=0, le=MAX_GUIDANCE, description="1 is no guidance")
     interval: Interval | None = Field(
         None, description="noise levels that are guided: above the first, up to the second"
     )
-    channels: int | None = Field(None, gt=0, description="how many are guided; all if absent")
+    channels: Width | None = Field(None, description="how many are guided; all if absent")
     rescale: float = Field(0.0, ge=0, le=1, description="of the guided image's contrast")
     batched: bool = Field(True, description="one call of double batch, or two calls")
 
@@ -216,22 +236,20 @@ class SamplingSpec(DependentSpec):
 
     sampler: Sampler = spec_of("dpmpp_3m_sde")
     sigmas: AnySigmas = Karras()
-    steps: int = Field(50, gt=0, description="steps of the sampler")
-    sigma_min: float | None = Field(
-        None, gt=0, description="by the sigma schedule if absent, mostly 0.01"
+    steps: Steps = Field(50, description="steps of the sampler")
+    sigma_min: Sigma | None = Field(
+        None, description="by the sigma schedule if absent, mostly 0.01"
     )
-    sigma_max: float | None = Field(
-        None, gt=0, description="by the sigma schedule if absent, mostly 160"
-    )
+    sigma_max: Sigma | None = Field(None, description="by the sigma schedule if absent, mostly 160")
     guidance: GuidanceSpec = Field(GuidanceSpec(), description="as in { scale = 1.5 }")
     precision: Precision = Field(
         "auto", description="training's if the hardware multiplies that, else fp32"
     )
-    batch_size: int = Field(64, gt=0, description="images that are sampled at once")
+    batch_size: BatchSize = Field(64, description="images that are sampled at once")
     compile: Compile = Field(
         "auto", description="torch.compile each block; on CUDA, for images enough"
     )
-    grid: int = Field(64, ge=0, description="images in the grid of each checkpoint; 0 for none")
+    grid: GridCount = Field(64, description="images in the grid of each checkpoint; 0 for none")
 
     def sigma_range(self, context: Context) -> tuple[float, float]:
         """Lowest and highest noise level: the sigma schedule's, within those of the denoiser."""
@@ -240,7 +258,9 @@ class SamplingSpec(DependentSpec):
         return self.sigma_min or max(start, low), self.sigma_max or min(end, high)
 
     def check(self, context: Context) -> Iterator[Problem]:
-        """Yields (key, what is wrong): noise levels that denoiser or sigma schedule cannot have."""
+        """Yields (key, what is wrong): noise levels that denoiser or sigma schedule cannot have, an
+        interval of guidance that has none of them.
+        """
         low, high = self.sigma_range(context)
         fix = "set sigma_min and sigma_max within it"
         yield from (("", text) for text in context.misfits(low, high, fix))
@@ -249,6 +269,16 @@ class SamplingSpec(DependentSpec):
             text = self.sigmas.misfit(self.steps, low, high, context.beta_schedule)
             if text:
                 yield "sigmas", text
+        start, end = self.guidance.interval or (0, high)
+        if low < high and (start >= high or end < low):
+            yield (
+                "guidance.interval",
+                f"has no effect: none of the noise levels that are sampled, {high:.5g} down to "
+                f"{low:.5g}, lies above {start:g} and up to {end:g}",
+            )
+
+
+MAX_GRID_PIXELS = 2**30
 
 
 class RunConfig(Spec):
@@ -330,8 +360,19 @@ class RunConfig(Spec):
             )
         yield from under("diffusion", self.diffusion.check(context))
         yield from under("sampling", self.sampling.check(context))
+        yield from self._check_grid()
         yield from under("model", self.model.unmet())
         yield from under("training", self.training.check(context))
+
+    def _check_grid(self) -> Iterator[Problem]:
+        _, height, width = self.data.shape
+        most = MAX_GRID_PIXELS // (height * width)
+        if self.sampling.grid > most:
+            yield (
+                "sampling.grid",
+                f"must be at most {most:,}, with images of {height}x{width}: a grid is one file "
+                f"of at most {MAX_GRID_PIXELS:,} pixels",
+            )
 
     def _check_data(self) -> Iterator[Problem]:
         data = self.data
@@ -387,5 +428,10 @@ def parse(raw: dict[str, Any], origin: str) -> RunConfig:
     return config
 
 
+MAX_LINES = 30  # of a message
+
+
 def _report(origin: str, lines: list[str]) -> str:
+    if left := len(lines[MAX_LINES:]):
+        lines = [*lines[:MAX_LINES], f"and {left:,} more"]
     return "\n".join([f"{origin}:", *(f"  {line}" for line in lines)])

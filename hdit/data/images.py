@@ -19,6 +19,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from hdit.bounds import MAX_CLASSES, Name
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
 from hdit.data.kinds import kind_of
@@ -101,12 +102,10 @@ class ImagesSpec(Spec):
         description=f"of the images, or training ends; {MAX_BAD_SHARE} if absent",
     )
     classes: int | None = Field(
-        None, ge=0, description="how many the data must have; any number if absent"
+        None, ge=0, le=MAX_CLASSES, description="how many the data must have; any number if absent"
     )
-    cache: str | None = Field(
-        None,
-        min_length=1,
-        description="folder that keeps the cropped pixels, and gives them from then on",
+    cache: Name | None = Field(
+        None, description="folder that keeps the cropped pixels, and gives them from then on"
     )
 
     @field_validator("min_crop")
@@ -481,5 +480,4 @@ def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
     return [str(label) for label in range(high + 1)]
 
 
-MAX_CLASSES = 1_000_000
 """Beyond it a label is rather an identifier, and its table of embeddings would not fit."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from hdit.bounds import MAX_SIDE, Side
 from hdit.errors import UserError
 from hdit.names import escape
 
@@ -149,8 +150,10 @@ def _sides(size: Any) -> Any:
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError("must be a side in pixels, or [height, width]")
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"must be at most {MAX_SIDE:,} pixels on a side")
     return tuple(sides)
 
 
-Size = Annotated[tuple[int, int], BeforeValidator(_sides)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
 """A setting that reads one side in pixels or [height, width], and holds (height, width)."""

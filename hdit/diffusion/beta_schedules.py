@@ -11,13 +11,14 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from hdit.bounds import MAX_STEPS
 from hdit.protocols import Spec
 
 
 class BetaSchedule(Spec):
     """T timesteps, each with a noise level; timestep 0 has the lowest."""
 
-    steps: int = Field(1000, gt=1, description="number T of timesteps")
+    steps: int = Field(1000, gt=1, le=MAX_STEPS, description="number T of timesteps")
 
     def betas(self) -> Tensor:
         """(T,) float64: abar_t is the running product of 1 - beta."""
@@ -80,7 +81,7 @@ class CosineSchedule(BetaSchedule):
     """
 
     kind: Literal["cosine"] = "cosine"
-    shift: float = Field(0.008, ge=0, description="keeps the first betas from vanishing")
+    shift: float = Field(0.008, ge=0, le=1, description="keeps the first betas from vanishing")
     beta_max: float = Field(0.999, gt=0, lt=1, description="largest beta")
 
     def betas(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hdit.bounds import Scale, Sigma
 from hdit.diffusion.beta_schedules import BetaSchedule
 from hdit.diffusion.context import Context, DependentSpec, Problem
 from hdit.diffusion.parametrization import FLOW_SIGMA_MAX
@@ -50,8 +51,8 @@ class DensitySpec(DependentSpec):
 class WithBounds(DensitySpec):
     """Base of the densities between two noise levels; `usual` are those where none are set."""
 
-    sigma_min: float | None = Field(None, gt=0, description="the usual one if absent")
-    sigma_max: float | None = Field(None, gt=0, description="the usual one if absent")
+    sigma_min: Sigma | None = Field(None, description="the usual one if absent")
+    sigma_max: Sigma | None = Field(None, description="the usual one if absent")
     usual: ClassVar[tuple[float | None, float | None]]
     fix = "set sigma_min and sigma_max within it"
 
@@ -264,8 +265,8 @@ class CosineInterpolated(WithBounds):
 
     kind: Literal["cosine_interpolated"] = "cosine_interpolated"
     usual = (1e-3, 1e3)
-    noise_d_low: float | None = Field(None, gt=0, description="pixels; min(32, image) if absent")
-    noise_d_high: float | None = Field(None, gt=0, description="pixels; the image's side if absent")
+    noise_d_low: Scale | None = Field(None, description="pixels; min(32, image) if absent")
+    noise_d_high: Scale | None = Field(None, description="pixels; the image's side if absent")
 
     def __call__(self, u: Tensor, shape: DataShape, schedule: BetaSchedule) -> Tensor:
         size = max(shape.height, shape.width)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from hdit.bounds import Scale, Steps
 from hdit.diffusion.beta_schedules import BetaSchedule, respaced, strided
 from hdit.protocols import Spec
 
@@ -40,9 +41,11 @@ class SigmaSchedule(Spec):
     ) -> str | None:
         """Why it cannot have n noise levels from sigma_max to sigma_min, or None if it can."""
         try:
-            self(n, sigma_min, sigma_max, schedule)
+            levels = self(n, sigma_min, sigma_max, schedule)
         except ValueError as error:
             return f"cannot have sampling.steps = {n}: {error}"
+        if not (levels.diff() < 0).all():
+            return f"has a noise level twice in sampling.steps = {n}; take fewer, or a smaller rho"
         return None
 
 
@@ -54,7 +57,9 @@ class Karras(SigmaSchedule):
     """sigma^(1/rho) is linear (Karras et al., 2022, equation 5)."""
 
     kind: Literal["karras"] = "karras"
-    rho: float = Field(7.0, gt=0, description="steps are denser at low noise for larger rho")
+    rho: float = Field(
+        7.0, ge=0.1, le=1000, description="steps are denser at low noise for larger rho"
+    )
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         """(n,) float64: the rho-th power of a line from sigma_max^(1/rho) to sigma_min^(1/rho)."""
@@ -75,7 +80,7 @@ class Polyexponential(SigmaSchedule):
     """ln sigma falls as the rho-th power of a line: steps are denser at low noise for rho > 1."""
 
     kind: Literal["polyexponential"] = "polyexponential"
-    rho: float = Field(1.0, gt=0, description="1 is exponential")
+    rho: float = Field(1.0, ge=0.01, le=100, description="1 is exponential")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         """(n,) float64: ln sigma = low + u^rho (high - low), with u linear from 1 to 0."""
@@ -91,8 +96,8 @@ class VP(SigmaSchedule):
     """
 
     kind: Literal["vp"] = "vp"
-    beta_d: float = Field(19.9, gt=0, description="rise of beta from t = 0 to 1")
-    beta_min: float = Field(0.1, gt=0, description="beta at t = 0")
+    beta_d: float = Field(19.9, ge=1e-3, le=100, description="rise of beta from t = 0 to 1")
+    beta_min: float = Field(0.1, ge=1e-6, le=100, description="beta at t = 0")
 
     def _sigma(self, t: Tensor) -> Tensor:
         return torch.expm1(self.beta_d * t.square() / 2 + self.beta_min * t).sqrt()
@@ -121,7 +126,7 @@ class LinearT(SigmaSchedule):
 
     kind: Literal["linear_t"] = "linear_t"
     by_timesteps = True
-    sections: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    sections: Annotated[tuple[Steps, ...], Field(strict=False)] | None = None
     stride: bool = False
 
     def sigma_range(self, schedule: BetaSchedule) -> tuple[float, float]:
@@ -174,7 +179,7 @@ class FlowShift(SigmaSchedule):
     """
 
     kind: Literal["flow"] = "flow"
-    shift: float = Field(1.0, gt=0, description="factor on sigma; 1 is none")
+    shift: Scale = Field(1.0, description="factor on sigma; 1 is none")
 
     def levels(self, n: int, sigma_min: float, sigma_max: float, schedule: BetaSchedule) -> Tensor:
         """(n,) float64: shift t/(1 - t), with t evenly spaced between the unshifted bounds."""

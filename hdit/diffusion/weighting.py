@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hdit.diffusion.context import Context, DependentSpec
 
+Gamma = Annotated[float, Field(ge=1e-12, le=1e12)]
+
 
 class WeightSpec(DependentSpec):
     """Base of the weights."""
@@ -63,7 +65,7 @@ class MinSNR(WeightSpec):
     """min(1/s^2, gamma) (Hang et al., 2023)."""
 
     kind: Literal["min_snr"] = "min_snr"
-    gamma: float = Field(5.0, gt=0, description="largest weight")
+    gamma: Gamma = Field(5.0, description="largest weight")
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
         return (sigma**-2).clamp(max=self.gamma)
@@ -76,7 +78,7 @@ class SoftMinSNR(WeightSpec):
     """
 
     kind: Literal["soft_min_snr"] = "soft_min_snr"
-    gamma: float | None = Field(None, gt=0, description="SNR at which the weight saturates")
+    gamma: Gamma | None = Field(None, description="SNR at which the weight saturates")
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
         return 1 / (sigma.square() + 1 / self._gamma(sigma_data))
@@ -93,7 +95,7 @@ class Sigmoid(WeightSpec):
     """SNR * sigmoid(bias - ln SNR) (Hoogeboom et al., 2024): soft_min_snr with gamma = e^bias."""
 
     kind: Literal["sigmoid"] = "sigmoid"
-    bias: float
+    bias: float = Field(ge=-50, le=50, description="ln of the gamma that it is like")
 
     def __call__(self, sigma: Tensor, sigma_data: float) -> Tensor:
         return 1 / (sigma.square() + math.exp(-self.bias))

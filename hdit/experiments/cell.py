@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -25,9 +24,10 @@ from hdit.device import default_device, float32_products, precision_on
 from hdit.evaluation.distances import Gaussian, Moments, frechet_distance
 from hdit.evaluation.features import Extractor, open_features
 from hdit.experiments.matrix import FORMAT, Cell, MatrixError, Measures
-from hdit.files import write_text
+from hdit.files import write_json
 from hdit.locks import locked
 from hdit.models.cost import cost
+from hdit.reading import ReadingError, read_object
 from hdit.report.grids import to_png
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
@@ -266,12 +266,12 @@ def record_path(out: Path, cell: Cell) -> Path:
 def finished(out: Path, cell: Cell) -> dict[str, Any] | None:
     """The record of a cell of just these settings, if it is there."""
     try:
-        record = json.loads(record_path(out, cell).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        record = read_object(record_path(out, cell))
+    except (FileNotFoundError, ReadingError):
         return None
     return record if record.get("hash") == cell.hash else None
 
 
 def write_record(out: Path, cell: Cell, record: dict[str, Any]) -> None:
     """Writes the record of a cell whole, or leaves the old one."""
-    write_text(record_path(out, cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(record_path(out, cell), record)

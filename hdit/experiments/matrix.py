@@ -31,16 +31,20 @@ import json
 import math
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
+from hdit.bounds import MAX_SAMPLES, BatchSize, GridCount, ImageCount, Name, Seed, Sigma
 from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.errors import UserError
+from hdit.files import fingerprint
 from hdit.models.cost import cost
+from hdit.names import path_of
 from hdit.protocols import Spec
 
 FORMAT = 1
+MAX_CELLS = 10_000
 
 
 class MatrixError(UserError):
@@ -50,9 +54,11 @@ class MatrixError(UserError):
 class Budget(Spec):
     """What each cell may spend on training: one of the three."""
 
-    images: int | None = Field(None, gt=0)
-    gmacs: float | None = Field(None, gt=0, description="10^9 multiply-accumulates, backward too")
-    seconds: float | None = Field(None, gt=0)
+    images: ImageCount | None = None
+    gmacs: float | None = Field(
+        None, gt=0, le=1e18, description="10^9 multiply-accumulates, backward too"
+    )
+    seconds: float | None = Field(None, gt=0, le=1e9)
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -65,16 +71,18 @@ class Measures(Spec):
     """What is measured of each cell."""
 
     held_out: dict[str, Any] = Field(description="overlay on [data]: images not trained on")
-    images: int = Field(512, gt=1, description="of them, for the loss")
-    bins: int = Field(8, gt=0, description="of noise levels, evenly in their logarithm")
-    sigma_min: float = Field(0.02, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    features: str | None = Field(
+    images: int = Field(512, gt=1, le=10**9, description="of them, for the loss")
+    bins: int = Field(8, gt=0, le=1000, description="of noise levels, evenly in their logarithm")
+    sigma_min: Sigma = 0.02
+    sigma_max: Sigma = 80.0
+    features: Name | None = Field(
         None, description="as of `hdit evaluate`, or inception; no distance if absent"
     )
-    samples: int = Field(1000, gt=1, description="for the distance to the held-out images")
-    grid: int = Field(24, gt=0, description="samples that are shown")
-    batch_size: int = Field(64, gt=0)
+    samples: int = Field(
+        1000, gt=1, le=MAX_SAMPLES, description="for the distance to the held-out images"
+    )
+    grid: GridCount = Field(24, gt=0, description="samples that are shown")
+    batch_size: BatchSize = 64
 
     @model_validator(mode="after")
     def _fit(self) -> Measures:
@@ -88,16 +96,16 @@ class Measures(Spec):
 class CellSpec(Spec):
     """A row of the matrix."""
 
-    name: str
-    extends: list[str] = Field([])
+    name: Name
+    extends: list[Name] = Field([])
     set: dict[str, Any] = Field({})
 
 
 class MatrixSpec(Spec):
     """See the head of this module."""
 
-    base: list[str] = Field([])
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    base: list[Name] = Field([])
+    seeds: list[Seed] = Field([0], min_length=1)
     budget: Budget
     set: dict[str, Any] = Field({})
     cells: list[CellSpec] = Field(min_length=1)
@@ -144,11 +152,11 @@ def _hash(value: Any) -> str:
 
 def _content(name: str | None) -> list[str]:
     """Hashes of the file, or of the files in the folder, of this name; empty if it is neither."""
-    path = Path(name).expanduser() if name else None
+    path = path_of(name) if name else None
     if path is None or not path.exists():
         return []
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    return [fingerprint(f)["sha256"] for f in files if f.is_file()]
 
 
 def read_matrix(path: Path) -> tuple[MatrixSpec, list[Cell]]:
@@ -165,11 +173,14 @@ def read_matrix(path: Path) -> tuple[MatrixSpec, list[Cell]]:
         ]
         raise MatrixError("\n".join([f"{path}:", *lines])) from None
     _refuse_what_the_matrix_sets(path, matrix)
+    number = len(matrix.cells) * len(matrix.seeds) * math.prod(map(len, matrix.cross.values()))
+    if number > MAX_CELLS:
+        raise MatrixError(f"{path}: has {number:,} cells, and at most {MAX_CELLS:,} are taken")
     rows: dict[str, dict[str, Any]] = {}
     for cell in matrix.cells:
         table: dict[str, Any] = {}
         for name in (*matrix.base, *cell.extends):
-            table = merge(table, read_toml(path.parent / name))
+            table = merge(table, read_toml(path.parent / path_of(name)))
         table = merge(merge(table, matrix.set), cell.set)
         for options in product(*(axis.items() for axis in matrix.cross.values())):
             row, names = table, [cell.name]

@@ -21,6 +21,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hdit.bounds import MAX_IMAGES, MAX_SIDE, ImageCount, Name, Side
 from hdit.data.source import DataError, Sample
 from hdit.errors import WritingError
 from hdit.files import make_folder, whole
@@ -33,31 +34,30 @@ from hdit.tensors import is_finite, open_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MAX_IMAGES = 2**40  # of a folder; each other count is far smaller
 MAX_SHARDS = 10**6
 DTYPES = {"float32": "F32", "float16": "F16"}  # as safetensors name them
 OPEN_SHARDS = 256  # files that a process holds open
 ABANDONED = 3600  # seconds after which nobody writes a part any more
 
 
-Count = Annotated[int, Field(gt=0, le=MAX_IMAGES)]
+Factor = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Manifest(Spec):
     """Description of the latents of a folder: what made them, and how they lie there."""
 
-    vae: str  # its identity
-    scale: list[float]  # of the VAE, for all channels or each; not applied to what is stored
-    shift: list[float]
-    tile: int  # side in pixels; 0 where images are taken whole
-    image: Annotated[list[Count], Field(min_length=3, max_length=3)]  # channels, height, width
-    latent: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    vae: Name  # its identity
+    scale: list[Factor]  # of the VAE, for all channels or each; not applied to what is stored
+    shift: list[Factor]
+    tile: Annotated[int, Field(ge=0, le=MAX_SIDE)]  # side in pixels; 0 where images are taken whole
+    image: Annotated[list[Side], Field(min_length=3, max_length=3)]  # channels, height, width
+    latent: Annotated[list[Side], Field(min_length=3, max_length=3)]
     crop: str
     background: str
     flips: Literal[1, 2]  # 2 with the mirror images
     dtype: str
     images: Annotated[int, Field(ge=0, le=MAX_IMAGES)]
-    shard_size: Count  # images; the last shard may have fewer
+    shard_size: ImageCount  # images; the last shard may have fewer
     classes: list[str]
     origin: str  # the data in words
 

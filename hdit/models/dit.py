@@ -15,6 +15,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.bounds import Depth, Side, Width
 from hdit.errors import SpecError
 from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import DotQK, Global, SelfAttention, Unrotated
@@ -136,11 +137,11 @@ class DiTSpec(BackboneSpec):
     c_noise: ClassVar[str] = "timestep"
 
     kind: Literal["dit"] = "dit"
-    patch_size: int = Field(2, gt=0, description="side of a patch, which becomes a token")
-    depth: int = Field(gt=0, description="number of blocks")
-    width: int = Field(gt=0, description="channels of a token")
-    num_heads: int = Field(gt=0, description="heads of attention; divides width")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over width")
+    patch_size: Side = Field(2, description="side of a patch, which becomes a token")
+    depth: Depth = Field(description="number of blocks")
+    width: Width = Field(description="channels of a token")
+    num_heads: Width = Field(description="heads of attention; divides width")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="hidden width of the MLP over width")
     conditioning: Conditioning = Field(
         AdaLNZero(), description="how the blocks are told of noise level and class"
     )

@@ -14,6 +14,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.bounds import MAX_WIDTH, Depth, HiddenWidth, Share, Side, Width
 from hdit.errors import SpecError
 from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import (
@@ -40,26 +41,26 @@ AUG_WIDTH = 9  # conditions of the non-leaking augmentation (Karras et al., 2022
 class Level(Spec):
     """Transformer layers at one resolution of the hourglass."""
 
-    depth: int = Field(gt=0, description="layers; on each side of the hourglass, but for the last")
-    width: int = Field(gt=0, description="channels of a token")
+    depth: Depth = Field(description="layers; on each side of the hourglass, but for the last")
+    width: Width = Field(description="channels of a token")
     attention: Attention | None = Field(
         None, description="local_attention if absent, but global on the last level"
     )
-    d_ff: int | None = Field(
-        None, gt=0, description="hidden width; 3 x width for geglu, 4 x for gelu if absent"
+    d_ff: HiddenWidth | None = Field(
+        None, description="hidden width; 3 x width for geglu, 4 x for gelu if absent"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability, in training")
+    dropout: Share = Field(0.0, description="probability, in training")
 
 
 class Mapping(Spec):
     """The network that makes one conditioning vector of noise level, augmentation and class."""
 
-    depth: int = Field(2, gt=0, description="number of blocks")
-    width: int = Field(256, gt=0, description="channels of the conditioning vector")
-    d_ff: int | None = Field(
-        None, gt=0, description="hidden width of the GEGLU; 3 x width if absent"
+    depth: Depth = Field(2, description="number of blocks")
+    width: Width = Field(256, description="channels of the conditioning vector")
+    d_ff: HiddenWidth | None = Field(
+        None, description="hidden width of the GEGLU; 3 x width if absent"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability, in training")
+    dropout: Share = Field(0.0, description="probability, in training")
 
 
 D_FF = {"geglu": 3, "gelu": 4}
@@ -77,13 +78,15 @@ class HDiTSpec(BackboneSpec):
     sees_augmentation: ClassVar[bool] = True
 
     kind: Literal["hdit"] = "hdit"
-    patch_size: int = Field(4, gt=0, description="side of a patch, which becomes a token")
-    levels: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
+    patch_size: Side = Field(4, description="side of a patch, which becomes a token")
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=16, strict=False)]
     local_attention: Attention | None = Field(
         None, description="of the levels above the last; neighborhood if absent"
     )
     mapping: Mapping = Mapping()
-    vector_width: int = Field(0, ge=0, description="width of Cond.vector; 0 where there is none")
+    vector_width: int = Field(
+        0, ge=0, le=MAX_WIDTH, description="width of Cond.vector; 0 where there is none"
+    )
     norm: Literal["ada_rms_norm", "ada_ln"] = Field(
         "ada_rms_norm", description="adaptive norm before each branch"
     )

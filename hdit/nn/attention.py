@@ -12,6 +12,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from hdit.bounds import Side, Width
 from hdit.nn.dropout import Dropout
 from hdit.nn.rope import AxialRoPE
 from hdit.protocols import Spec
@@ -26,7 +27,7 @@ class Global(Spec):
     """Each query sees every key: O(n^2) in tokens."""
 
     kind: Literal["global"] = "global"
-    d_head: int = Field(64, gt=0, description="width of a head; a multiple of 8 under RoPE")
+    d_head: Width = Field(64, description="width of a head; a multiple of 8 under RoPE")
 
     def of_layer(self, index: int) -> Attend:
         """What the layer with this index within its level does."""
@@ -52,8 +53,8 @@ class Neighborhood(Spec):
     """Each query sees its k x k neighborhood: O(n) in tokens."""
 
     kind: Literal["neighborhood"] = "neighborhood"
-    d_head: int = Field(64, gt=0, description="width of a head; a multiple of 8 under RoPE")
-    kernel_size: int = Field(7, gt=0, description="odd side k of the window")
+    d_head: Width = Field(64, description="width of a head; a multiple of 8 under RoPE")
+    kernel_size: Side = Field(7, description="odd side k of the window")
 
     def of_layer(self, index: int) -> Attend:
         """What the layer with this index within its level does."""
@@ -86,8 +87,8 @@ class ShiftedWindow(Spec):
     """
 
     kind: Literal["shifted_window"] = "shifted_window"
-    d_head: int = Field(64, gt=0, description="width of a head; a multiple of 8 under RoPE")
-    window_size: int = Field(8, gt=0, description="side of a window; divides the level's grid")
+    d_head: Width = Field(64, description="width of a head; a multiple of 8 under RoPE")
+    window_size: Side = Field(8, description="side of a window; divides the level's grid")
 
     def of_layer(self, index: int) -> Attend:
         """What the layer with this index within its level does."""

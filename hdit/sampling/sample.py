@@ -24,6 +24,7 @@ from hdit.device import (
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import SolverError, UserError
+from hdit.models.fitting import check_sampling
 from hdit.nn.compiling import compiles
 from hdit.protocols import Cond, DataShape, Denoise, Space
 from hdit.runs.building import make_denoiser
@@ -38,9 +39,11 @@ def settle_sampling(
     """With what "auto" comes to in [sampling], for so many images on this device.
 
     The precision is that of training where the hardware multiplies it, and else fp32. Raises
-    UserError for one that is asked for by name where the device lacks it.
+    UserError for one that is asked for by name where the device lacks it, and for a batch that its
+    memory cannot hold.
     """
     spec = config.sampling
+    check_sampling(config.data_shape(0), min(images, spec.batch_size), device)
     asked: str = spec.precision
     if asked == "auto":
         asked = config.training.precision

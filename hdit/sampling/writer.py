@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -16,7 +17,7 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
-from hdit.files import check_writable, write_text
+from hdit.files import check_free_space, check_writable, write_text
 from hdit.locks import LOCK, locked
 from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
@@ -62,6 +63,7 @@ def write_samples(
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
     _check_targets(out, record)
+    check_free_space(out, len(seeds), math.prod(config.data.shape))
     with locked(out / LOCK, "is writing samples here", "wait for its end, or name another --out"):
         _check_free(out, overwrite)  # again: another process may have just ended
         samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)

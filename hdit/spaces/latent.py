@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
+from hdit.bounds import MAX_SIDE, Name, Scale
 from hdit.errors import UserError
 from hdit.protocols import Spec
 
@@ -21,22 +22,26 @@ class LatentSpace(Spec):
     """
 
     kind: Literal["latent"] = "latent"
-    vae: str | None = Field(
+    vae: Name | None = Field(
         None, description="an AutoencoderKL of diffusers: its folder, or its name on the hub"
     )
-    channels: int = Field(4, gt=0, description="of the VAE's latents")
-    factor: int = Field(8, gt=0, description="pixels along the side of a latent")
-    sigma_data: float = Field(1.0, gt=0, description="standard deviation of the scaled latents")
-    stored: str | None = Field(
+    channels: int = Field(4, gt=0, le=1024, description="of the VAE's latents")
+    factor: int = Field(8, gt=0, le=1024, description="pixels along the side of a latent")
+    sigma_data: Scale = Field(1.0, description="standard deviation of the scaled latents")
+    stored: Name | None = Field(
         None, description="folder of `hdit encode`, to train on in place of the images"
     )
     tile: int = Field(
-        512, ge=0, description="side of the parts that a larger image is taken in; 0 for none"
+        512,
+        ge=0,
+        le=MAX_SIDE,
+        description="side of the parts that a larger image is taken in; 0 for none",
     )
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of images of this shape."""
-        return self.channels, height // self.factor, width // self.factor
+        # At least 1, though `check` refuses smaller images: all that is wrong is told at once.
+        return self.channels, max(1, height // self.factor), max(1, width // self.factor)
 
     def check(self, height: int, width: int) -> list[tuple[str, str]]:
         """Lists (key, what is wrong) for images of this size."""

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hdit.bounds import Scale
 from hdit.protocols import NormalNoise, Spec
 from hdit.tensors import NotFiniteError, is_finite
 
@@ -31,7 +32,7 @@ class PixelSpace(Spec):
     """uint8 images (b c h w) <-> x0 in [-1, 1]; sigma_data as Karras et al., 2022 take it."""
 
     kind: Literal["pixel"] = "pixel"
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the images in -1..1")
+    sigma_data: Scale = Field(0.5, description="standard deviation of the images in -1..1")
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of what the diffusion sees: the image's own."""

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from torch import nn
 
-from hdit import models
 from hdit.config import RunConfig
 from hdit.data.batches import Layout
 from hdit.data.source import Source, Stream, first, size_of, warnings_of
@@ -23,6 +22,7 @@ from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
 from hdit.processes import join, read_world
 from hdit.protocols import DataShape, Space
+from hdit.runs.building import check_step, make_network
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
 from hdit.sampling.sample import check_guidance, settle_sampling
@@ -98,11 +98,12 @@ def prepare(
 
     t = config.training
     torch.manual_seed(t.seed)
-    backbone = models.build(config.model, shape, config.output_channels(shape)).to(device)
+    compiled = compiles(t.compile, device, calls=t.images // t.batch_size)
+    check_step(config, shape, device, accelerator.num_processes, compiled, warn)
+    backbone = make_network(config, shape).to(device)
     ema = deepcopy(backbone).eval().requires_grad_(False)
     if t.gradient_checkpointing:
         backbone.checkpoint_blocks()
-    compiled = compiles(t.compile, device, calls=t.images // t.batch_size)
     if compiled:
         backbone.compile_blocks()
     optimizer = adamw(backbone, t.optimizer)

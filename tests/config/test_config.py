@@ -1,3 +1,4 @@
+import os
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ from hdit.diffusion.parametrization import Parametrization
 from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import AnySigmas
 from hdit.errors import UserError
+from hdit.names import path_of
 from hdit.protocols import DataShape
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -352,6 +354,7 @@ def test_config_of_one_kind_refuses_the_keys_of_another():
         ("sampling.guidance={channels=0}", "sampling.guidance.channels", "0"),
         ("sampling.guidance={interval=[0, 'x']}", "sampling.guidance.interval.1", "'x'"),
         ("sampling.guidance={interval=[0, inf]}", "sampling.guidance.interval.1", "inf"),
+        ("sampling.guidance={interval=[-1, 1]}", "sampling.guidance.interval.0", "-1"),
         ("sampling.sampler={kind='lms', order=5}", "sampling.sampler.order", "5"),
         ("sampling.sampler={kind='ddim', eta=2}", "sampling.sampler.eta", "2"),
         ("sampling.sampler={kind='dpmpp_sde', r=1}", "sampling.sampler.r", "1"),
@@ -684,7 +687,7 @@ def test_config_learned_variance_that_the_model_has_not_is_named():
     assert "diffusion.learned_variance" in line
 
 
-@pytest.mark.parametrize("interval", ["[2, 1]", "[1, 1]", "[-1, 1]"])
+@pytest.mark.parametrize("interval", ["[2, 1]", "[1, 1]"])
 def test_config_interval_of_guidance_out_of_order_is_named(interval):
     [line] = complaints(f"sampling.guidance={{scale=2, interval={interval}}}")
     assert line.startswith(
@@ -711,6 +714,34 @@ def test_config_value_that_should_be_an_array_is_not_called_a_tuple(override, ke
     [line] = complaints(override)
     assert line.startswith(f"{key}: ")
     assert "tuple" not in line
+
+
+@pytest.mark.parametrize(("interval", "idle"), [((200, 300), True), ((160, 161), True),
+                                               ((0, 0.009), True), ((100, 300), False),
+                                               ((0, 0.01), False)])  # fmt: skip
+def test_config_interval_of_guidance_beyond_what_is_sampled_is_refused(interval, idle):
+    override = f"sampling.guidance={{scale=2, interval={list(interval)}}}"
+    if not idle:
+        assert changed(override).sampling.guidance.interval == interval
+        return
+    [line] = complaints(override)
+    assert line.startswith("sampling.guidance.interval: has no effect: none of the noise levels")
+    assert "160 down to 0.01" in line
+
+
+def test_config_grid_that_no_file_can_hold_is_refused():
+    assert changed("sampling.grid=10000", base=DIT)
+    [line] = complaints("sampling.grid=65", "data.size=4096")
+    assert line.startswith("sampling.grid: must be at most 64, with images of 4096x4096")
+
+
+@pytest.mark.parametrize("path", ["", "a\\u0000b"])
+@pytest.mark.parametrize("key", ["data.path", "data.cache", "space.stored", "space.vae"])
+def test_config_name_that_no_file_has_is_refused(key, path):
+    base = "data={kind='folder', path='x', size=32}"
+    lines = complaints(base, "space.kind=latent", f'{key}="{path}"')
+    [line] = [line for line in lines if line.startswith(f"{key}: ")]
+    assert "must not" in line
 
 
 def test_config_guidance_of_more_channels_than_the_image_has_is_named():
@@ -808,10 +839,41 @@ def test_load_of_invalid_toml_names_file_and_place(write):
 
 def test_load_of_what_is_no_text_names_the_file(tmp_path):
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"run\.toml: cannot be read: "):
+    with pytest.raises(ConfigError, match=r"run\.toml: is not UTF-8 text: "):
         load(tmp_path / "run.toml")
-    with pytest.raises(ConfigError, match="cannot be read: "):
-        load(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["pipe", "/dev/zero", "folder"])
+def test_load_of_what_is_no_regular_file_says_so(tmp_path, device):
+    """None of them ends: it would wait, or read for ever."""
+    path = tmp_path / "run.toml"
+    if device == "pipe":
+        os.mkfifo(path)
+    elif device == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(device)
+    with pytest.raises(ConfigError, match=r"run\.toml: is a (device or pipe|folder), where a reg"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a = " + "[" * 5000 + "]" * 5000, "not valid TOML"),
+        ("a = " + "{a = " * 100 + "1" + "}" * 100, "nested more than 64 deep"),
+        ("training.seed = " + "9" * 5000, "not valid TOML"),
+        ("# " + "a" * 2**20, "has more than 1,048,576 bytes"),
+    ],
+)
+def test_load_of_what_is_too_deep_or_too_long_names_the_file(write, text, wanted):
+    with pytest.raises(ConfigError, match=rf"run\.toml: .*{wanted}"):
+        load(write("run.toml", text))
+
+
+def test_load_of_a_name_with_a_zero_byte_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "a\0b.toml")
 
 
 def test_load_names_the_file_in_errors(write):
@@ -897,6 +959,23 @@ def test_extends_of_the_same_file_on_two_ways_is_no_cycle(write):
     assert load(path).training.seed == 2
 
 
+def test_extends_of_the_same_file_twice_at_each_of_many_levels_reads_each_once(write):
+    """Two to the power of 30 readings otherwise."""
+    write("0.toml", HDIT)
+    for i in range(1, 30):
+        write(f"{i}.toml", f"extends = ['{i - 1}.toml', '{i - 1}.toml']")
+    path = write("run.toml", "extends = '29.toml'\ntraining.seed = 7")
+    assert load(path).training.seed == 7
+
+
+def test_extends_in_a_longer_chain_than_anybody_needs_is_refused(write):
+    for i in range(50):
+        write(f"{i}.toml", f"extends = '{i + 1}.toml'")
+    path = write("run.toml", "extends = '0.toml'")
+    with pytest.raises(ConfigError, match="more than 32 files extend one another"):
+        load(path)
+
+
 def test_extends_in_a_cycle_names_the_chain(write):
     for name, base in [("a", "b"), ("b", "c"), ("c", "a")]:
         write(f"{name}.toml", f"extends = '{base}.toml'")
@@ -915,7 +994,12 @@ def test_extends_of_a_missing_file_names_it(write):
         load(path)
 
 
-@pytest.mark.parametrize("value", ["3", "['a.toml', 3]", "{ file = 'a.toml' }"])
+def test_extends_finds_a_file_whose_name_is_not_utf8(write, tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.toml")).write_text(HDIT)
+    assert load(write("run.toml", r"extends = 'caf\xe9.toml'")) == changed()
+
+
+@pytest.mark.parametrize("value", ["3", "['a.toml', 3]", "{ file = 'a.toml' }", "''"])
 def test_extends_that_names_no_files_is_an_error(write, value):
     path = write("run.toml", f"extends = {value}")
     with pytest.raises(ConfigError, match=r"run\.toml: extends: must be a list of file names, got"):
@@ -1012,6 +1096,43 @@ def test_load_applies_overrides_in_order_after_what_is_extended(write):
 
 
 # ---- differences ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.seed=1\ntraining.batch_size=2",
+        "training.seed=1\n[data]",
+        "training.seed=1\r\nb=2",
+        "data.path=a\nb",
+        ".".join("a" * 5000) + "=1",
+    ],
+)
+def test_set_of_more_than_a_key_and_its_value_is_refused(override):
+    with pytest.raises(ConfigError, match="--set "):
+        changed(override)
+
+
+def test_set_takes_a_value_that_has_several_lines():
+    assert changed("data.size=[32,\n64]").data.size == (32, 64)
+
+
+@pytest.mark.parametrize("index", ["9" * 5000, "99999999999"])
+def test_set_beyond_any_array_is_refused(index):
+    with pytest.raises(ConfigError, match="levels has 2 entries"):
+        changed(f"model.levels.{index}.depth=1")
+
+
+@pytest.mark.parametrize("quoted", ["{}", '"{}"', '{{path="{}", kind="folder", size=32}}'])
+def test_set_of_a_path_that_is_not_utf8_is_text_that_reads_back(quoted):
+    """In the run's config.toml, which holds text alone."""
+    name = os.fsdecode(b"caf\xe9")
+    key = "data" if "kind" in quoted else "data.path"
+    override = f"{key}={quoted.format(name)}"
+    config = changed("data={kind='folder', path='x', size=32}", override)
+    assert config.data.path == r"caf\xe9"
+    assert path_of(config.data.path) == Path(name)
+    assert parse(tomllib.loads(config.dump()), "dump") == config
 
 
 def test_differences_of_equal_configs_are_none():

@@ -88,8 +88,15 @@ BROKEN = """
 [[cells]]
 name = "Broken"
 set.model = { kind = "dit", patch_size = 2, width = 16, depth = 1, num_heads = 1 }
-set.training.optimizer.lr = 1e30
+set.training.optimizer.lr = 1e6
 """
+
+
+def test_matrix_of_more_cells_than_anybody_can_train_is_refused(tmp_path):
+    axis = "\n".join(f"o{i} = {{ sampling = {{ steps = {i + 1} }} }}" for i in range(101))
+    more = f"[cross.a]\n{axis}\n[cross.b]\n{axis}\n"
+    with pytest.raises(MatrixError, match=r"has 20,402 cells, and at most 10,000 are taken"):
+        read_matrix(write(tmp_path / "matrix.toml", more=more))
 
 
 @pytest.fixture(scope="module")

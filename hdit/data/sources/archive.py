@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 from PIL import Image
 from pydantic import Field
 
+from hdit.bounds import Name
 from hdit.data.images import SIGNATURE_BYTES, Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
 from hdit.data.sources.listing import Content, arrange, is_hidden
@@ -32,7 +33,7 @@ class ZipSpec(ImagesSpec):
     """
 
     kind: Literal["zip"] = "zip"
-    path: str = Field(min_length=1, description="the archive, relative to where the command runs")
+    path: Name = Field(description="the archive, relative to where the command runs")
 
     def open(self) -> Images:
         """Lists the archive. Raises DataError where it is empty, unsafe, or of mixed layout."""

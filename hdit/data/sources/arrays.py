@@ -9,6 +9,7 @@ from PIL import Image
 from pydantic import Field
 
 from hdit.arrays import ArraysError, read_npz
+from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
@@ -19,7 +20,7 @@ class NpzSpec(ImagesSpec):
     """`arr_0`, (n h w c) uint8, and `arr_1` or `labels`, (n,) class indices, if it is there."""
 
     kind: Literal["npz"] = "npz"
-    path: str = Field(description="the file, relative to where the command runs")
+    path: Name = Field(description="the file, relative to where the command runs")
 
     def open(self) -> Images:
         """Opens the file. Raises DataError where its arrays are missing, or not of these shapes."""

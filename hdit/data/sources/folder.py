@@ -10,6 +10,7 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field
 
+from hdit.bounds import Name
 from hdit.data.images import (
     SIGNATURE_BYTES,
     Images,
@@ -33,7 +34,7 @@ class FolderSpec(ImagesSpec):
     """
 
     kind: Literal["folder"] = "folder"
-    path: str = Field(min_length=1, description="the folder, relative to where the command runs")
+    path: Name = Field(description="the folder, relative to where the command runs")
 
     def open(self) -> Images:
         """Lists the folder. Raises DataError where it is missing, empty or of mixed layout."""

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
+from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
-from hdit.plugins import import_function
+from hdit.plugins import import_function, no_exit
 
 
 def _is_hook(text: str) -> str:
@@ -30,7 +31,7 @@ class PythonSpec(ImagesSpec):
     """
 
     kind: Literal["python"] = "python"
-    hook: Annotated[str, AfterValidator(_is_hook)] = Field(
+    hook: Annotated[Name, AfterValidator(_is_hook)] = Field(
         description="module:function, from the current folder or the environment"
     )
 
@@ -56,10 +57,16 @@ class Hooked:
         where = f"data.hook: {hook!r}"
         function, _ = import_function(hook, where, DataError)
         try:
-            self.images = function()
-        except (Exception, SystemExit) as error:
+            with no_exit(where, DataError):
+                self.images = function()
+                self.classes = self._checked(f"{where} returned {type(self.images).__name__}")
+        except DataError:
+            raise
+        except Exception as error:
             raise DataError(f"{where} raised {type(error).__name__}: {error}") from error
-        got = f"{where} returned {type(self.images).__name__}"
+
+    def _checked(self, got: str) -> list[str]:
+        """The classes of what the hook returned. Raises DataError where it is no data set."""
         for method in ("__len__", "__getitem__"):
             if not hasattr(self.images, method):
                 raise DataError(f"{got}, which has no {method}")
@@ -69,7 +76,7 @@ class Hooked:
         classes = [] if classes is None else classes
         if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
             raise DataError(f"{got}, whose classes must be a list of names, got {classes!r:.60}")
-        self.classes = list(classes)
+        return list(classes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,11 +87,9 @@ class Hooked:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Asks for the image -> (image, class index). Raises DataError for what is no such pair."""
-        try:
-            item = self.images[index]
-        except SystemExit as error:  # it would end a worker, or training, without a word
-            raise DataError(f"data.hook: {self.place!r}: item {index} exits: {error}") from error
         where = f"data.hook: {self.place!r} returned a data set whose item {index}"
+        with no_exit(where, DataError):
+            item = self.images[index]
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise DataError(f"{where} must be (image, label or None), got {_describe(item)}")
         return self._image(item[0], where), self._label(item[1], where)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 
+from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec, open_image, refuse_path
 from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
@@ -20,13 +21,13 @@ class HubSpec(ImagesSpec):
     """Needs the package datasets: pip install 'hdit[data]'."""
 
     kind: Literal["hub"] = "hub"
-    path: str | None = Field(None, description="a folder of save_to_disk, in place of name")
-    name: str | None = Field(
+    path: Name | None = Field(None, description="a folder of save_to_disk, in place of name")
+    name: Name | None = Field(
         None, description="of the data set on the hub, as in user/pets", validate_default=True
     )
-    config: str | None = Field(None, description="its configuration, if it has several")
-    split: str | None = Field(None, description="train if absent, or the only one of a folder")
-    image_column: str | None = Field(None, description="the only one of images if absent")
+    config: Name | None = Field(None, description="its configuration, if it has several")
+    split: Name | None = Field(None, description="train if absent, or the only one of a folder")
+    image_column: Name | None = Field(None, description="the only one of images if absent")
     label_column: str | None = Field(
         None, description='"label", "labels" or the only one of classes if absent; "" for no labels'
     )
@@ -42,7 +43,7 @@ class HubSpec(ImagesSpec):
 
     @field_validator("config")
     @classmethod
-    def _of_the_hub(cls, config: str | None, info: ValidationInfo) -> str | None:
+    def _of_the_hub(cls, config: Name | None, info: ValidationInfo) -> str | None:
         if config is not None and info.data.get("path") is not None:
             raise ValueError("has no effect on a folder; it chooses among those on the hub")
         return config

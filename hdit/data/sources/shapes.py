@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from hdit.bounds import Seed
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.source import Sample, Size
 from hdit.protocols import Spec
@@ -20,8 +21,8 @@ class ShapesSpec(Spec):
 
     kind: Literal["shapes"] = "shapes"
     size: Size = Field((64, 64), description="side in pixels, or [height, width]")
-    num_images: int = Field(10_000, gt=0, description="size of the data set")
-    seed: int = Field(0, ge=0, lt=2**63)
+    num_images: int = Field(10_000, gt=0, le=10**8, description="size of the data set")
+    seed: Seed = 0
     augment: AugmentationSetting = Field(
         Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
     )

@@ -18,8 +18,8 @@ from PIL import Image
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from hdit.bounds import MAX_CLASSES, Name
 from hdit.data.images import (
-    MAX_CLASSES,
     MIN_DRAWN,
     BadFiles,
     ImagesSpec,
@@ -48,7 +48,8 @@ def _number_or_names(classes: Any) -> Any:
     raise ValueError("must be the number of classes, or a list of their names")
 
 
-Classes = Annotated[int | list[str], BeforeValidator(_number_or_names)]
+Number = Annotated[int, Field(ge=0, le=MAX_CLASSES)]
+Classes = Annotated[Number | list[str], BeforeValidator(_number_or_names)]
 
 
 class TarSpec(ImagesSpec):
@@ -60,17 +61,19 @@ class TarSpec(ImagesSpec):
     """
 
     kind: Literal["tar"] = "tar"
-    path: str = Field(
-        min_length=1,
-        description="a file or several, as in train-{000000..000146}.tar, {a,b}.tar or *.tar",
+    path: Name = Field(
+        description="a file or several, as in train-{000000..000146}.tar, {a,b}.tar or *.tar"
     )
     shuffle_buffer: int = Field(
-        10_000, ge=0, description="images that one is drawn from; 0 or 1 leaves a shard's order"
+        10_000,
+        ge=0,
+        le=10**7,
+        description="images that one is drawn from; 0 or 1 leaves a shard's order",
     )
     classes: Classes | None = Field(  # type: ignore[assignment]
         None, description="how many, or their names; 0 to leave labels unused"
     )
-    label_key: str | None = Field(
+    label_key: Name | None = Field(
         None,
         pattern=r"^[^./]+(\..+)?$",
         description="extension of a sample's label, or json.KEY for a part of it; cls if absent",

@@ -179,7 +179,7 @@ def dpmpp_sde(
     eta: Eta = 1.0,
     s_noise: SNoise = 1.0,
     r: Annotated[
-        float, Field(gt=0, lt=1, description="where in the step the second evaluation is")
+        float, Field(ge=1e-6, lt=1, description="where in the step the second evaluation is")
     ] = 0.5,
 ) -> Tensor:
     """SDE-DPM-Solver++ of two stages (after Lu et al., 2022, and DPM-Solver-2); eta 0 is an ODE.

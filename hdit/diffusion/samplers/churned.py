@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from hdit.bounds import Sigma, SigmaOrZero
 from hdit.diffusion.samplers.common import (
     SNoise,
     draw,
@@ -19,9 +20,9 @@ from hdit.diffusion.samplers.common import (
 from hdit.diffusion.samplers.registry import SamplerSpec, sampler
 from hdit.protocols import Denoise, NoiseSource, OnStep
 
-SChurn = Annotated[float, Field(ge=0, description="noise added and removed; 0 is an ODE")]
-STmin = Annotated[float, Field(ge=0, description="no churn at noise levels below")]
-STmax = Annotated[float | None, Field(gt=0, description="no churn at noise levels above")]
+SChurn = Annotated[float, Field(ge=0, le=1e6, description="noise added and removed; 0 is an ODE")]
+STmin = Annotated[SigmaOrZero, Field(description="no churn at noise levels below")]
+STmax = Annotated[Sigma | None, Field(description="no churn at noise levels above")]
 
 
 class Churned(SamplerSpec):

@@ -14,8 +14,8 @@ from hdit.protocols import Denoise, NoiseSource, OnStep
 
 # ---- options -------------------------------------------------------------------------------------
 
-SNoise = Annotated[float, Field(ge=0, description="factor on the noise that is added")]
-Eta = Annotated[float, Field(ge=0, description="0 is an ODE, 1 the reverse SDE")]
+SNoise = Annotated[float, Field(ge=0, le=100, description="factor on the noise that is added")]
+Eta = Annotated[float, Field(ge=0, le=100, description="0 is an ODE, 1 the reverse SDE")]
 
 
 class Stochastic(SamplerSpec):

@@ -135,9 +135,9 @@ def dpm_adaptive(
     noise: NoiseSource | None = None,
     on_step: OnStep | None = None,
     order: Literal[2, 3] = 3,
-    rtol: Annotated[float, Field(gt=0)] = 0.05,
-    atol: Annotated[float, Field(gt=0)] = 0.0078,
-    h_init: Annotated[float, Field(gt=0, description="first step, of ln sigma")] = 0.05,
+    rtol: Annotated[float, Field(ge=1e-9, le=10)] = 0.05,
+    atol: Annotated[float, Field(ge=1e-9, le=10)] = 0.0078,
+    h_init: Annotated[float, Field(ge=1e-6, le=100, description="first step, of ln sigma")] = 0.05,
 ) -> Tensor:
     """DPM-Solver-12 or -23 with steps of adaptive length (Lu et al., 2022, appendix C).
 
