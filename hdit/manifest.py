@@ -28,7 +28,7 @@ class FormatError(UserError):
 class FileFacts(Spec):
     """What is known of a file."""
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -31,6 +31,12 @@ def open_tensors(path: Path) -> Any:
             return safe_open(f"/proc/self/fd/{file.fileno()}", "pt")
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises OSError or SafetensorError."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:

@@ -1,11 +1,14 @@
 import resource
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from hdit import cli, config
+from hdit.runs import checkpoint
 from hdit.training.trainer import Trainer
 
 TINY = """
@@ -76,6 +79,28 @@ def trained(tmp_path_factory):
     (folder / "tiny.toml").write_text(TINY)
     assert Trainer(config.load(folder / "tiny.toml"), folder / "run").fit()
     return folder / "run"
+
+
+@pytest.fixture
+def ruined(trained, tmp_path):
+    """The folder of a run whose weights are finite, and whose samples are not."""
+    found = checkpoint.find(trained, print)
+    tensors = {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
+    for name in ("model", "ema"):
+        tensors[name] = {key: 1e20 * t for key, t in tensors[name].items()}
+    checkpoint.save(tmp_path / "ruined" / "checkpoints", found.config, found.state, tensors)
+    return tmp_path / "ruined"
+
+
+@pytest.fixture(autouse=True)
+def forgotten_modules():
+    """Forgets modules that a test made: another one's may have the same name."""
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(tempfile.gettempdir()):
+            del sys.modules[name]
 
 
 @pytest.fixture

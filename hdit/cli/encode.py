@@ -44,6 +44,7 @@ def encode(
     from hdit.errors import UserError
     from hdit.latents.encode import DTYPES
     from hdit.latents.encode import encode as encode_images
+    from hdit.names import path_of
     from hdit.processes import read_world
     from hdit.signals import noting
 
@@ -52,7 +53,7 @@ def encode(
     stored = getattr(settings.space, "stored", None)
     if dtype not in DTYPES:
         raise UserError(f"--dtype: must be {' or '.join(DTYPES)}, got {dtype!r}")
-    folder = out or (Path(stored).expanduser() if stored else None)
+    folder = out or (path_of(stored) if stored else None)
     if folder is None:
         raise UserError("--out: name the folder to write, or set space.stored")
     keep_freed_memory()

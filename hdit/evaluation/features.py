@@ -20,6 +20,7 @@ from torch import Tensor
 from hdit.device import float32_products
 from hdit.errors import UserError
 from hdit.files import make_folder, whole
+from hdit.names import expanded
 from hdit.plugins import import_function
 from hdit_kernels.native import cache_folder
 
@@ -81,7 +82,7 @@ def open_features(
     """
     if name is None:
         return inception(device, say)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         if not path.is_file():  # a pipe would be waited for
             raise UserError(f"--features: {name!r} is no regular file, as one of TorchScript is")

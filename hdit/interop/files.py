@@ -10,16 +10,17 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.interop.contents import InteropError
+from hdit.tensors import open_tensors
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> (tensors, metadata). Raises InteropError where the file is damaged."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InteropError(f"{path}: no safetensors file, or damaged: {error}") from None

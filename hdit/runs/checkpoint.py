@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hdit.config import RunConfig, parse
@@ -33,7 +32,7 @@ from hdit.manifest import (
 )
 from hdit.protocols import DataShape
 from hdit.reading import ReadingError, parse_toml, read_object, read_text
-from hdit.tensors import check_finite, save_tensors
+from hdit.tensors import check_finite, load_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -47,7 +46,7 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was written: the one before it can take its place."""
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Checkpoint:
         """Those of model, ema or optimizer, on the CPU. Raises NotFiniteError."""
         path = self.folder / f"{name}.safetensors"
         try:
-            tensors = load_file(path)
+            tensors = load_tensors(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing from the checkpoint") from None
         except SafetensorError as error:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from hdit.bounds import MAX_CLASSES, Scale, Side
 from hdit.config import RunConfig, differences, parse
 from hdit.config.errors import explain
 from hdit.files import fingerprint, write_json
@@ -27,7 +27,7 @@ from hdit.models.cost import cost
 from hdit.protocols import DataShape, Spec
 from hdit.reading import ReadingError, read_json, read_object
 from hdit.runs.checkpoint import CheckpointError
-from hdit.tensors import save_tensors
+from hdit.tensors import load_tensors, save_tensors
 
 KIND = "hdit"
 FORMAT = 2
@@ -39,11 +39,11 @@ HELD = {"ema": "moving average (EMA)", "model": "as trained", "given": "as they 
 class _Shape(Spec):
     """As hdit.protocols.DataShape."""
 
-    channels: int = Field(gt=0)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    num_classes: int = Field(ge=0)
-    sigma_data: float = Field(gt=0)
+    channels: Side
+    height: Side
+    width: Side
+    num_classes: int = Field(ge=0, le=MAX_CLASSES)
+    sigma_data: Scale
 
 
 class _Facts(Spec):
@@ -51,7 +51,7 @@ class _Facts(Spec):
 
     origin: str
     weights: Literal["ema", "model", "given"]
-    images: int = Field(ge=0)
+    images: int = Field(ge=0, lt=2**63)
     shape: _Shape
     classes: list[str]
     config: dict[str, Any]
@@ -91,7 +91,7 @@ def read(folder: Path, warn: Callable[[str], None]) -> Contents:
     facts, config, shape = _facts(path, raw)
     weights = folder / WEIGHTS
     try:
-        tensors = load_file(weights)
+        tensors = load_tensors(weights)
     except FileNotFoundError:
         raise CheckpointError(f"{weights}: missing from the converted model") from None
     except SafetensorError as error:

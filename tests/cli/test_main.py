@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from hdit import cli
+from hdit.cli import app as ENTRY
 from hdit.errors import UserError
 
-ENTRY = sys.modules["hdit.cli.app"]  # the package has its typer under that name
 EMPTY = [
     (["train", "digits-hdit", "--run", ""], "--run"),
     (["train", "digits-hdit", "--run="], "--run"),

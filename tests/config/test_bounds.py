@@ -34,7 +34,8 @@ def leaves(annotation: Any, rules: tuple[Any, ...] = ()) -> Iterator[tuple[Any, 
             rules += tuple(rule.metadata) if isinstance(rule, FieldInfo) else (rule,)
         yield from leaves(inner, rules)
     elif get_origin(annotation) in (Union, types.UnionType, tuple, list, dict):
-        for part in get_args(annotation):
+        keys = get_origin(annotation) is dict
+        for part in get_args(annotation)[keys:]:
             yield from leaves(part, rules)
     else:
         yield annotation, rules

@@ -361,7 +361,7 @@ def test_bad_images_are_judged_as_without_a_cache(tmp_path):
 
 def test_cache_in_a_place_that_cannot_be_written_is_refused_with_it(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below", f"{tmp_path}/file\0"):
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
         spec = kept(folder, tmp_path, cache=str(place))
         with pytest.raises(DataError, match=r"data\.cache: '.*file.*' cannot be used: "):
             spec.open()

@@ -129,10 +129,10 @@ def test_protocol_of_a_card_stays_what_it_was():
     assert protocol({"features": features, "kid": kid, "a": one, "b": one}) == "d5a2c645e579"
 
 
-def test_evaluate_of_a_ruined_model_is_refused_with_its_seeds(here, hdit, trained):
-    status, out, err = hdit("evaluate", trained, "b.npz", "-n", 3, "--guidance", 1e300, *MINE)
+def test_evaluate_of_a_ruined_model_is_refused_with_its_seeds(here, hdit, ruined):
+    status, out, err = hdit("evaluate", ruined, "b.npz", "-n", 3, *MINE)
     assert status == 1
-    assert "sample of seed 0, 1, 2: values that are not finite: sampling.guidance.scale" in err
+    assert "sample of seed 0, 1, 2: values that are not finite" in err
     assert "FID" not in out
 
 

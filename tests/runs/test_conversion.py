@@ -288,7 +288,6 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ([HDIT_FILE, "out", "--to", "onnx"], "--to: must be one of hdit, k-diffusion"),
-        ([HDIT_FILE, "out", "--to", ""], "--to: must be one of hdit, k-diffusion"),
         ([HDIT_FILE, "out", "--num-heads", 4], "tells the number of heads"),
         ([HDIT_FILE, "out", "--raw"], "has one set of weights"),
         ([FOLDER / "README.md", "out"], "no checkpoint that is known"),

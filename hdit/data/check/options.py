@@ -15,7 +15,7 @@ from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
 from hdit.data.sources.tars import Tars
 from hdit.files import check_writable
-from hdit.names import escape, path_of
+from hdit.names import escape, expanded, path_of
 
 LONGEST_STEM = 50  # of the contact sheet's name: in UTF-8, up to four times as many bytes
 
@@ -69,13 +69,11 @@ def _option(error: Any) -> str:
 
 def sheet_path(place: str, sheet: Path | None) -> Path:
     """Path of the contact sheet, checked before anything is read. Raises DataError."""
-    if not place:
-        raise DataError("PATH: must name a folder or file, got ''")
-    name = os.path.basename(os.path.abspath(os.path.expanduser(place)))
+    name = os.path.basename(os.path.abspath(expanded(place)))
     stem = re.sub(r"(?i)\.(zip|npz|tar|toml)$", "", name)
     stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:LONGEST_STEM]
     path = sheet or Path(f"{stem or 'data'}-contact-sheet.png")
-    home = Path(place).expanduser()
+    home = expanded(place)
     if path.suffix.lower() != ".png":
         raise DataError(f"--sheet: must end in .png, got {str(path)!r}")
     check_writable(path)

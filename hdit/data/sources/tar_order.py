@@ -25,7 +25,7 @@ class Reference(NamedTuple):
     start: int  # of its first header
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _State(Spec):
