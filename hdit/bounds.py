@@ -1,8 +1,4 @@
-"""What a number or a name of a setting may be at most: each bound is stated once, here.
-
-The bounds are far beyond what any paper or machine has had, and such that no setting by itself
-overflows, hangs or takes all memory.
-"""
+"""Types of settings, each a number with its bounds or a name with its rule."""
 
 from __future__ import annotations
 
@@ -10,17 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-MAX_SIDE = 2**14
-MAX_WIDTH = 2**16
-MAX_STEPS = 100_000
-MAX_BATCH = 10**6
-MAX_IMAGES = 10**12
-MAX_SAMPLES = 10**7
-MAX_CLASSES = 10**6
-MAX_WORKERS = 1024
-MAX_GUIDANCE = 1000
-MAX_LR = 1e6
-MAX_MINUTES = 10**8  # two centuries
+from hdit.limits import MAX_BATCH, MAX_IMAGES, MAX_LR, MAX_SIDE, MAX_STEPS, MAX_WIDTH
 
 
 def _no_zero_byte(text: str) -> str:

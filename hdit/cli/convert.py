@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hdit.bounds import MAX_CLASSES, MAX_WIDTH
 from hdit.cli.options import Raw
+from hdit.limits import MAX_CLASSES, MAX_WIDTH
 from hdit.names import printable
 
 

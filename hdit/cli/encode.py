@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdit.bounds import MAX_BATCH
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
+from hdit.limits import MAX_BATCH
 from hdit.names import printable
 
 if TYPE_CHECKING:

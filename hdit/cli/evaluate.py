@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hdit.bounds import MAX_SAMPLES
 from hdit.cli.options import (
     BATCH_SIZE,
     SEED,
@@ -19,6 +18,7 @@ from hdit.cli.options import (
     Workers,
 )
 from hdit.cli.output import plain_console, progress, warn
+from hdit.limits import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from hdit.evaluation.card import Comparison

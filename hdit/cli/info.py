@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdit.bounds import MAX_BATCH, MAX_CLASSES
 from hdit.cli.options import ConfigFile, Overrides
+from hdit.limits import MAX_BATCH, MAX_CLASSES
 
 MOST_PREDICTED = 2**43  # bytes of parameters, beyond which a prediction takes minutes
 

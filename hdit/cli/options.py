@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hdit.bounds import MAX_BATCH, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
+from hdit.limits import MAX_BATCH, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
 
 
 def finite(value: float | None) -> float | None:

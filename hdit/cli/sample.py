@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from hdit.bounds import MAX_GUIDANCE, MAX_SAMPLES
 from hdit.cli.options import (
     BATCH_SIZE,
     SEED,
@@ -18,6 +17,7 @@ from hdit.cli.options import (
     finite,
 )
 from hdit.cli.output import error_console, warn
+from hdit.limits import MAX_GUIDANCE, MAX_SAMPLES
 from hdit.names import printable
 
 

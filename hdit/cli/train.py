@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hdit.bounds import MAX_MINUTES
 from hdit.cli.options import ConfigFile, Overrides, finite
+from hdit.limits import MAX_MINUTES
 
 
 def train(

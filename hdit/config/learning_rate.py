@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hdit.bounds import MAX_LR, Share, StepCount
+from hdit.bounds import Share, StepCount
+from hdit.limits import MAX_LR
 from hdit.protocols import Spec
 
 

@@ -13,8 +13,6 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hdit.bounds import (
     LR,
-    MAX_GUIDANCE,
-    MAX_WORKERS,
     BatchSize,
     GridCount,
     ImageCount,
@@ -38,6 +36,7 @@ from hdit.diffusion.samplers import Sampler, spec_of
 from hdit.diffusion.sigmas import AnySigmas, Karras
 from hdit.diffusion.weighting import SoftMinSNR, Weighting
 from hdit.errors import SpecError
+from hdit.limits import MAX_GUIDANCE, MAX_WORKERS
 from hdit.models import AnyBackbone
 from hdit.protocols import DataShape, Spec
 from hdit.spaces import PixelSpace, SpaceSpec

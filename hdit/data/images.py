@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from hdit.bounds import MAX_CLASSES, Name
+from hdit.bounds import Name
 from hdit.data.augmentation import Augmentation, AugmentationSetting
 from hdit.data.cache import Cache
 from hdit.data.kinds import kind_of
@@ -34,6 +34,7 @@ from hdit.data.source import (
     class_names,
 )
 from hdit.data.transforms import center_crop, random_crop, shorter_side_crop, to_mode, to_tensor
+from hdit.limits import MAX_CLASSES
 from hdit.names import path_of, printable
 from hdit.protocols import Spec
 
@@ -478,6 +479,3 @@ def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
         bad = low if low < 0 else high
         raise DataError(f"{where}: labels must be class indices from 0, got {bad}")
     return [str(label) for label in range(high + 1)]
-
-
-"""Beyond it a label is rather an identifier, and its table of embeddings would not fit."""

@@ -8,8 +8,9 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from hdit.bounds import MAX_SIDE, Side
+from hdit.bounds import Side
 from hdit.errors import UserError
+from hdit.limits import MAX_SIDE
 from hdit.names import escape
 
 MAX_NAME = 1000  # characters of a class's name; more is rather a caption

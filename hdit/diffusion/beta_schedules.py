@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from hdit.bounds import MAX_STEPS
+from hdit.limits import MAX_STEPS
 from hdit.protocols import Spec
 
 

@@ -35,10 +35,11 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from hdit.bounds import MAX_SAMPLES, BatchSize, GridCount, ImageCount, Name, Seed, Sigma
+from hdit.bounds import BatchSize, GridCount, ImageCount, Name, Seed, Sigma
 from hdit.config import RunConfig, merge, parse, read_toml
 from hdit.errors import UserError
 from hdit.files import fingerprint
+from hdit.limits import MAX_SAMPLES
 from hdit.models.cost import cost
 from hdit.names import path_of
 from hdit.protocols import Spec

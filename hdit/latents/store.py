@@ -21,10 +21,11 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hdit.bounds import MAX_IMAGES, MAX_SIDE, ImageCount, Name, Side
+from hdit.bounds import ImageCount, Name, Side
 from hdit.data.source import DataError, Sample
 from hdit.errors import WritingError
 from hdit.files import make_folder, whole
+from hdit.limits import MAX_IMAGES, MAX_SIDE
 from hdit.locks import LOCK, locked
 from hdit.manifest import FormatError, check_format
 from hdit.names import escape, path_of

@@ -14,8 +14,9 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from hdit.bounds import MAX_WIDTH, Depth, HiddenWidth, Share, Side, Width
+from hdit.bounds import Depth, HiddenWidth, Share, Side, Width
 from hdit.errors import SpecError
+from hdit.limits import MAX_WIDTH
 from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import (
     Attention,

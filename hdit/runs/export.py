@@ -17,12 +17,13 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hdit.bounds import MAX_CLASSES, Scale, Side
+from hdit.bounds import Scale, Side
 from hdit.config import RunConfig, differences, parse
 from hdit.config.errors import explain
 from hdit.files import fingerprint, write_json
 from hdit.interop import Contents
 from hdit.interop.layout import check_shapes, expected_shapes
+from hdit.limits import MAX_CLASSES
 from hdit.models.cost import cost
 from hdit.protocols import DataShape, Spec
 from hdit.reading import ReadingError, read_json, read_object

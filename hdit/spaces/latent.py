@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from hdit.bounds import MAX_SIDE, Name, Scale
+from hdit.bounds import Name, Scale
 from hdit.errors import UserError
+from hdit.limits import MAX_SIDE
 from hdit.protocols import Spec
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from hdit.bounds import MAX_CLASSES, Name
+from hdit.bounds import Name
 from hdit.data.images import (
     MIN_DRAWN,
     BadFiles,
@@ -31,6 +31,7 @@ from hdit.data.sources.archive import BYTES_OF_A_PIXEL
 from hdit.data.sources.tar_members import MAX_TEXT
 from hdit.data.sources.tar_order import Reference, TarOrder
 from hdit.data.sources.tar_samples import Entry, Shards
+from hdit.limits import MAX_CLASSES
 from hdit.names import printable
 from hdit.reading import parse_json
 
