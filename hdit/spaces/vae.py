@@ -8,15 +8,18 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from hdit.bounds import Side
 from hdit.errors import UserError
 from hdit.hub import asking, first_line
+from hdit.manifest import explain
 from hdit.names import path_of
-from hdit.protocols import NormalNoise
+from hdit.protocols import NormalNoise, Spec
 from hdit.reading import read_object
 from hdit.spaces.pixel import from_pixels, to_pixels
 from hdit.tensors import check_finite
@@ -183,45 +186,43 @@ def _open(diffusers: Any, name: str, where: str, variant: str | None = None) -> 
         messages.set_verbosity(verbosity)
 
 
-LARGEST = {
-    "in_channels": 64,
-    "latent_channels": 4096,
-    "layers_per_block": 64,
-    "norm_num_groups": 4096,
-}
-"""Of a VAE's whole numbers; more would take all memory before the weights are seen not to fit."""
+Divisor = Annotated[float, Field(gt=0, le=1e9)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
+class _Config(Spec):
+    """What is checked of a VAE's config.json; absent settings are diffusers' defaults.
+
+    Larger sizes would take all memory before the weights are seen not to fit.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    in_channels: int = Field(3, gt=0, le=64)
+    latent_channels: int = Field(4, gt=0, le=4096)
+    layers_per_block: int = Field(1, gt=0, le=64)
+    norm_num_groups: int = Field(32, gt=0, le=4096)
+    block_out_channels: list[Side] = Field([64], max_length=16)
+    scaling_factor: Divisor = 1.0
+    shift_factor: Number = 0.0
+    latents_mean: list[Number] | None = None
+    latents_std: list[Divisor] | None = None
+
+    @model_validator(mode="after")
+    def _has_numbers_for_each_channel(self) -> Self:
+        for key in ("latents_mean", "latents_std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{key} must have {self.latent_channels} numbers")
+        return self
 
 
 def _check_config(config: dict[str, Any]) -> None:
     """Raises ValueError with the first setting of a VAE's config that is no such thing."""
-    wanted = {key: (_is_count(limit), f"1 to {limit}") for key, limit in LARGEST.items()}
-    sizes = _each(_is_count(2**14))
-    wanted |= {
-        "block_out_channels": (lambda v: sizes(v) and len(v) <= 16, "a list of up to 16 sizes"),
-        "scaling_factor": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-        "shift_factor": (_is_number, "a number"),
-        "latents_mean": (_each(_is_number), "a list of numbers"),
-        "latents_std": (_each(lambda v: _is_number(v) and v > 0), "a list of numbers above 0"),
-    }
-    for key, (fits, text) in wanted.items():
-        if config.get(key) is not None and not fits(config[key]):
-            raise ValueError(f"{key} in its config.json must be {text}, got {config[key]!r:.60}")
-    channels = config.get("latent_channels", 4)
-    for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None and len(config[key]) != channels:
-            raise ValueError(f"{key} in its config.json must have {channels} numbers")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # neither NaN nor infinite
-
-
-def _is_count(limit: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and 1 <= value <= limit
-
-
-def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
+    try:
+        _Config.model_validate({k: v for k, v in config.items() if v is not None})
+    except ValidationError as error:
+        raise ValueError(f"its config{explain(error)}") from None
 
 
 def _identity(model: Any) -> str:

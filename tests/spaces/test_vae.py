@@ -176,7 +176,7 @@ def test_vae_whose_weights_are_not_finite_is_refused_by_name(tmp_path):
     ids=str,
 )
 def test_vae_that_scales_by_what_is_not_finite_is_refused(settings, tmp_path):
-    with pytest.raises(UserError, match=r"config\.json must be a (list of )?number"):
+    with pytest.raises(UserError, match=r"its config\.(scaling|shift|latents)_.*: Input should be"):
         opened(tiny_vae.save(tmp_path, **settings))
 
 
@@ -367,7 +367,9 @@ def test_setting_of_a_vae_that_is_no_such_thing_is_named(key, value, folder, tmp
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {key: value}))
-    assert f"{key} in its config.json must " in refused(other)
+    said = refused(other)
+    assert "its config" in said
+    assert key in said
 
 
 def test_config_that_is_a_pipe_is_refused_unread(folder, tmp_path):

@@ -14,6 +14,7 @@ from hdit.data.batches import permutation
 from hdit.data.source import DataError
 from hdit.data.sources.listing import order
 from hdit.data.sources.tar_samples import Entry, Shards
+from hdit.manifest import explain
 from hdit.protocols import Spec
 
 
@@ -82,10 +83,9 @@ class TarOrder:
         try:
             found = _State.model_validate(state)
         except ValidationError as error:
-            first = error.errors()[0]
             raise DataError(
-                f"the place in the stream, which the checkpoint keeps, is of another version: "
-                f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                "the place in the stream, which the checkpoint keeps, is of another version: "
+                f"stream{explain(error)}"
             ) from None
         self.passes, self.count, self.seed_of_pass = found.passes, found.count, found.seed
         self.place, self.offset = found.place, found.offset
