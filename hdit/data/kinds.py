@@ -7,6 +7,7 @@ looks like is known here, below the packages that read it, so that all verbs tel
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from itertools import islice
@@ -122,7 +123,7 @@ def _kind_of_archive(path: Path, start: bytes, suffix: str) -> str:
 
 def _kind_of_folder(path: Path) -> str:
     """A model where all that makes one is there; else images, if there are any."""
-    kind, whole = _kind_of_model(path)
+    kind, whole = kind_of_model(path)
     if kind is None:
         return "hub" if _is_hub(path) else "latents" if _is_latents(path) else "folder"
     images = list(islice(_images(path), 2))
@@ -134,8 +135,8 @@ def _kind_of_folder(path: Path) -> str:
     return kind if whole or not images else "folder"
 
 
-def _kind_of_model(path: Path) -> tuple[str | None, bool]:
-    """(kind, whether it is surely one): a damaged model is one as well."""
+def kind_of_model(path: Path) -> tuple[str | None, bool]:
+    """(kind of model that a folder holds, or None; whether it is surely one, damaged or not)."""
     if _is_run(path):
         return "run", True
     if _is_checkpoint(path):
@@ -144,12 +145,13 @@ def _kind_of_model(path: Path) -> tuple[str | None, bool]:
     config = _object(path / "config.json")
     if config is not None and "hdit_format" in config:
         return "converted", has_weights
-    for folder in (path, path / "transformer"):
-        own = _object(folder / "config.json")
-        if own is not None and "_class_name" in own:
-            return "diffusers", any(name.endswith(WEIGHTS) for name in _names(folder))
     if has_weights and config is None and (path / "config.json").exists():
         return "converted", True  # whose config.json is damaged
+    for folder in (path, path / "transformer"):
+        own, is_there = _object(folder / "config.json"), (folder / "config.json").exists()
+        weights = is_there and any(name.endswith(WEIGHTS) for name in _names(folder))
+        if "_class_name" in own if own is not None else weights:
+            return "diffusers", weights
     return None, False
 
 
@@ -159,7 +161,7 @@ def _is_run(path: Path) -> bool:
         (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
     ):
         return True
-    numbered = [name for name in _names(path / "checkpoints") if name.isdigit()]
+    numbered = [name for name in _names(path / "checkpoints") if re.fullmatch("[0-9]+", name)]
     return any(
         (path / "checkpoints" / name / file).is_file()
         for name in numbered

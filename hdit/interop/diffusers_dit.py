@@ -7,7 +7,6 @@ the same weights give slightly other outputs there (up to diffusers 0.42 at leas
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
+from hdit.files import write_json
 from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
@@ -33,8 +33,6 @@ CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
 EPS = 1e-6
 MLP_RATIO = 4.0
-DEEPEST, LARGEST_SIDE = 1000, 4096
-"""Blocks and side: more would take hours or all memory before the file is seen not to fit."""
 FREQUENCIES = (
     "diffusers embeds timesteps with frequencies 10000^(-i/127), DiT and hdit with 10000^(-i/128); "
     "set norm1.emb.time_proj.downscale_freq_shift = 0 in each of its blocks for the same outputs"
@@ -117,13 +115,13 @@ def from_config(
     channels = s.integer("in_channels", 4, low=1)
     model = {
         "patch_size": s.integer("patch_size", 2, low=1),
-        "depth": s.integer("num_layers", 28, low=1, high=DEEPEST),
+        "depth": s.integer("num_layers", 28, low=1),
         "width": heads * s.integer("attention_head_dim", 72, low=1),
         "num_heads": heads,
         "mlp_ratio": MLP_RATIO,
     }
     learned = learns_variance(channels, s.integer("out_channels", channels), origin)
-    size = s.integer("sample_size", 32, low=1, high=LARGEST_SIDE)
+    size = s.integer("sample_size", 32, low=1)
     classes = s.integer("num_embeds_ada_norm", 1000, low=1)
     config, shape = settings(
         model, channels, size, classes, learned, origin, schedule=schedule, factor=factor
@@ -235,6 +233,6 @@ def write(model: Contents, folder: Path) -> tuple[str, ...]:
         "upcast_attention": False,
     }
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", raw)
     save_tensors(tensors, folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
     return (FREQUENCIES,)

@@ -6,15 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from hdit.data.kinds import PICKLES
 from hdit.interop import diffusers_dit, facebook_dit, k_diffusion
 from hdit.interop.contents import Contents, InteropError, Told
 from hdit.interop.files import read_pickle, read_safetensors, unwrapped
 from hdit.names import printable
-from hdit.reading import read_object
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-SUFFIXES = (".safetensors", *PICKLES)
-"""Files that may hold a model."""
 
 
 class Format(NamedTuple):
@@ -29,14 +25,6 @@ FORMATS = {
     facebook_dit.KIND: Format(".pt", facebook_dit.write),
     diffusers_dit.KIND: Format(None, diffusers_dit.write),
 }
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a file's suffix, or a folder's config.json, is that of another project's model."""
-    if not path.is_dir():
-        return path.is_file() and path.suffix.lower() in SUFFIXES
-    folder = diffusers_dit.find_folder(path)
-    return folder is not None and "_class_name" in read_object(folder / "config.json")
 
 
 def read(path: Path, told: Told) -> Contents:

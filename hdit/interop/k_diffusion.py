@@ -77,8 +77,6 @@ SCHEDULES = {
     "exponential": ("warmup", "num_steps", "decay", "min_lr"),
 }
 LOSSES = ("karras", "simple")
-DEEPEST = 1000
-"""Blocks of a level; more would take hours to build before the file is seen not to have them."""
 
 INERT = {
     "model.augment_wrapper": False,
@@ -175,7 +173,7 @@ def _model(m: Settings) -> dict[str, Any]:
     for key in keys:
         default = {"kind": "global" if key == keys[-1] else "neighborhood"}
         level = {
-            "depth": depths.integer(key, high=DEEPEST),
+            "depth": depths.integer(key),
             "width": widths.integer(key),
             "attention": _attention(attention.table(key)) if attention else default,
             "dropout": dropout.number(key if each else "dropout_rate", 0.0),
@@ -188,7 +186,7 @@ def _model(m: Settings) -> dict[str, Any]:
         "patch_size": p,
         "levels": levels,
         "mapping": {
-            "depth": m.integer("mapping_depth", 2, high=DEEPEST),
+            "depth": m.integer("mapping_depth", 2),
             "width": width,
             "d_ff": m.integer("mapping_d_ff", 0) or 3 * width,
             "dropout": m.number("mapping_dropout_rate", 0.0),

@@ -26,7 +26,7 @@ from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.limits import MAX_CLASSES
 from hdit.models.cost import cost
 from hdit.protocols import DataShape, Spec
-from hdit.reading import ReadingError, read_json, read_object
+from hdit.reading import ReadingError, read_object
 from hdit.runs.checkpoint import CheckpointError
 from hdit.tensors import load_tensors, save_tensors
 
@@ -56,17 +56,6 @@ class _Facts(Spec):
     shape: _Shape
     classes: list[str]
     config: dict[str, Any]
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder says of itself that it is a converted model, or looks like a damaged one."""
-    try:
-        raw = read_json(folder / CONFIG)
-    except OSError:
-        return False
-    except ReadingError:
-        return (folder / WEIGHTS).is_file()
-    return isinstance(raw, dict) and "hdit_format" in raw
 
 
 def read(folder: Path, warn: Callable[[str], None]) -> Contents:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
-from hdit.data.kinds import MODELS, what_is
+from hdit.data.kinds import MODELS, kind_of_model, what_is
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
@@ -54,10 +54,11 @@ class Trained:
         UserError where it cannot be read, or its weights are not finite.
         """
         path, told = Path(path), Told(num_heads, num_classes, prediction)
-        if path.is_dir() and export.is_export(path):
+        kind = kind_of_model(path)[0] if path.is_dir() else None
+        if kind == "converted":
             told.refuse(path)
             return cls.of(export.read(path, warn), path)
-        if path.is_file() or formats.is_foreign(path):
+        if path.is_file() or kind == "diffusers":
             held = formats.read(path, told)
             for text in held.assumed:
                 warn(text)

@@ -75,7 +75,8 @@ def test_name_that_is_not_utf8_can_be_printed(hdit, tmp_path):
     status, _, err = hdit("info", path)
     assert status == 1
     assert r"caf\xe9.toml: no such config file" in err
-    status, out, err = hdit("info", "folder64-hdit", "--set", f"data.path={path}")
+    tiny = "model={kind='dit', depth=1, width=32, num_heads=2, patch_size=8}"  # costs no time
+    status, out, err = hdit("info", "folder64-hdit", "--set", f"data.path={path}", "--set", tiny)
     assert status == 0, err
     assert "does not exist" in out
     assert r"\x5c" not in out + err

@@ -168,6 +168,7 @@ FOLDERS = {
         "transformer___config__json": DIFFUSERS,
         "transformer___a__bin": "",
     },
+    "diffusers, damaged": {"config__json": "{", "diffusion_pytorch_model__bin": ""},
     "diffusers, without weights": {"config__json": DIFFUSERS},
 }
 WEAK = [name for name in FOLDERS if "without weights" in name]
