@@ -37,6 +37,7 @@ UNREADABLE = (
     zlib.error,
     lzma.LZMAError,
 )
+"""What reading a zip, or a member of one, raises where it is damaged."""
 
 
 class ArraysError(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import socket
 import threading
 import time
@@ -82,8 +83,8 @@ def _number(env: Mapping[str, str], name: str, low: int, high: int, *, needed: b
     fix = FIX.format("WORLD_SIZE" if needed else name)
     if text is None:
         raise ProcessError(f"{name}: is not set, but WORLD_SIZE is; {fix}")
-    # int() takes more than digits, and fails at thousands of them.
-    if text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high:
+    # int() takes more than these, and fails at thousands of digits.
+    if re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= high:
         return int(text)
     wanted = f"an integer from {low} to {high}" if low < high else str(low)
     raise ProcessError(f"{name}: must be {wanted}, got {text[:80]!r}; {fix}")

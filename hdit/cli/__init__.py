@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line. A signal ends it with one line and the status that shells expect."""
     try:
-        # Here, as Ctrl-C is no traceback from here on.
+        # Imported here, or Ctrl-C during the import would be a traceback.
         from hdit.cli.ending import run
 
         run()

@@ -9,13 +9,13 @@ import typer
 from hdit.cli.options import ConfigFile, Overrides
 from hdit.limits import MAX_BATCH, MAX_CLASSES
 
-MOST_PREDICTED = 2**43  # bytes of parameters, beyond which a prediction takes minutes
-
 if TYPE_CHECKING:
     from rich.table import Table
 
     from hdit.config.schema import RunConfig
     from hdit.protocols import DataShape
+
+MOST_PREDICTED = 2**43  # bytes of parameters, beyond which a prediction takes minutes
 
 
 def info(

@@ -51,7 +51,7 @@ def train(
     from hdit.training.trainer import Trainer
 
     if minutes == 0:
-        raise UserError("--minutes: must be above 0")
+        raise UserError("--minutes: must be above 0, got 0")
     config = find_config(config)
     settings = load(config, overrides or [])
     folder = run or Path("runs", config.stem)

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from hdit.arrays import UNREADABLE
 from hdit.data.source import DataError
 from hdit.errors import UserError
 from hdit.names import path_of
@@ -110,7 +111,7 @@ def _kind_of_archive(path: Path, start: bytes, suffix: str) -> str:
     try:
         with zipfile.ZipFile(path) as file:
             names = [name for name in file.namelist() if not name.endswith("/")]
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+    except UNREADABLE:
         return suffix[1:] if suffix in (".npz", ".zip") else "weights"
     if all(any(name.endswith(f"/{part}") for name in names) for part in ("data.pkl", "version")):
         return "weights"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hdit.bounds import Side
 from hdit.errors import UserError
-from hdit.limits import MAX_SIDE
 from hdit.names import escape
 
 MAX_NAME = 1000  # characters of a class's name; more is rather a caption
@@ -151,8 +150,6 @@ def _sides(size: Any) -> Any:
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError("must be a side in pixels, or [height, width]")
-    if max(sides) > MAX_SIDE:
-        raise ValueError(f"must be at most {MAX_SIDE:,} pixels on a side")
     return tuple(sides)
 
 

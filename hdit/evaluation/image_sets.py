@@ -29,7 +29,7 @@ from hdit.data.sources.listing import find_images, is_hidden
 from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
-from hdit.names import path_of
+from hdit.names import escape, path_of
 from hdit.reading import parse_json
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_guidance, sample, settle_sampling
@@ -282,7 +282,7 @@ class Sampled:
         self.seeds = list(range(seed, seed + n))
         self.labels = [i % len(classes) for i in range(n)] if classes else None
         self.record: dict[str, Any] = {
-            "place": str(trained.path),
+            "place": escape(str(trained.path)),
             "kind": "samples",
             "trained_images": trained.images,
             "weights": trained.weights(raw),

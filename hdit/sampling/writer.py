@@ -19,6 +19,7 @@ from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
 from hdit.files import check_free_space, check_writable, write_text
 from hdit.locks import LOCK, locked
+from hdit.names import escape
 from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
 from hdit.report.grids import save_grid, save_png
@@ -58,7 +59,7 @@ def write_samples(
     trained = trained.configured(config)
     record = _record(trained, seeds, labels, raw)
     if guide:
-        record["guide"] = {"checkpoint": str(guide.path), "scale": guide_scale}
+        record["guide"] = {"checkpoint": escape(str(guide.path)), "scale": guide_scale}
     if out is None:
         out = trained.samples / _folder_name(trained, seeds[0], raw, guide_scale if guide else None)
     _check_free(out, overwrite)
@@ -115,7 +116,7 @@ def _record(
     digits = max(6, len(str(seeds[-1])))
     known = [None if n == NULL_LABEL else n for n in labels or [NULL_LABEL] * len(seeds)]
     return {
-        "checkpoint": str(trained.path),
+        "checkpoint": escape(str(trained.path)),
         "images": trained.images,
         "weights": trained.weights(raw),
         "sampling": trained.config.sampling.model_dump(mode="json", exclude_none=True),

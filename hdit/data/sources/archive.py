@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import lzma
 import os
 import posixpath
 import re
 import stat
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from PIL import Image
 from pydantic import Field
 
+from hdit.arrays import UNREADABLE
 from hdit.bounds import Name
 from hdit.data.images import SIGNATURE_BYTES, Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
@@ -93,7 +92,7 @@ class Archive:
             raise refuse_path(path, "zip", "is not a file")
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
         members = self._members(f"data.path: {path!r}")
         files = {name: member for name, member in members.items() if not name.endswith("/")}
@@ -164,24 +163,13 @@ class Archive:
             )
         try:
             return self._read(member)
-        except DAMAGE as error:
+        except UNREADABLE as error:
             raise ReadingError(f"{type(error).__name__}: {error}") from None
 
     def _start(self, member: zipfile.ZipInfo) -> bytes:
         with self.zip.open(member) as file:
             return file.read(SIGNATURE_BYTES)
 
-
-DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
-"""What reading a damaged or encrypted member raises. NotImplementedError is a RuntimeError."""
 
 BYTES_OF_A_PIXEL = 8
 """RGBA of 16 bits, uncompressed: bounds what a member unpacks to before its size is known."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,14 +17,15 @@ SHOWN_FOLDERS = 10  # of those that are no class
 
 EXPECTED = frozenset(
     f".{kind}"
-    for kind in re.findall(
-        r"\w+", "txt md rst html url log db ini md5 sha256 json jsonl csv tsv xml yaml yml toml"
+    for kind in (
+        *("txt", "md", "rst", "html", "url", "log", "db", "ini", "md5", "sha256"),
+        *("json", "jsonl", "csv", "tsv", "xml", "yaml", "yml", "toml"),
     )
 )
 """Extensions of files that often lie beside images; nobody takes them for images."""
 
 EXPECTED_NAMES = frozenset(
-    re.findall(r"\w+", "readme license licence copying notice makefile md5sums sha256sums")
+    ("readme", "license", "licence", "copying", "notice", "makefile", "md5sums", "sha256sums")
 )
 
 
