@@ -21,6 +21,7 @@ Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 """Of an image or a part of one, in pixels or tokens."""
 Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 """Of a layer, in channels."""
+WidthOrZero = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 HiddenWidth = Annotated[int, Field(gt=0, le=16 * MAX_WIDTH)]
 """Of a feed-forward layer."""
 Depth = Annotated[int, Field(gt=0, le=1000)]

@@ -27,7 +27,7 @@ BF16_FLAGS = (*X86_BF16, "bf16")  # the last is what Linux calls it on Arm
 
 
 def default_device() -> torch.device:
-    """Where models are trained and sampled: on CUDA if it is there, else on the CPU.
+    """Device on which models are trained and sampled: CUDA if it is there, else the CPU.
 
     Apple's MPS is never taken: it lacks the float64 that noise levels are computed in. Intel's XPU
     is not either, as nothing was tried on it.

@@ -85,7 +85,7 @@ class DiffusionSpec(DependentSpec):
         return low, high, by
 
     def resolved(self, context: Context) -> Self:
-        """With c_noise, the beta schedule where a part is defined by it, and its parts resolved."""
+        """Resolves its parts; fills in c_noise, and the beta schedule where a part follows it."""
         schedule = self.timesteps if self.by_timesteps else None
         filled = self.filled(c_noise=context.c_noise, beta_schedule=schedule)
         return DependentSpec.resolved(filled, replace(context, valid_range=filled.valid_range()))
@@ -180,7 +180,7 @@ class TrainingSpec(DependentSpec):
         return self.clip_grad_norm or math.inf
 
     def resolved(self, context: Context) -> Self:
-        """With its parts resolved, and log_every of 10 batches where it is absent."""
+        """Resolves its parts, and fills in log_every of 10 batches where it is absent."""
         return super().resolved(context).filled(log_every=10 * self.batch_size)
 
     def check(self, context: Context) -> Iterator[Problem]:
@@ -323,7 +323,7 @@ class RunConfig(Spec):
         )
 
     def resolved(self) -> RunConfig:
-        """With what follows from other settings written out."""
+        """Writes out what follows from other settings."""
         context = self.context()
         return self.model_copy(
             update={

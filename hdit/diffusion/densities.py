@@ -68,7 +68,7 @@ class WithBounds(DensitySpec):
         return low, high
 
     def resolved(self, context: Context) -> Self:
-        """With the usual bounds, but those of the denoiser where these are closer."""
+        """Fills in the usual bounds, but those of the denoiser where these are closer."""
         low, high, _ = context.valid_range
         start, end = self.usual
         return self.filled(
@@ -191,7 +191,7 @@ class LogLogistic(Bounded):
         return torch.exp(self._loc(sigma_data) + self.scale * (below / above).log())
 
     def resolved(self, context: Context) -> Self:
-        """With its bounds, and loc of ln sigma_data where it is absent."""
+        """Fills in its bounds, and loc of ln sigma_data where it is absent."""
         return super().resolved(context).filled(loc=self._loc(context.shape.sigma_data))
 
     def _loc(self, sigma_data: float) -> float:
@@ -277,7 +277,7 @@ class CosineInterpolated(WithBounds):
         )
 
     def resolved(self, context: Context) -> Self:
-        """With its bounds, and noise_d_low and noise_d_high by the size of the image."""
+        """Fills in its bounds, and noise_d_low and noise_d_high by the size of the image."""
         low, high = self._noise_d(max(context.shape.height, context.shape.width))
         return super().resolved(context).filled(noise_d_low=low, noise_d_high=high)
 

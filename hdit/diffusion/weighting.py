@@ -84,7 +84,7 @@ class SoftMinSNR(WeightSpec):
         return 1 / (sigma.square() + 1 / self._gamma(sigma_data))
 
     def resolved(self, context: Context) -> Self:
-        """With gamma of 1/sigma_data^2 where it is absent."""
+        """Fills in gamma of 1/sigma_data^2 where it is absent."""
         return self.filled(gamma=self._gamma(context.shape.sigma_data))
 
     def _gamma(self, sigma_data: float) -> float:

@@ -45,7 +45,7 @@ class Comparison:
 
 
 class Measured(NamedTuple):
-    """Of one set."""
+    """Features of one set."""
 
     gaussian: Gaussian
     features: Tensor  # (n d) of those images that KID draws from

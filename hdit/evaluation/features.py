@@ -76,7 +76,7 @@ def _shape(x: Tensor) -> str:
 def open_features(
     name: str | None, device: torch.device, say: Callable[[str], None] = lambda text: None
 ) -> Extractor:
-    """By file, by module:function, or clean-fid's Inception. Raises UserError.
+    """Opens features by file, by module:function, or clean-fid's Inception. Raises UserError.
 
     `say` hears of a download.
     """
@@ -146,7 +146,7 @@ def inception(device: torch.device, say: Callable[[str], None]) -> Extractor:
 
 
 def inception_file(download: Callable[[str], Any], say: Callable[[str], None]) -> Path:
-    """Where the file is: hdit's cache, where clean-fid keeps it, or downloaded into the former."""
+    """Finds the file: in hdit's cache, where clean-fid keeps it, or downloaded into the former."""
     cache = cache_folder()
     for path in (cache / INCEPTION, CLEAN_FID / INCEPTION):
         if path.is_file():

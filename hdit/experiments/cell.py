@@ -143,7 +143,7 @@ _MEASURED = {"images", "loss", "images_per_second", "peak_memory"}
 
 
 def trained_seconds(run: Path, images: int) -> float:
-    """Of all sessions up to a checkpoint, by the metrics; pauses for checkpoints do not count."""
+    """Seconds of all sessions up to a checkpoint; pauses for checkpoints do not count."""
     seconds, before = 0.0, 0
     for line in read_metrics(run / "metrics.jsonl", images):
         if line.get("images_per_second", 0) > 0:  # what is missing is taken to go as fast

@@ -130,7 +130,7 @@ def from_config(
 
 
 def _schedule(folder: Path) -> dict[str, Any] | None:
-    """Of a pipeline's scheduler, if there is one. Raises InteropError where it is not like DDPM."""
+    """Beta schedule of a pipeline, if there is one. Raises InteropError where it is not DDPM's."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None

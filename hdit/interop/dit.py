@@ -132,7 +132,7 @@ def mlp_ratio(width: int, hidden: int) -> float:
 
 
 def side_of(tokens: int, origin: str) -> int:
-    """Of a square grid of tokens."""
+    """Side of a square grid of tokens."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise InteropError(f"{origin}: {tokens} positions are no square grid of tokens")

@@ -68,7 +68,7 @@ class Form(NamedTuple):
     assumed: tuple[str, ...]
 
     def settings(self, origin: str) -> tuple[RunConfig, DataShape]:
-        """Of a DiT, or of rectified flow where a velocity is predicted."""
+        """Settings of a DiT, or of rectified flow where a velocity is predicted."""
         flow = self.prediction == "velocity"
         return settings(
             self.model,
@@ -134,7 +134,7 @@ def form_of(tensors: dict[str, Tensor], facts: Settings, told: Told) -> Form:
 
 
 def _shapes(tensors: dict[str, Tensor], origin: str) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that tell the model. Raises InteropError, with what else is there."""
+    """Shapes of the tensors that tell the model. Raises InteropError, with what else is there."""
     missing = [name for name in TELLING if name not in tensors]
     if missing:
         unknown = [printable(name) for name in tensors if not THEIRS.fullmatch(name)]
@@ -250,7 +250,7 @@ def _check_name(facts: Settings, width: int, depth: int, p: int) -> None:
 
 
 def _heads(facts: Settings, told: Told, width: int, depth: int) -> int:
-    """By what the file or the user says, or by the paper's sizes; else InteropError."""
+    """Number of heads by the file, the user or the paper's sizes; else InteropError."""
     in_file = facts.integer("num_heads", None, low=1)
     heads = in_file or told.num_heads or HEADS.get((width, depth))
     if in_file and told.num_heads and in_file != told.num_heads:

@@ -62,7 +62,7 @@ Layout = dict[str, Place]
 def make_layout(
     config: RunConfig, data_shape: DataShape, place: Callable[[str, tuple[int, ...]], Place]
 ) -> Layout:
-    """Of every tensor of a model, by `place(our name, our shape)`."""
+    """Layout of every tensor of a model, by `place(our name, our shape)`."""
     shapes = expected_shapes(config, data_shape)
     layout = {name: place(name, shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():

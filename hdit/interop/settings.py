@@ -146,10 +146,10 @@ class Settings:
 
 
 def _is_number(value: Any) -> bool:
-    """Not true or false, nor a NaN; an int may be too large for a float."""
+    """Whether it is a number: not true or false, nor a NaN; an int may be too large for a float."""
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def _is_text(value: Any) -> bool:
-    """One that UTF-8 can hold: JSON may have halves of a character."""
+    """Whether UTF-8 can hold it: JSON may have halves of a character."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)

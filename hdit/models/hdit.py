@@ -14,9 +14,8 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from hdit.bounds import Depth, HiddenWidth, Share, Side, Width
+from hdit.bounds import Depth, HiddenWidth, Share, Side, Width, WidthOrZero
 from hdit.errors import SpecError
-from hdit.limits import MAX_WIDTH
 from hdit.models.backbone import BackboneModule, BackboneSpec
 from hdit.nn.attention import (
     Attention,
@@ -58,9 +57,7 @@ class Mapping(Spec):
 
     depth: Depth = Field(2, description="number of blocks")
     width: Width = Field(256, description="channels of the conditioning vector")
-    d_ff: HiddenWidth | None = Field(
-        None, description="hidden width of the GEGLU; 3 x width if absent"
-    )
+    d_ff: HiddenWidth | None = Field(None, description="hidden width; 3 x width if absent")
     dropout: Share = Field(0.0, description="probability, in training")
 
 
@@ -85,9 +82,7 @@ class HDiTSpec(BackboneSpec):
         None, description="of the levels above the last; neighborhood if absent"
     )
     mapping: Mapping = Mapping()
-    vector_width: int = Field(
-        0, ge=0, le=MAX_WIDTH, description="width of Cond.vector; 0 where there is none"
-    )
+    vector_width: WidthOrZero = Field(0, description="width of Cond.vector; 0 where there is none")
     norm: Literal["ada_rms_norm", "ada_ln"] = Field(
         "ada_rms_norm", description="adaptive norm before each branch"
     )
@@ -114,7 +109,7 @@ class HDiTSpec(BackboneSpec):
         return [(shape.height // s, shape.width // s) for s in side]
 
     def resolved(self) -> Self:
-        """With the settings written out that follow from others."""
+        """Writes out the settings that follow from others."""
         local = self.local_attention or Neighborhood()
         last = len(self.levels) - 1
         levels = tuple(

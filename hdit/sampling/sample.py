@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def settle_sampling(
     config: RunConfig, device: torch.device, images: int, warn: Callable[[str], None]
 ) -> RunConfig:
-    """With what "auto" comes to in [sampling], for so many images on this device.
+    """Settles what "auto" in [sampling] means for so many images on this device.
 
     The precision is that of training where the hardware multiplies it, and else fp32. Raises
     UserError for one that is asked for by name where the device lacks it, and for a batch that its

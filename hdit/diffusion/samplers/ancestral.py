@@ -32,7 +32,7 @@ class ReverseProcess(SamplerSpec):
     """Base of the spec of `ddpm`, whose variance is learned if the model learns one."""
 
     def resolved(self, context: Context) -> Self:
-        """With the variance, where it is absent: learned if the model learns one, else lower."""
+        """Fills in the variance where it is absent: learned if the model learns one, else lower."""
         return self.filled(variance="learned" if context.learned_variance else "lower")
 
     def check(self, context: Context) -> Iterator[Problem]:
