@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -73,7 +72,7 @@ class RunFolder:
             text = read_text(self.saved, 100).strip()
         except (FileNotFoundError, ReadingError):
             return None
-        return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+        return int(text) if text.isascii() and text.isdecimal() else None
 
     def _has_passed_a_checkpoint(self, counts: list[int]) -> bool:
         """Whether lines at so many images prove a checkpoint, in a run that noted none.
