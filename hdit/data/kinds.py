@@ -149,7 +149,7 @@ def kind_of_model(path: Path) -> tuple[str | None, bool]:
     if has_weights and config is None and (path / "config.json").exists():
         return "converted", True  # whose config.json is damaged
     for folder in (path, path / "transformer"):
-        own, is_there = _object(folder / "config.json"), (folder / "config.json").exists()
+        own, is_there = _object(folder / "config.json"), os.path.exists(folder / "config.json")
         weights = is_there and any(name.endswith(WEIGHTS) for name in _names(folder))
         if "_class_name" in own if own is not None else weights:
             return "diffusers", weights

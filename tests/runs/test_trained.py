@@ -1,6 +1,7 @@
 """A trained model is one thing, wherever it lies."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -205,6 +206,16 @@ def test_model_of_another_project_guides_one_of_ours(hdits, hdit, tmp_path):
     assert status == 0, err
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert record["guide"] == {"checkpoint": str(hdits[-1]), "scale": 2.0}
+
+
+def test_path_of_a_model_that_is_not_utf8_is_escaped_in_the_record(hdits, hdit, tmp_path):
+    model = shutil.copy(hdits[-1], tmp_path / os.fsdecode(b"caf\xe9.safetensors"))
+    options = ["-n", 1, "--steps", 2, "--out", tmp_path / "out", "--guide", model]
+    status, _, err = hdit("sample", model, *options)
+    assert status == 0, err
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    stored = str(tmp_path / r"caf\xe9.safetensors")
+    assert record["checkpoint"] == record["guide"]["checkpoint"] == stored
 
 
 def test_evaluate_samples_models_of_other_projects(hdits, dits, hdit, tmp_path, monkeypatch):

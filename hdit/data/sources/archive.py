@@ -92,7 +92,7 @@ class Archive:
             raise refuse_path(path, "zip", "is not a file")
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
-        except UNREADABLE as error:
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
         members = self._members(f"data.path: {path!r}")
         files = {name: member for name, member in members.items() if not name.endswith("/")}
