@@ -62,7 +62,7 @@ ABC = {f"{name}.png": png(i) for i, name in enumerate("abc")}
         ),
         # as spreadsheets write it: blanks, capitals, commas at the ends
         (
-            {"metadata.csv": 'File Name, Label,\na.png, x,\n"b.png", "y,z",,\nc.png,x\n'},
+            {"metadata.csv": 'File Name, Label,\na.png, x,\n"b.png", "y,z",,\nc.png,x\n,,\n \n'},
             "x y,z",
             "0 1 0",
         ),
@@ -143,7 +143,20 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
         ({"metadata.csv": "file_name,label\n"}, "metadata.csv that has no rows"),
         ({"metadata.csv": "file_name,label\na.png,x\nb.png\n"}, "'b.png' the label None in line 3"),
         ({"metadata.csv": "file_name,label\na.png,x\n,x\n"}, "gives no file_name in line 3"),
-        ({"metadata.csv": b"\xff\xfe"}, "metadata.csv that cannot be read"),
+        (
+            {"metadata.csv": "file_name,label\nx/a.png,x\nb.png,x\nx/c.png,x\n"},
+            "names 'x/a.png', which is not there .the first of 2.; files are named as seen fr",
+        ),
+        (
+            {"metadata.csv": 'file_name,label\na.png,"x\nb.png,x\nc.png,x\n'},
+            "is no CSV in line 4: unexpected end of data",
+        ),
+        (
+            {"metadata.csv": "file_name\tlabel\na.png\tx\n"},
+            r"; separate columns by commas, not by '.t'",
+        ),
+        ({"metadata.csv": "a.png,x\n"}, "a.png, x; its first line must name the columns, as in fi"),
+        ({"metadata.csv": b"\xff\xfe"}, "csv that cannot be read: .*; save it as UTF-8"),
         ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "cannot be read: line 2: not valid JSON"),
         ({"metadata.jsonl": "[]"}, r"has no object \{...\} in line 1"),
         ({"metadata.jsonl": '{"file_name": "a.png", "label": 1.5}'}, "the label 1.5 in line 1"),
@@ -201,7 +214,11 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
         ({"dataset.json": '{"labels": [["a.png", [0, 1]]]}'}, "it must be a class index"),
         (
             {"dataset.json": '{"labels": [["a.png", -1], ["b.png", 0], ["c.png", 0]]}'},
-            "must be class indices from 0, got -1",
+            "a dataset.json: labels must be class indices from 0, got -1",
+        ),
+        (
+            {"dataset.json": '{"labels": [["a.png", 1000000], ["b.png", 0], ["c.png", 0]]}'},
+            "got 1000000, and at most 1,000,000 classes are taken",
         ),
         (
             {"dataset.json": '{"labels": null}', "metadata.csv": "file_name\na.png\n"},
@@ -227,6 +244,34 @@ def test_sheet_that_gives_no_labels_is_told_with_its_columns(tmp_path, make):
     nested = {f"train/{name}": content for name, content in (ABC | files).items()}
     source = make(tmp_path / "other", nested | {"test/d.png": png()}) if make is folder else None
     assert source is None or "train/metadata.csv is not read" in source.open().warnings[0]
+
+
+UNREAD = ["labels.csv", "train.tsv", "meta.jsonl", "metadata.json", "image_class_labels.txt"]
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+@pytest.mark.parametrize("name", UNREAD)
+def test_file_that_may_have_labels_is_told_where_there_are_no_classes(tmp_path, make, name):
+    source = make(tmp_path, ABC | {name: "a.png,x"}).open()
+    (told,) = source.warnings
+    assert f"there are no classes, for {name} is not read; labels are taken from metadata" in told
+    (tmp_path / "with").mkdir()
+    held = {f"{n[0]}/{n}": content for n, content in ABC.items()} | {name: ""}
+    assert make(tmp_path / "with", held).open().warnings == []
+
+
+@pytest.mark.parametrize("name", ["README.txt", "notes.txt", "samples.json", "cat/labels.csv"])
+def test_file_that_has_no_labels_is_not_told(tmp_path, name):
+    assert folder(tmp_path, ABC | {name: "x"}).open().warnings == []
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+def test_folders_in_class_folders_are_told_as_no_classes(tmp_path, make):
+    files = {"x/train/cat/a.png": png(), "x/train/dog/b.png": png(), "x/README.md": "", "y.md": ""}
+    source = make(tmp_path, files).open()
+    assert source.classes == ["x"]
+    (told,) = source.warnings
+    assert "classes are the folders at the top (x); folders in them, as x/train/cat/, are" in told
 
 
 def test_sheet_in_an_archive_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hdit.data.images import SIGNATURE_BYTES, extensions, has_signature, numbered
 from hdit.data.source import DataError
-from hdit.data.sources.sheets import SHEETS, Rows, read_sheet
+from hdit.data.sources.sheets import LIKE_LABELS, SHEETS, Rows, read_sheet
 from hdit.names import escape, printable, unescape
 
 NO_EXTENSION, HIDDEN = "no extension", "hidden"
@@ -27,6 +27,9 @@ EXPECTED = frozenset(
 EXPECTED_NAMES = frozenset(
     re.findall(r"\w+", "readme license licence copying notice makefile md5sums sha256sums")
 )
+
+FOREIGN = re.compile(r"(?:^|/)(?:\.|__MACOSX/|@eaDir/)")
+"""Hidden names, and folders of thumbnails or attributes that macOS and Synology's NAS write."""
 
 
 class Content(NamedTuple):
@@ -47,8 +50,8 @@ class Listing(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder that it is in begins with a dot; or is macOS's, in an archive."""
-    return name.startswith((".", "__MACOSX/")) or "/." in name
+    """Whether a file or a folder that it is in begins with a dot, or is no user's own."""
+    return FOREIGN.search(name) is not None
 
 
 def is_image(name: str) -> bool:
@@ -119,10 +122,13 @@ def arrange(names: Iterable[str], content: Content, where: str) -> Listing:
         empty: list[str] = []
     else:
         used, labels, classes = _by_folder(known, images, where)
+        warnings += _about_nested(images, classes, where)
         empty = sorted(tops - set(classes)) if classes else []
     sheets = {rows.sheet} if rows is not None else set()
     others = {name for name in all_names if not name.endswith("/")} - set(used) - sheets
     warnings += _about_others(others, where)
+    if not classes:
+        warnings += _about_unread(others, where)
     warnings += _about_empty(empty, others, where)
     return Listing(used, labels, classes, count_left_out(others), warnings)
 
@@ -148,6 +154,39 @@ def _by_folder(
 
 
 # ---- what is not used ----------------------------------------------------------------------------
+
+
+def _about_nested(images: list[str], classes: list[str], where: str) -> list[str]:
+    """A warning of folders in class folders, as of train/ and val/ that hold the classes."""
+    nested = next((name for name in images if classes and name.count("/") > 1), None)
+    if nested is None:
+        return []
+    inner = posixpath.dirname(nested)
+    held = [printable(escape(name)) for name in classes[:SHOWN_FOLDERS]]
+    more = f" and {len(classes) - len(held):,} more" if classes[len(held) :] else ""
+    return [
+        f"{where}: classes are the folders at the top ({', '.join(held)}{more}); folders in them, "
+        f"as {printable(inner)}/, are none; if they should be, take the folder that they lie in "
+        "as the data"
+    ]
+
+
+def _about_unread(others: Collection[str], where: str) -> list[str]:
+    """A warning of files at the top that may have labels, where there are no classes."""
+    likely = sorted(name for name in others if _may_have_labels(name))
+    return [
+        f"{where}: there are no classes, for {printable(name)} is not read; labels are taken from "
+        f"{', '.join(SHEETS[:-1])} or {SHEETS[-1]} (docs/data.md has the columns)"
+        for name in likely[:1]
+    ]
+
+
+def _may_have_labels(name: str) -> bool:
+    stem, kind = posixpath.splitext(name.lower())
+    if "/" in name or is_hidden(name) or name.lower() in SHEETS:
+        return False
+    is_named_so = LIKE_LABELS.search(stem) or stem == "metadata"
+    return kind in (".csv", ".tsv", ".jsonl") or (kind in (".json", ".txt") and bool(is_named_so))
 
 
 def _about_others(others: Collection[str], where: str) -> list[str]:
@@ -238,7 +277,7 @@ def _by_sheet(
     if rows.labels is None:
         return files, list(labels), []
     if rows.are_indices:
-        return files, list(labels), numbered(labels, where)
+        return files, list(labels), numbered(labels, where.removesuffix(" that"))
     indices, classes = by_name(labels, where, by_value=rows.are_numbers)
     return files, indices, classes
 
@@ -246,14 +285,22 @@ def _by_sheet(
 def _resolved(files: list[str], known: set[str], where: str) -> dict[str, int]:
     """The row of each file that is named."""
     rows: dict[str, int] = {}
+    absent = []
     for row, file in enumerate(files):
         ways = file, unescape(file), posixpath.normpath(file.replace("\\", "/"))
         name = next((way for way in ways if way in known), "")
         if not name:
-            raise DataError(f"{where} names {file!r}, which is not there")
-        if name in rows:
+            absent.append(file)
+        elif name in rows:
             raise DataError(f"{where} names {file!r} twice")
-        rows[name] = row
+        else:
+            rows[name] = row
+    if absent:
+        more = f" (the first of {len(absent):,})" if absent[1:] else ""
+        raise DataError(
+            f"{where} names {absent[0]!r}, which is not there{more}; files are named as seen from "
+            "the folder of the sheet, with their extension"
+        )
     return rows
 
 
