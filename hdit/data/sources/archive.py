@@ -94,7 +94,10 @@ class Archive:
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
         except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
+            raise DataError(
+                f"data.path: {path!r} is no zip archive: {error}; if it should be one, it is cut "
+                "off or damaged: copy or download it again"
+            ) from None
         members = self._members(f"data.path: {path!r}")
         files = {name: member for name, member in members.items() if not name.endswith("/")}
         top = _common_folder([name for name in files if not is_hidden(name)])
@@ -137,8 +140,13 @@ class Archive:
         return f"{self.path}/{self.members[index].filename}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Opens the image -> (image, class index). Raises ValueError for a huge member."""
+        """Opens the image -> (image, class index).
+
+        Raises ValueError for a huge member, and for one that Python cannot unpack.
+        """
         member = self.members[index]
+        if trouble := packed_so(member):
+            raise ValueError(trouble)
         if member.file_size > BYTES_OF_A_PIXEL * self.max_pixels:
             raise ValueError(
                 f"unpacks to {member.file_size} bytes, more than data.max_pixels = "
@@ -157,6 +165,8 @@ class Archive:
 
     def _text(self, member: zipfile.ZipInfo) -> bytes:
         """All of a sheet. Raises ReadingError for a huge or damaged one."""
+        if trouble := packed_so(member):
+            raise ReadingError(trouble)
         if member.file_size > MAX_SHEET:
             raise ReadingError(
                 f"it unpacks to {member.file_size:,} bytes, and no sheet has more than "
@@ -185,6 +195,19 @@ DAMAGE = (
 
 BYTES_OF_A_PIXEL = 8
 """RGBA of 16 bits, uncompressed: bounds what a member unpacks to before its size is known."""
+
+
+METHODS = {9: "Deflate64, as Windows packs large files", 93: "Zstandard", 99: "AES"}
+"""Ways to pack a member that the zipfile module of Python does not know."""
+
+
+def packed_so(member: zipfile.ZipInfo) -> str | None:
+    """Why a member cannot be unpacked by its header, and the fix."""
+    if member.flag_bits & 1:
+        return "is encrypted; unpack the archive with its password, and name the folder"
+    if member.compress_type in METHODS:
+        return f"is packed by {METHODS[member.compress_type]}; unpack it, and name the folder"
+    return None
 
 
 def escape(member: zipfile.ZipInfo) -> str | None:

@@ -13,7 +13,7 @@ from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
-from hdit.names import path_of
+from hdit.names import path_of, printable
 
 
 class NpzSpec(ImagesSpec):
@@ -60,6 +60,11 @@ class Arrays:
         given = [key for key in LABELS if key in arrays]
         if len(given) > 1:
             raise DataError(f"{where} has labels twice, as {' and '.join(given)}")
+        others = set(names) - {"arr_0", *LABELS, *STATISTICS}
+        self.warnings = [
+            f"{where}: {', '.join(map(printable, sorted(others)))} in it is not read; images are "
+            f"taken from arr_0, and labels from {' or '.join(LABELS)}"
+        ][: len(others)]
         self.labels, self.classes = np.zeros(len(self.images), np.int64), list[str]()
         for key in given:
             labels = arrays[key]
@@ -91,6 +96,7 @@ class Arrays:
 
 
 LABELS = ("arr_1", "labels")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of features, which ADM's files hold as well
 
 
 def _held(names: list[str]) -> str:
