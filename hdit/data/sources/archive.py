@@ -19,7 +19,7 @@ from pydantic import Field
 from hdit.bounds import Name
 from hdit.data.images import SIGNATURE_BYTES, Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
-from hdit.data.sources.listing import Content, arrange, is_hidden
+from hdit.data.sources.listing import Content, arrange, is_hidden, list_images
 from hdit.data.sources.sheets import MAX_SHEET
 from hdit.names import path_of
 from hdit.reading import ReadingError
@@ -86,8 +86,9 @@ class Archive:
 
     setting = "data.path"
 
-    def __init__(self, path: str, max_pixels: int):
-        self.place, self.max_pixels = path, max_pixels
+    def __init__(self, path: str, max_pixels: int, labelled: bool = True):
+        """Lists the archive; without labels images may lie in any layout. Raises DataError."""
+        self.place, self.max_pixels, self.labelled = path, max_pixels, labelled
         self.path = path_of(path)
         if not os.path.isfile(self.path):
             raise refuse_path(path, "zip", "is not a file")
@@ -106,7 +107,10 @@ class Archive:
             text=lambda name: self._text(files[top + name]),
             start=lambda name: self._start(files[top + name]),
         )
-        listing = arrange(names, content, f"data.path: {path!r}")
+        where = f"data.path: {path!r}"
+        listing = (
+            arrange(names, content, where) if labelled else list_images(names, content.start, where)
+        )
         names, self.labels, self.classes, self.left_out, self.warnings = listing
         self.members = [files[top + name] for name in names]
 
@@ -130,7 +134,7 @@ class Archive:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that is not a fork lists the archive again."""
-        return Archive, (self.place, self.max_pixels)
+        return Archive, (self.place, self.max_pixels, self.labelled)
 
     def __len__(self) -> int:
         return len(self.members)

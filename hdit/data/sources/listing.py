@@ -126,20 +126,39 @@ def arrange(names: Iterable[str], content: Content, where: str) -> Listing:
         empty = sorted(tops - set(classes)) if classes else []
     sheets = {rows.sheet} if rows is not None else set()
     others = {name for name in all_names if not name.endswith("/")} - set(used) - sheets
-    warnings += _about_others(others, where)
+    warnings += _about_others(others, where) + _about_sheets(others, where)
     if not classes:
         warnings += _about_unread(others, where)
     warnings += _about_empty(empty, others, where)
     return Listing(used, labels, classes, count_left_out(others), warnings)
 
 
+def list_images(names: Iterable[str], start: Callable[[str], bytes], where: str) -> Listing:
+    """Lists all images among `names`, whatever their folders and sheets mean: without classes.
+
+    Arguments are as of `arrange` and `find_images`. Raises DataError where there are no images.
+    """
+    all_files = {name for name in names if not name.endswith("/")}
+    known = {name for name in all_files if not is_hidden(name)}
+    images = find_images(known, start)
+    _check_some(images, known, where)
+    others = all_files - set(images)
+    told = _about_others(others, where)
+    return Listing(images, [0] * len(images), [], count_left_out(others), told)
+
+
+def _check_some(images: list[str], known: set[str], where: str) -> None:
+    """Raises DataError where there are no images, with what there is."""
+    if not images:
+        others = f"; it has {tell(count_left_out(known))}" if known else ""
+        raise DataError(f"{where} has no image files that Pillow can read{others}")
+
+
 def _by_folder(
     known: set[str], images: list[str], where: str
 ) -> tuple[list[str], list[int], list[str]]:
     """(images, labels, classes) by sub-folders. Raises DataError for a mixed or empty layout."""
-    if not images:
-        others = f"; it has {tell(count_left_out(known))}" if known else ""
-        raise DataError(f"{where} has no image files that Pillow can read{others}")
+    _check_some(images, known, where)
     folders = [name.partition("/")[0] if "/" in name else "" for name in images]
     classes = sorted(set(folders))
     if classes == [""]:
@@ -190,23 +209,26 @@ def _may_have_labels(name: str) -> bool:
 
 
 def _about_others(others: Collection[str], where: str) -> list[str]:
-    """Warnings of files that a user may take for images, or for labels."""
-    told = []
+    """A warning of files that a user may take for images."""
     unexpected = [name for name in others if not is_expected(name)]
-    if unexpected:
-        number = len(unexpected)
-        told.append(
-            f"{where}: {number:,} {'files are' if number > 1 else 'file is'} left out, in no "
-            f"format that Pillow reads: {tell(count_left_out(unexpected))}; convert or remove "
-            f"{'them' if number > 1 else 'it'}"
-        )
+    if not unexpected:
+        return []
+    number = len(unexpected)
+    return [
+        f"{where}: {number:,} {'files are' if number > 1 else 'file is'} left out, in no "
+        f"format that Pillow reads: {tell(count_left_out(unexpected))}; convert or remove "
+        f"{'them' if number > 1 else 'it'}"
+    ]
+
+
+def _about_sheets(others: Collection[str], where: str) -> list[str]:
+    """A warning of a sheet that lies in a sub-folder."""
     nested = sorted(n for n in others if "/" in n and posixpath.basename(n).lower() in SHEETS)
-    if nested:
-        told.append(
-            f"{where}: {printable(nested[0])} is not read, for labels are taken from a file at the "
-            "top alone; move it there, or name its folder as data.path"
-        )
-    return told
+    return [
+        f"{where}: {printable(name)} is not read, for labels are taken from a file at the "
+        "top alone; move it there, or name its folder as data.path"
+        for name in nested[:1]
+    ]
 
 
 def _about_empty(empty: list[str], others: Collection[str], where: str) -> list[str]:
