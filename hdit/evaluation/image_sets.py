@@ -7,6 +7,7 @@ its place would falsify the distance.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -337,7 +338,7 @@ def open_set(place: str) -> Listed | Configured:
         return Configured(load(path).data, place)
     if kind == "folder":
         return Listed(FolderFiles(path), place, kind)
-    if not path.exists() and kind != "tar":  # which may be named with braces or wildcards
+    if not os.path.exists(path) and kind != "tar":  # which may be named with braces or wildcards
         raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
     if kind not in DATA:
         what = f"is {(MODELS | OTHERS)[kind]}, and " if kind else ""

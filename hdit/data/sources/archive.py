@@ -94,7 +94,9 @@ class Archive:
             raise refuse_path(path, "zip", "is not a file")
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        except OSError as error:
+            raise DataError(f"data.path: {path!r} cannot be read: {error}") from None
+        except (ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"data.path: {path!r} is no zip archive: {error}; if it should be one, it is cut "
                 "off or damaged: copy or download it again"

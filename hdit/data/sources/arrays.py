@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +36,7 @@ class Arrays:
     def __init__(self, path: str, labelled: bool = True):
         """Opens the file; without labels nothing but arr_0 is read of it. Raises DataError."""
         self.place, self.path, self.labelled = path, path_of(path), labelled
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise refuse_path(path, "npz", "is not a file")
         where = f"data.path: {path!r}"
         self.stamp_of_file = file_stamp(self.path)

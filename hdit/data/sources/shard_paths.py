@@ -65,7 +65,7 @@ def _refuse_unusable(found: list[Path], where: str) -> None:
     """Raises DataError for what is no file, is compressed, or is named twice."""
     real: dict[str, Path] = {}
     for place in found:
-        if not place.is_file():
+        if not os.path.isfile(place):
             raise DataError(f"{where}: {place} is not a file")
         named_so = place.name.lower().endswith(COMPRESSED_TARS)
         if named_so or (place is found[0] and _is_compressed(place)):  # the others are like it
