@@ -195,7 +195,7 @@ def _about_unread(others: Collection[str], where: str) -> list[str]:
     likely = sorted(name for name in others if _may_have_labels(name))
     return [
         f"{where}: there are no classes, for {printable(name)} is not read; labels are taken from "
-        f"{', '.join(SHEETS[:-1])} or {SHEETS[-1]} (docs/data.md has the columns)"
+        f"{', '.join(SHEETS[:-1])} or {SHEETS[-1]} alone"
         for name in likely[:1]
     ]
 

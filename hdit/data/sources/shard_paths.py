@@ -85,9 +85,10 @@ def _is_compressed(place: Path) -> bool:
     """Whether a file begins as a compressed one, whatever its name."""
     try:
         with place.open("rb", buffering=0) as file:
-            return file.read(6).startswith(COMPRESSED)
+            start = file.read(512)
     except OSError:
         return False  # whoever opens it says why it cannot be read
+    return start.startswith(COMPRESSED) and start[257:262] != b"ustar"  # or it is a name
 
 
 def expand(text: str) -> Iterator[str]:

@@ -100,7 +100,7 @@ def members(file: TarFile, start: int) -> Iterator[Member]:
 
 
 def _size(text: bytes, at: int) -> int:
-    """A size that pax gives, of less than 2^63."""
+    """A size that pax gives, of less than 10^18. Raises ValueError for any other text."""
     if not re.fullmatch(rb"[0-9]{1,18}", text):
         raise ValueError(f"no header of a tar at byte {at}: {text!r:.60} is no size")
     return int(text)

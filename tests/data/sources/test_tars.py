@@ -947,6 +947,11 @@ def test_compressed_tar_is_refused_with_what_to_do(tmp_path, name):
         TypeAdapter(DataSpec).validate_python({"path": str(tmp_path / name), "size": 8}).open()
 
 
+def test_tar_whose_first_name_begins_as_a_compressed_file_is_a_tar(tmp_path):
+    source = open_tars(write_tar(tmp_path / "a.tar", [("BZhang.png", png(7))]), size=1)
+    assert values(source, source.references()) == [7]
+
+
 def test_braces_that_are_nested_too_deep_are_an_error():
     with pytest.raises(DataError, match="has too many braces, one in another"):
         open_tars("{," * 1100 + "b" + "}" * 1100)
