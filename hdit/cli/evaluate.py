@@ -91,6 +91,7 @@ def evaluate(
         raise UserError(f"B: {b} is a model; the reference must be images; only A may be a model")
     keep_freed_memory()
     reference = image_sets.open_set(or_preset(b))
+    told = reference.warnings
     candidate: ImageSet
     if is_trained(path_of(a)):
         options = {
@@ -104,7 +105,10 @@ def evaluate(
         given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
         if idle := [name for name, value in given.items() if value is not None]:
             raise UserError(f"{idle[0]}: has no effect, as A ({a}) is no model to sample")
-        candidate = image_sets.open_set(or_preset(a))
+        candidate = images = image_sets.open_set(or_preset(a))
+        told = [*images.warnings, *told]
+    for text in dict.fromkeys(told):
+        warn(text)
     extractor = open_features(features, default_device(), lambda text: typer.echo(text, err=True))
     workers = processes() if workers is None else workers
     found = _compare(candidate, reference, extractor, batch_size or 64, workers)

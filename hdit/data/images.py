@@ -477,5 +477,8 @@ def numbered(labels: np.ndarray | Sequence[int], where: str) -> list[str]:
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= MAX_CLASSES:
         bad = low if low < 0 else high
-        raise DataError(f"{where}: labels must be class indices from 0, got {bad}")
+        raise DataError(
+            f"{where}: labels must be class indices from 0, got {bad}"
+            + (f", and at most {MAX_CLASSES:,} classes are taken" if low >= 0 else "")
+        )
     return [str(label) for label in range(high + 1)]

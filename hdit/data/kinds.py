@@ -142,11 +142,11 @@ def kind_of_model(path: Path) -> tuple[str | None, bool]:
         return "run", True
     if _is_checkpoint(path):
         return "checkpoint", True
-    has_weights = (path / "model.safetensors").is_file()
+    has_weights = os.path.isfile(path / "model.safetensors")
     config = _object(path / "config.json")
     if config is not None and "hdit_format" in config:
         return "converted", has_weights
-    if has_weights and config is None and (path / "config.json").exists():
+    if has_weights and config is None and os.path.exists(path / "config.json"):
         return "converted", True  # whose config.json is damaged
     for folder in (path, path / "transformer"):
         own, is_there = _object(folder / "config.json"), os.path.exists(folder / "config.json")
@@ -158,24 +158,24 @@ def kind_of_model(path: Path) -> tuple[str | None, bool]:
 
 def _is_run(path: Path) -> bool:
     """A checkpoint, or what `hdit train` writes before the first one."""
-    if (path / "config.toml").is_file() and (
-        (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()
+    if os.path.isfile(path / "config.toml") and (
+        os.path.isdir(path / "checkpoints") or os.path.isfile(path / "metrics.jsonl")
     ):
         return True
     numbered = [name for name in _names(path / "checkpoints") if re.fullmatch("[0-9]+", name)]
     return any(
-        (path / "checkpoints" / name / file).is_file()
+        os.path.isfile(path / "checkpoints" / name / file)
         for name in numbered
         for file in ("manifest.json", "state.json", "model.safetensors")
     )
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if not (path / "manifest.json").is_file():
+    if not os.path.isfile(path / "manifest.json"):
         return False
     manifest = _object(path / "manifest.json")
     if manifest is None:  # damaged
-        return (path / "state.json").is_file() and (path / "model.safetensors").is_file()
+        return os.path.isfile(path / "state.json") and os.path.isfile(path / "model.safetensors")
     files = manifest.get("files")
     return isinstance(files, dict) and "state.json" in files
 
@@ -213,7 +213,7 @@ def _images(path: Path) -> Iterator[str]:
     known = Image.registered_extensions()
     folders = sorted(name for name in _names(path) if not name.startswith(".") and name not in OWN)
     for folder in ("", *folders):
-        if folder and (path / folder / "samples.json").is_file():
+        if folder and os.path.isfile(path / folder / "samples.json"):
             continue
         for name in sorted(_names(path / folder)):
             if os.path.splitext(name)[1].lower() in known and not name.startswith("."):

@@ -33,7 +33,8 @@ def to_mode(image: Image.Image, channels: int, background: str = "white") -> Ima
     image.load()  # or a damaged image would be taken for damaged metadata
     if (turn := UPRIGHT.get(_orientation(image))) is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I;16"):  # convert() would clip at 255
+    is_pgm = image.mode == "I" and image.format == "PPM"  # of which white is 65535, too
+    if image.mode.startswith("I;16") or is_pgm:  # convert() would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; save 8 or 16 bits")

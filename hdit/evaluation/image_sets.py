@@ -7,6 +7,7 @@ its place would falsify the distance.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,11 +22,11 @@ from hdit.data import DataSpec, HubSpec, TarSpec
 from hdit.data.images import MAX_PIXELS, open_image
 from hdit.data.kinds import DATA, MODELS, OTHERS, what_is
 from hdit.data.loader import load_batches
-from hdit.data.source import DataError, Source, Stream, references
+from hdit.data.source import DataError, Source, Stream, references, warnings_of
 from hdit.data.sources.archive import Archive
 from hdit.data.sources.arrays import Arrays
 from hdit.data.sources.folder import start_of
-from hdit.data.sources.listing import find_images, is_hidden
+from hdit.data.sources.listing import list_images
 from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
@@ -110,15 +111,16 @@ class FolderFiles:
             files = walk(root).files
         except OSError as error:
             raise DataError(f"{root}: cannot be listed: {error}") from None
-        seen = [name for name in files if not is_hidden(name)]
-        names = self.names = find_images(seen, lambda name: start_of(root / name))
+        listing = list_images(files, lambda name: start_of(root / name), repr(str(root)))
+        names = self.names = listing.names
+        self.warnings = listing.warnings
         record = root / SAMPLES
         if SAMPLES in files:
             self.names = read_samples(record)
             if missing := set(self.names) - set(names):
                 raise DataError(f"{root / min(missing)}: is not there, but {record} lists it")
-        if not self.names:
-            raise DataError(f"{root}: has no image files that Pillow can read")
+            if not self.names:
+                raise DataError(f"{record}: lists no images")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -152,7 +154,7 @@ class Chosen:
 
 def zip_files(place: str) -> Files:
     """The images of an archive; of one of samples, those that its samples.json lists."""
-    archive = Archive(place, MAX_PIXELS)
+    archive = Archive(place, MAX_PIXELS, labelled=False)
     members = [name for name in archive.zip.namelist() if name.rpartition("/")[2] == SAMPLES]
     record = min(members, key=lambda name: name.count("/"), default="")
     if not record or record.count("/") > 1:
@@ -173,10 +175,15 @@ def zip_files(place: str) -> Files:
 
 
 class Listed:
-    """Images that lie somewhere: any mode, made RGB; what is transparent lies on white."""
+    """Images that lie somewhere: any mode, made RGB; what is transparent lies on white.
+
+    `warnings` tell of files that are left out.
+    """
 
     def __init__(self, files: Files, place: str, kind: str):
         self.files, self.record = files, {"place": place, "kind": kind}
+        told = getattr(files, "warnings", [])
+        self.warnings = [text.removeprefix("data.path: ") for text in told]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -201,6 +208,7 @@ class Configured:
     def __init__(self, spec: DataSpec, place: str):
         self.source: Source | Stream = spec.open()
         self.references = references(self.source)
+        self.warnings = warnings_of(self.source)
         self.record = {
             "place": place,
             "kind": "data of a config",
@@ -330,7 +338,7 @@ def open_set(place: str) -> Listed | Configured:
         return Configured(load(path).data, place)
     if kind == "folder":
         return Listed(FolderFiles(path), place, kind)
-    if not path.exists() and kind != "tar":  # which may be named with braces or wildcards
+    if not os.path.exists(path) and kind != "tar":  # which may be named with braces or wildcards
         raise UserError(f"{place}: does not exist (seen from {Path.cwd()})")
     if kind not in DATA:
         what = f"is {(MODELS | OTHERS)[kind]}, and " if kind else ""
@@ -350,4 +358,4 @@ def _entries(place: str, kind: str) -> Files:
         return TarSpec(path=place, size=(1, 1), classes=0).open().listed()
     if kind == "hub":
         return HubSpec(path=place, size=(1, 1), label_column="").open().entries
-    return Arrays(place) if kind == "npz" else zip_files(place)
+    return Arrays(place, labelled=False) if kind == "npz" else zip_files(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -104,7 +105,8 @@ def _label(part: str, indices: dict[str, list[int]], number: int) -> int:
 
     `indices` are those of each name: of ImageNet's 1,000 classes two are called "crane".
     """
-    for name in (part, escape(part), part.strip()):
+    alike = [name for name in indices if not name.isascii() and _composed(name) == _composed(part)]
+    for name in (part, escape(part), part.strip(), *(alike if len(alike) == 1 else [])):
         if name in indices:
             if len(found := indices[name]) == 1:
                 return found[0]
@@ -122,6 +124,11 @@ def _label(part: str, indices: dict[str, list[int]], number: int) -> int:
     if part.startswith("#"):
         hint = f"; an index is a number from #0 to #{number - 1}"
     raise UserError(f"--labels: {printable(part)!r} is no class of this model: {known}{hint}")
+
+
+def _composed(text: str) -> str:
+    """A name with each accent as a part of its letter, as it is typed; macOS stores it apart."""
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def open_guide(source: Path, trained: Trained, warn: Callable[[str], None]) -> Trained:

@@ -29,7 +29,7 @@ from hdit.data import (
 from hdit.data.batches import Batches, Layout
 from hdit.data.images import MAX_PIXELS, MIN_DRAWN, Images, ImagesSpec, too_many
 from hdit.data.source import DataError, Skipped
-from hdit.data.transforms import to_image
+from hdit.data.transforms import to_image, to_mode, to_tensor
 
 CLASSES = ["cross", "disc", "ring", "square", "triangle"]  # sorted
 
@@ -388,6 +388,14 @@ def test_png_of_sixteen_bits_keeps_its_range(tmp_path, colour, pixel, expected):
         png_chunks(png_header(8, 8, 16, colour), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     )
     assert one(tmp_path, "a.png") == pytest.approx(expected, abs=1)  # rounded, or its high byte
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pgm_of_sixteen_bits_keeps_its_range(tmp_path, channels):
+    values = np.array([0, 1000, 32768, 65535], ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 2 65535\n" + values.tobytes())
+    pixels = to_tensor(to_mode(Image.open(tmp_path / "a.pgm"), channels))
+    assert pixels.flatten(1).tolist() == [[0, 4, 128, 255]] * channels
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])

@@ -260,3 +260,23 @@ def test_stored_latents_are_neither_images_nor_a_model(tmp_path):
         kind_of(str(path))
     with pytest.raises(UserError, match="it: is a folder of stored latents, and must be a folder"):
         open_set(str(path))
+
+
+def test_folder_that_may_not_be_entered_is_one_of_images_and_told_as_it_is(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path / "set") + "/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    def refuse_list(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "set").mkdir()
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", refuse)
+    assert what_is(tmp_path / "set") == "folder"
+    monkeypatch.setattr(os, "scandir", refuse_list)
+    with pytest.raises(DataError, match=r"^data\.path: '.*set' cannot be listed: .*denied"):
+        open_source(str(tmp_path / "set"))
+    with pytest.raises(UserError, match=r"set: cannot be listed: .*denied"):
+        open_set(str(tmp_path / "set"))

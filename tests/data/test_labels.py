@@ -62,7 +62,7 @@ ABC = {f"{name}.png": png(i) for i, name in enumerate("abc")}
         ),
         # as spreadsheets write it: blanks, capitals, commas at the ends
         (
-            {"metadata.csv": 'File Name, Label,\na.png, x,\n"b.png", "y,z",,\nc.png,x\n'},
+            {"metadata.csv": 'File Name, Label,\na.png, x,\n"b.png", "y,z",,\nc.png,x\n,,\n \n'},
             "x y,z",
             "0 1 0",
         ),
@@ -143,7 +143,20 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
         ({"metadata.csv": "file_name,label\n"}, "metadata.csv that has no rows"),
         ({"metadata.csv": "file_name,label\na.png,x\nb.png\n"}, "'b.png' the label None in line 3"),
         ({"metadata.csv": "file_name,label\na.png,x\n,x\n"}, "gives no file_name in line 3"),
-        ({"metadata.csv": b"\xff\xfe"}, "metadata.csv that cannot be read"),
+        (
+            {"metadata.csv": "file_name,label\nx/a.png,x\nb.png,x\nx/c.png,x\n"},
+            "names 'x/a.png', which is not there .the first of 2.; files are named as seen fr",
+        ),
+        (
+            {"metadata.csv": 'file_name,label\na.png,"x\nb.png,x\nc.png,x\n'},
+            "is no CSV in line 4: unexpected end of data",
+        ),
+        (
+            {"metadata.csv": "file_name\tlabel\na.png\tx\n"},
+            r"; separate columns by commas, not by '.t'",
+        ),
+        ({"metadata.csv": "a.png,x\n"}, "a.png, x; its first line must name the columns, as in fi"),
+        ({"metadata.csv": b"\xff\xfe"}, "csv that cannot be read: .*; save it as UTF-8"),
         ({"metadata.jsonl": '{"file_name": "a.png"}\n{'}, "cannot be read: line 2: not valid JSON"),
         ({"metadata.jsonl": "[]"}, r"has no object \{...\} in line 1"),
         ({"metadata.jsonl": '{"file_name": "a.png", "label": 1.5}'}, "the label 1.5 in line 1"),
@@ -201,7 +214,11 @@ def test_sheet_labels_images_in_sub_folders_of_which_no_class_is_made(tmp_path):
         ({"dataset.json": '{"labels": [["a.png", [0, 1]]]}'}, "it must be a class index"),
         (
             {"dataset.json": '{"labels": [["a.png", -1], ["b.png", 0], ["c.png", 0]]}'},
-            "must be class indices from 0, got -1",
+            "a dataset.json: labels must be class indices from 0, got -1",
+        ),
+        (
+            {"dataset.json": '{"labels": [["a.png", 1000000], ["b.png", 0], ["c.png", 0]]}'},
+            "got 1000000, and at most 1,000,000 classes are taken",
         ),
         (
             {"dataset.json": '{"labels": null}', "metadata.csv": "file_name\na.png\n"},
@@ -227,6 +244,34 @@ def test_sheet_that_gives_no_labels_is_told_with_its_columns(tmp_path, make):
     nested = {f"train/{name}": content for name, content in (ABC | files).items()}
     source = make(tmp_path / "other", nested | {"test/d.png": png()}) if make is folder else None
     assert source is None or "train/metadata.csv is not read" in source.open().warnings[0]
+
+
+UNREAD = ["labels.csv", "train.tsv", "meta.jsonl", "metadata.json", "image_class_labels.txt"]
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+@pytest.mark.parametrize("name", UNREAD)
+def test_file_that_may_have_labels_is_told_where_there_are_no_classes(tmp_path, make, name):
+    source = make(tmp_path, ABC | {name: "a.png,x"}).open()
+    (told,) = source.warnings
+    assert f"there are no classes, for {name} is not read; labels are taken from metadata" in told
+    (tmp_path / "with").mkdir()
+    held = {f"{n[0]}/{n}": content for n, content in ABC.items()} | {name: ""}
+    assert make(tmp_path / "with", held).open().warnings == []
+
+
+@pytest.mark.parametrize("name", ["README.txt", "notes.txt", "samples.json", "cat/labels.csv"])
+def test_file_that_has_no_labels_is_not_told(tmp_path, name):
+    assert folder(tmp_path, ABC | {name: "x"}).open().warnings == []
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+def test_folders_in_class_folders_are_told_as_no_classes(tmp_path, make):
+    files = {"x/train/cat/a.png": png(), "x/train/dog/b.png": png(), "x/README.md": "", "y.md": ""}
+    source = make(tmp_path, files).open()
+    assert source.classes == ["x"]
+    (told,) = source.warnings
+    assert "classes are the folders at the top (x); folders in them, as x/train/cat/, are" in told
 
 
 def test_sheet_in_an_archive_that_unpacks_to_too_much_is_not_read(tmp_path, monkeypatch):
@@ -349,10 +394,33 @@ def test_zip_with_a_member_that_would_escape_is_refused_by_its_name(tmp_path, ba
         ZipSpec(path=str(tmp_path / "it.zip"), size=4).open()
 
 
+@pytest.mark.parametrize(
+    ("method", "flag", "reason"),
+    [
+        (9, 0, "packed by Deflate64"),
+        (93, 0, "packed by Zstandard"),
+        (99, 1, "encrypted"),
+        (0, 1, "encry"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.png", "metadata.csv"])
+def test_zip_packed_as_python_cannot_unpack_is_told_with_the_fix(
+    tmp_path, method, flag, reason, name
+):
+    spec = archive(tmp_path, {"b.png": png(), "a.png": png()} | {name: png()})
+    data = bytearray((tmp_path / "it.zip").read_bytes())
+    for start, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.rindex(start)
+        data[at + flags : at + flags + 4] = bytes([flag, 0, method, 0])
+    (tmp_path / "it.zip").write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name}.* is {reason}.* name the folder"):
+        spec.open()[0]
+
+
 def test_zip_that_is_none_is_named(tmp_path):
     for content in (b"", b"not a zip", b"PK\3\4" + png()):
         (tmp_path / "other.zip").write_bytes(content)
-        with pytest.raises(DataError, match=r"other\.zip' is no zip archive: "):
+        with pytest.raises(DataError, match=r"other\.zip' is no zip archive: .*cut off"):
             ZipSpec(path=str(tmp_path / "other.zip"), size=4).open()
     with pytest.raises(DataError, match="has no image files that Pillow can read"):
         archive(tmp_path, {"notes.txt": ""}).open()
@@ -380,7 +448,7 @@ def test_zip_members_that_are_damaged_are_bad_files(tmp_path):
     assert sorted(reasons) == ["a.png", "b.png", "c.png", "d.png", "e.png", "huge.bmp"]
     assert "CRC" in reasons["a.png"]
     assert "encrypted" in reasons["b.png"]
-    assert reasons["c.png"].startswith("NotImplementedError")
+    assert "is packed by AES" in reasons["c.png"]
     assert reasons["d.png"].startswith("BadZipFile")
     assert "no format" in reasons["e.png"]
     assert "unpacks to 5000 bytes, more than data.max_pixels = 500" in reasons["huge.bmp"]
@@ -478,6 +546,13 @@ def test_npz_that_is_damaged_is_named(tmp_path):
             spec.open()
 
 
+def test_npz_tells_of_arrays_that_are_not_read(tmp_path):
+    (told,) = npz(tmp_path, arr_0=IMAGES, y=np.zeros(3, int)).open().warnings
+    assert "y in it is not read; images are taken from arr_0, and labels from arr_1 or lab" in told
+    known = {"arr_1": np.zeros(3, int), "mu": np.zeros(2), "sigma_s": np.zeros(2)}
+    assert npz(tmp_path, arr_0=IMAGES, **known).open().warnings == []
+
+
 # ---- hook ----------------------------------------------------------------------------------------
 
 MODULE = """
@@ -507,6 +582,7 @@ def labelled(): return Pets([pixels, 1], ("cat", "dog"))
 def nothing(): return None
 def endless(): return iter([1])
 def empty(): return Pets(image, length=0)
+def huge(): return Pets(image, length=2**40)
 def raising(): raise KeyError("no pets")
 def bad_classes(): return Pets((image, 0), [1, 2])
 def alone(): return Pets(image)
@@ -556,6 +632,7 @@ def test_hook_is_found_in_the_current_folder_and_called(hook):
         ("nothing", "returned NoneType, which has no __len__"),
         ("endless", "returned list_iterator, which has no __len__"),
         ("empty", "returned Pets, which is empty"),
+        ("huge", "Pets, which has 1,099,511,627,776 images, more than 1,000,000,000"),
         ("raising", "raised KeyError: 'no pets'"),
         ("ending", "ended the program \\(SystemExit: 0\\)"),
         ("bad_classes", r"whose classes must be a list of names, got \[1, 2\]"),
@@ -592,7 +669,7 @@ def test_hook_whose_module_cannot_be_imported_is_named(hook):
         ("floats", r"uint8 tensor \(c h w\), got a tensor of torch.float32, 1 x 4 x 4"),
         ("batch", r"uint8 tensor \(c h w\), got a tensor of torch.uint8, 1 x 1 x 4 x 4"),
         ("rows", r"a tensor \(c h w\) that must be uint8 with 1 to 4 channels, got .*4 x 1 x 8"),
-        ("nameless", "has a label, 0, but the data set has no classes"),
+        ("nameless", "has a label, 0, but the data set has no classes; give it their names as"),
         ("missing", "a class index below 1 as its label, got None"),
         ("beyond", "a class index below 1 as its label, got 1"),
         ("name", "a class index below 1 as its label, got 'cat'"),

@@ -32,6 +32,9 @@ def chosen(text: str | None, *classes: str, number: int = 4) -> list[int] | None
         # what is no UTF-8, as bytes and as it is shown
         ("caf\udce9,caf\\xe9", ["caf", "caf\\xe9"], [1, 1, 1, 1]),
         ("²", ["2", "²"], [1, 1, 1, 1]),
+        # as it is typed, of folders that macOS named; each as written where both are there
+        ("caf\u00e9,cafe", ["cafe", "cafe\u0301"], [1, 0, 1, 0]),
+        ("caf\u00e9,cafe\u0301", ["cafe\u0301", "caf\u00e9"], [1, 0, 1, 0]),
     ],
 )
 def test_labels_are_names_as_written_or_indices_after_a_hash(text, classes, labels):

@@ -39,7 +39,7 @@ def open_source(place: str, kind: str | None = None, size: str = "256", **settin
     if not (sides := re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", size)):
         raise DataError(f"--size: must be a side in pixels or HEIGHTxWIDTH, got {size!r}")
     key = "hook" if kind == "python" else "path"
-    if kind == "hub" and not path_of(place).exists():
+    if kind == "hub" and not os.path.exists(path_of(place)):
         key = "name"
     height, width = int(sides[1]), int(sides[2] or sides[1])
     table = {"kind": kind, key: place, "size": [height, width], **settings}

@@ -18,7 +18,7 @@ from hdit.arrays import UNREADABLE
 from hdit.bounds import Name
 from hdit.data.images import SIGNATURE_BYTES, Images, ImagesSpec, open_image, refuse_path
 from hdit.data.source import DataError
-from hdit.data.sources.listing import Content, arrange, is_hidden
+from hdit.data.sources.listing import Content, arrange, is_hidden, list_images
 from hdit.data.sources.sheets import MAX_SHEET
 from hdit.names import path_of
 from hdit.reading import ReadingError
@@ -85,15 +85,21 @@ class Archive:
 
     setting = "data.path"
 
-    def __init__(self, path: str, max_pixels: int):
-        self.place, self.max_pixels = path, max_pixels
+    def __init__(self, path: str, max_pixels: int, labelled: bool = True):
+        """Lists the archive; without labels images may lie in any layout. Raises DataError."""
+        self.place, self.max_pixels, self.labelled = path, max_pixels, labelled
         self.path = path_of(path)
         if not os.path.isfile(self.path):
             raise refuse_path(path, "zip", "is not a file")
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(OwnHandle(self.path)))
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise DataError(f"data.path: {path!r} is no zip archive: {error}") from None
+        except OSError as error:
+            raise DataError(f"data.path: {path!r} cannot be read: {error}") from None
+        except (ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"data.path: {path!r} is no zip archive: {error}; if it should be one, it is cut "
+                "off or damaged: copy or download it again"
+            ) from None
         members = self._members(f"data.path: {path!r}")
         files = {name: member for name, member in members.items() if not name.endswith("/")}
         top = _common_folder([name for name in files if not is_hidden(name)])
@@ -102,7 +108,10 @@ class Archive:
             text=lambda name: self._text(files[top + name]),
             start=lambda name: self._start(files[top + name]),
         )
-        listing = arrange(names, content, f"data.path: {path!r}")
+        where = f"data.path: {path!r}"
+        listing = (
+            arrange(names, content, where) if labelled else list_images(names, content.start, where)
+        )
         names, self.labels, self.classes, self.left_out, self.warnings = listing
         self.members = [files[top + name] for name in names]
 
@@ -126,7 +135,7 @@ class Archive:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that is not a fork lists the archive again."""
-        return Archive, (self.place, self.max_pixels)
+        return Archive, (self.place, self.max_pixels, self.labelled)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -136,8 +145,13 @@ class Archive:
         return f"{self.path}/{self.members[index].filename}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Opens the image -> (image, class index). Raises ValueError for a huge member."""
+        """Opens the image -> (image, class index).
+
+        Raises ValueError for a huge member, and for one that Python cannot unpack.
+        """
         member = self.members[index]
+        if trouble := packed_so(member):
+            raise ValueError(trouble)
         if member.file_size > BYTES_OF_A_PIXEL * self.max_pixels:
             raise ValueError(
                 f"unpacks to {member.file_size} bytes, more than data.max_pixels = "
@@ -156,6 +170,8 @@ class Archive:
 
     def _text(self, member: zipfile.ZipInfo) -> bytes:
         """All of a sheet. Raises ReadingError for a huge or damaged one."""
+        if trouble := packed_so(member):
+            raise ReadingError(trouble)
         if member.file_size > MAX_SHEET:
             raise ReadingError(
                 f"it unpacks to {member.file_size:,} bytes, and no sheet has more than "
@@ -173,6 +189,19 @@ class Archive:
 
 BYTES_OF_A_PIXEL = 8
 """RGBA of 16 bits, uncompressed: bounds what a member unpacks to before its size is known."""
+
+
+METHODS = {9: "Deflate64, as Windows packs large files", 93: "Zstandard", 99: "AES"}
+"""Ways to pack a member that the zipfile module of Python does not know."""
+
+
+def packed_so(member: zipfile.ZipInfo) -> str | None:
+    """Why a member cannot be unpacked by its header, and the fix."""
+    if member.flag_bits & 1:
+        return "is encrypted; unpack the archive with its password, and name the folder"
+    if member.compress_type in METHODS:
+        return f"is packed by {METHODS[member.compress_type]}; unpack it, and name the folder"
+    return None
 
 
 def escape(member: zipfile.ZipInfo) -> str | None:

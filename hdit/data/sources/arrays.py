@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from hdit.bounds import Name
 from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
-from hdit.names import path_of
+from hdit.names import path_of, printable
 
 
 class NpzSpec(ImagesSpec):
@@ -32,14 +33,15 @@ class Arrays:
 
     setting = "data.path"
 
-    def __init__(self, path: str):
-        self.place, self.path = path, path_of(path)
-        if not self.path.is_file():
+    def __init__(self, path: str, labelled: bool = True):
+        """Opens the file; without labels nothing but arr_0 is read of it. Raises DataError."""
+        self.place, self.path, self.labelled = path, path_of(path), labelled
+        if not os.path.isfile(self.path):
             raise refuse_path(path, "npz", "is not a file")
         where = f"data.path: {path!r}"
         self.stamp_of_file = file_stamp(self.path)
         try:
-            names, arrays = read_npz(self.path, ("arr_0", *LABELS))
+            names, arrays = read_npz(self.path, ("arr_0", *(LABELS if labelled else ())))
         except ArraysError as error:
             raise DataError(f"{where} cannot be read as npz: {error.reason}") from None
         if "arr_0" not in arrays:
@@ -60,6 +62,11 @@ class Arrays:
         given = [key for key in LABELS if key in arrays]
         if len(given) > 1:
             raise DataError(f"{where} has labels twice, as {' and '.join(given)}")
+        others = set(names) - {"arr_0", *LABELS, *STATISTICS} if labelled else set()
+        self.warnings = [
+            f"{where}: {', '.join(map(printable, sorted(others)))} in it is not read; images are "
+            f"taken from arr_0, and labels from {' or '.join(LABELS)}"
+        ][: len(others)]
         self.labels, self.classes = np.zeros(len(self.images), np.int64), list[str]()
         for key in given:
             labels = arrays[key]
@@ -72,7 +79,7 @@ class Arrays:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that is not a fork maps the file again."""
-        return Arrays, (self.place,)
+        return Arrays, (self.place, self.labelled)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,6 +98,7 @@ class Arrays:
 
 
 LABELS = ("arr_1", "labels")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of features, which ADM's files hold as well
 
 
 def _held(names: list[str]) -> str:

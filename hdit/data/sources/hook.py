@@ -16,6 +16,8 @@ from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 from hdit.plugins import import_function, no_exit
 
+MAX_IMAGES = 10**9  # of which an order is drawn anew in each epoch
+
 
 def _is_hook(text: str) -> str:
     if not re.fullmatch(r"[\w.]+:[\w.]+", text):
@@ -70,8 +72,9 @@ class Hooked:
         for method in ("__len__", "__getitem__"):
             if not hasattr(self.images, method):
                 raise DataError(f"{got}, which has no {method}")
-        if not len(self.images):
-            raise DataError(f"{got}, which is empty")
+        if not 1 <= (length := len(self.images)) <= MAX_IMAGES:
+            trouble = f"has {length:,} images, more than {MAX_IMAGES:,}" if length else "is empty"
+            raise DataError(f"{got}, which {trouble}")
         classes = getattr(self.images, "classes", None)
         classes = [] if classes is None else classes
         if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
@@ -114,7 +117,10 @@ class Hooked:
         if label is None and not self.classes:
             return 0
         if label is not None and not self.classes:
-            raise DataError(f"{where} has a label, {label!r:.60}, but the data set has no classes")
+            raise DataError(
+                f"{where} has a label, {label!r:.60}, but the data set has no classes; give it "
+                "their names as classes, a list, or return None in place of labels"
+            )
         try:
             index = operator.index(label)
         except TypeError:

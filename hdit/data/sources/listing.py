@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hdit.data.images import SIGNATURE_BYTES, extensions, has_signature, numbered
 from hdit.data.source import DataError
-from hdit.data.sources.sheets import SHEETS, Rows, read_sheet
+from hdit.data.sources.sheets import LIKE_LABELS, SHEETS, Rows, read_sheet
 from hdit.names import escape, printable, unescape
 
 NO_EXTENSION, HIDDEN = "no extension", "hidden"
@@ -27,6 +27,9 @@ EXPECTED = frozenset(
 EXPECTED_NAMES = frozenset(
     ("readme", "license", "licence", "copying", "notice", "makefile", "md5sums", "sha256sums")
 )
+
+FOREIGN = re.compile(r"(?:^|/)(?:\.|__MACOSX/|@eaDir/)")
+"""Hidden names, and folders of thumbnails or attributes that macOS and Synology's NAS write."""
 
 
 class Content(NamedTuple):
@@ -47,8 +50,8 @@ class Listing(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder that it is in begins with a dot; or is macOS's, in an archive."""
-    return name.startswith((".", "__MACOSX/")) or "/." in name
+    """Whether a file or a folder that it is in begins with a dot, or is no user's own."""
+    return FOREIGN.search(name) is not None
 
 
 def is_image(name: str) -> bool:
@@ -119,21 +122,43 @@ def arrange(names: Iterable[str], content: Content, where: str) -> Listing:
         empty: list[str] = []
     else:
         used, labels, classes = _by_folder(known, images, where)
+        warnings += _about_nested(images, classes, where)
         empty = sorted(tops - set(classes)) if classes else []
     sheets = {rows.sheet} if rows is not None else set()
     others = {name for name in all_names if not name.endswith("/")} - set(used) - sheets
-    warnings += _about_others(others, where)
+    warnings += _about_others(others, where) + _about_sheets(others, where)
+    if not classes:
+        warnings += _about_unread(others, where)
     warnings += _about_empty(empty, others, where)
     return Listing(used, labels, classes, count_left_out(others), warnings)
+
+
+def list_images(names: Iterable[str], start: Callable[[str], bytes], where: str) -> Listing:
+    """Lists all images among `names`, whatever their folders and sheets mean: without classes.
+
+    Arguments are as of `arrange` and `find_images`. Raises DataError where there are no images.
+    """
+    all_files = {name for name in names if not name.endswith("/")}
+    known = {name for name in all_files if not is_hidden(name)}
+    images = find_images(known, start)
+    _check_some(images, known, where)
+    others = all_files - set(images)
+    told = _about_others(others, where)
+    return Listing(images, [0] * len(images), [], count_left_out(others), told)
+
+
+def _check_some(images: list[str], known: set[str], where: str) -> None:
+    """Raises DataError where there are no images, with what there is."""
+    if not images:
+        others = f"; it has {tell(count_left_out(known))}" if known else ""
+        raise DataError(f"{where} has no image files that Pillow can read{others}")
 
 
 def _by_folder(
     known: set[str], images: list[str], where: str
 ) -> tuple[list[str], list[int], list[str]]:
     """(images, labels, classes) by sub-folders. Raises DataError for a mixed or empty layout."""
-    if not images:
-        others = f"; it has {tell(count_left_out(known))}" if known else ""
-        raise DataError(f"{where} has no image files that Pillow can read{others}")
+    _check_some(images, known, where)
     folders = [name.partition("/")[0] if "/" in name else "" for name in images]
     classes = sorted(set(folders))
     if classes == [""]:
@@ -150,24 +175,60 @@ def _by_folder(
 # ---- what is not used ----------------------------------------------------------------------------
 
 
+def _about_nested(images: list[str], classes: list[str], where: str) -> list[str]:
+    """A warning of folders in class folders, as of train/ and val/ that hold the classes."""
+    nested = next((name for name in images if classes and name.count("/") > 1), None)
+    if nested is None:
+        return []
+    inner = posixpath.dirname(nested)
+    held = [printable(escape(name)) for name in classes[:SHOWN_FOLDERS]]
+    more = f" and {len(classes) - len(held):,} more" if classes[len(held) :] else ""
+    return [
+        f"{where}: classes are the folders at the top ({', '.join(held)}{more}); folders in them, "
+        f"as {printable(inner)}/, are none; if they should be, take the folder that they lie in "
+        "as the data"
+    ]
+
+
+def _about_unread(others: Collection[str], where: str) -> list[str]:
+    """A warning of files at the top that may have labels, where there are no classes."""
+    likely = sorted(name for name in others if _may_have_labels(name))
+    return [
+        f"{where}: there are no classes, for {printable(name)} is not read; labels are taken from "
+        f"{', '.join(SHEETS[:-1])} or {SHEETS[-1]} alone"
+        for name in likely[:1]
+    ]
+
+
+def _may_have_labels(name: str) -> bool:
+    stem, kind = posixpath.splitext(name.lower())
+    if "/" in name or is_hidden(name) or name.lower() in SHEETS:
+        return False
+    is_named_so = LIKE_LABELS.search(stem) or stem == "metadata"
+    return kind in (".csv", ".tsv", ".jsonl") or (kind in (".json", ".txt") and bool(is_named_so))
+
+
 def _about_others(others: Collection[str], where: str) -> list[str]:
-    """Warnings of files that a user may take for images, or for labels."""
-    told = []
+    """A warning of files that a user may take for images."""
     unexpected = [name for name in others if not is_expected(name)]
-    if unexpected:
-        number = len(unexpected)
-        told.append(
-            f"{where}: {number:,} {'files are' if number > 1 else 'file is'} left out, in no "
-            f"format that Pillow reads: {tell(count_left_out(unexpected))}; convert or remove "
-            f"{'them' if number > 1 else 'it'}"
-        )
+    if not unexpected:
+        return []
+    number = len(unexpected)
+    return [
+        f"{where}: {number:,} {'files are' if number > 1 else 'file is'} left out, in no "
+        f"format that Pillow reads: {tell(count_left_out(unexpected))}; convert or remove "
+        f"{'them' if number > 1 else 'it'}"
+    ]
+
+
+def _about_sheets(others: Collection[str], where: str) -> list[str]:
+    """A warning of a sheet that lies in a sub-folder."""
     nested = sorted(n for n in others if "/" in n and posixpath.basename(n).lower() in SHEETS)
-    if nested:
-        told.append(
-            f"{where}: {printable(nested[0])} is not read, for labels are taken from a file at the "
-            "top alone; move it there, or name its folder as data.path"
-        )
-    return told
+    return [
+        f"{where}: {printable(name)} is not read, for labels are taken from a file at the "
+        "top alone; move it there, or name its folder as data.path"
+        for name in nested[:1]
+    ]
 
 
 def _about_empty(empty: list[str], others: Collection[str], where: str) -> list[str]:
@@ -238,7 +299,7 @@ def _by_sheet(
     if rows.labels is None:
         return files, list(labels), []
     if rows.are_indices:
-        return files, list(labels), numbered(labels, where)
+        return files, list(labels), numbered(labels, where.removesuffix(" that"))
     indices, classes = by_name(labels, where, by_value=rows.are_numbers)
     return files, indices, classes
 
@@ -246,14 +307,22 @@ def _by_sheet(
 def _resolved(files: list[str], known: set[str], where: str) -> dict[str, int]:
     """The row of each file that is named."""
     rows: dict[str, int] = {}
+    absent = []
     for row, file in enumerate(files):
         ways = file, unescape(file), posixpath.normpath(file.replace("\\", "/"))
         name = next((way for way in ways if way in known), "")
         if not name:
-            raise DataError(f"{where} names {file!r}, which is not there")
-        if name in rows:
+            absent.append(file)
+        elif name in rows:
             raise DataError(f"{where} names {file!r} twice")
-        rows[name] = row
+        else:
+            rows[name] = row
+    if absent:
+        more = f" (the first of {len(absent):,})" if absent[1:] else ""
+        raise DataError(
+            f"{where} names {absent[0]!r}, which is not there{more}; files are named as seen from "
+            "the folder of the sheet, with their extension"
+        )
     return rows
 
 

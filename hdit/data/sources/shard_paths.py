@@ -65,15 +65,30 @@ def _refuse_unusable(found: list[Path], where: str) -> None:
     """Raises DataError for what is no file, is compressed, or is named twice."""
     real: dict[str, Path] = {}
     for place in found:
-        if not place.is_file():
+        if not os.path.isfile(place):
             raise DataError(f"{where}: {place} is not a file")
-        if place.name.lower().endswith(COMPRESSED_TARS):
+        named_so = place.name.lower().endswith(COMPRESSED_TARS)
+        if named_so or (place is found[0] and _is_compressed(place)):  # the others are like it
             raise DataError(
                 f"{where}: {place} is compressed, and can be read from its start alone; unpack it "
                 "to a .tar, which is hardly larger: images are compressed already"
             )
         if (other := real.setdefault(os.path.realpath(place), place)) is not place:
             raise DataError(f"{where} names {place} twice, also as {other}")
+
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""First bytes of files of gzip, bzip2, xz, Zstandard and lz4."""
+
+
+def _is_compressed(place: Path) -> bool:
+    """Whether a file begins as a compressed one, whatever its name."""
+    try:
+        with place.open("rb", buffering=0) as file:
+            start = file.read(512)
+    except OSError:
+        return False  # whoever opens it says why it cannot be read
+    return start.startswith(COMPRESSED) and start[257:262] != b"ustar"  # or it is a name
 
 
 def expand(text: str) -> Iterator[str]:

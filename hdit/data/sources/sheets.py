@@ -46,7 +46,9 @@ def read_sheet(name: str, read: Callable[[str], bytes], where: str) -> Rows | No
         if name.lower().endswith(".json"):
             return _dataset_json(name, text, where)
         rows = _jsonl(text) if name.lower().endswith(".jsonl") else _csv(text)
-    except (OSError, UnicodeDecodeError, ReadingError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} cannot be read: {error}; save it as UTF-8") from None
+    except (OSError, ReadingError) as error:
         raise DataError(f"{where} cannot be read: {error}") from None
     except _SheetError as error:
         raise DataError(f"{where} {error}") from None
@@ -123,16 +125,19 @@ def _jsonl(text: str) -> list[tuple[int, Row]]:
 
 
 def _csv(text: str) -> list[tuple[int, Row]]:
-    """Rows by column. Blanks after a comma are no part of a value; all values are text."""
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    """Rows by column. Blanks after a comma are no part of a value; all values are text.
+
+    Rows of blanks alone are none: spreadsheets write them below the others.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         header = next(reader, [])
         if FILE not in _by_column(zip(header, header, strict=True), 1):
             columns = printable(", ".join(header)) or "none"
-            raise _SheetError(f"has no column {FILE}; its columns: {columns}")
+            raise _SheetError(f"has no column {FILE}; its columns: {columns}; {_fix(header)}")
         rows = []
         for cells in reader:
-            if not cells:
+            if not any(cell.strip() for cell in cells):
                 continue
             if any(cells[len(header) :]):
                 raise _SheetError(
@@ -144,6 +149,14 @@ def _csv(text: str) -> list[tuple[int, Row]]:
     except csv.Error as error:
         raise _SheetError(f"is no CSV in line {reader.line_num}: {error}") from None
     return rows
+
+
+def _fix(header: list[str]) -> str:
+    """What to do about a first line that does not name the column of files."""
+    other = next((sign for sign in ";\t|" if sign in "".join(header)), None)
+    if len(header) == 1 and other:
+        return f"separate columns by commas, not by {other!r}"
+    return f"its first line must name the columns, as in {FILE},{LABELS[0]}"
 
 
 def _dataset_json(name: str, text: str, where: str) -> Rows | None:

@@ -13,8 +13,8 @@ FOLDER, SPARSE, LONG_NAME = b"5", b"S", b"L"
 EXTENDED = (b"x", b"X")  # pax: of the next member
 UNUSED = (b"g", b"K")  # pax of all members, and a long target of a link
 REFUSED = {
-    b"1": "is a link",
-    b"2": "is a link",
+    b"1": "is a link; make the tar with --dereference --hard-dereference",
+    b"2": "is a link; make the tar with --dereference",
     b"3": "is a device",
     b"4": "is a device",
     b"6": "is a pipe",
@@ -82,7 +82,7 @@ def members(file: TarFile, start: int) -> Iterator[Member]:
                 records = dict(_records(file.read(data, size)))
                 sparse = any(key.startswith(b"GNU.sparse.") for key in records)
                 long_name = _text(records[b"path"]) if b"path" in records else long_name
-                long_size = int(records[b"size"]) if b"size" in records else long_size
+                long_size = _size(records[b"size"], at) if b"size" in records else long_size
             at = _next_block(data + size)
             continue
         name = name if long_name is None else long_name
@@ -97,6 +97,13 @@ def members(file: TarFile, start: int) -> Iterator[Member]:
         yield member
         start = at = member.end
         long_name, long_size, sparse = None, None, False
+
+
+def _size(text: bytes, at: int) -> int:
+    """A size that pax gives, of less than 10^18. Raises ValueError for any other text."""
+    if not re.fullmatch(rb"[0-9]{1,18}", text):
+        raise ValueError(f"no header of a tar at byte {at}: {text!r:.60} is no size")
+    return int(text)
 
 
 def _header(block: bytes) -> tuple[str, int, bytes]:

@@ -108,6 +108,14 @@ class Shards:
         if trouble is not None:
             yield Entry(shard, at, None, "", trouble=trouble)
 
+    def members_of(self, entry: Entry) -> Iterator[tuple[str, Member]]:
+        """Yields (extension, member) of the sample of an entry."""
+        for member in members(self._open(entry.shard), entry.start):
+            if (parts := _split(member)) is not None:
+                yield parts[1], member
+            if entry.end is not None and member.end >= entry.end:
+                return  # what comes next may be damaged
+
     def all_entries(self, left_out: Counter[str] | None = None) -> Iterator[Entry]:
         """Yields the entries of all shards, in the order that they lie in; `left_out` as above."""
         for shard in range(len(self.paths)):
@@ -125,6 +133,8 @@ class Shards:
             trouble = f"has no .{self.label_extension}"
         if trouble is not None:
             trouble += f" (it has {', '.join(f'.{extension}' for extension, _ in group)})"
+        if image is None and any(f".{e.rpartition('.')[2]}" in extensions() for e, _ in group):
+            trouble = f"{trouble}; the name of a sample ends at its first dot"
         first = group[0][1]
         return Entry(
             shard,

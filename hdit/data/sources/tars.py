@@ -28,12 +28,13 @@ from hdit.data.images import (
 )
 from hdit.data.source import CENTER, Chance, DataError, Sample, check_class_names
 from hdit.data.sources.archive import BYTES_OF_A_PIXEL
+from hdit.data.sources.sheets import LIKE_LABELS
 from hdit.data.sources.tar_members import MAX_TEXT
 from hdit.data.sources.tar_order import Reference, TarOrder
 from hdit.data.sources.tar_samples import Entry, Shards
 from hdit.limits import MAX_CLASSES
 from hdit.names import printable
-from hdit.reading import parse_json
+from hdit.reading import ReadingError, parse_json
 
 
 def _is_index(text: str) -> bool:
@@ -120,10 +121,13 @@ class Tars:
             spec, self.setting, self.place, few=few if len(few) < MIN_DRAWN else None
         )
         self.epoch = 0  # of the image that was drawn last
-        self._check_first()
+        self.warnings = self._check_first()
 
-    def _check_first(self) -> None:
-        """Raises DataError where there is no image, or its labels are not what the settings say."""
+    def _check_first(self) -> list[str]:
+        """Warnings of what may be meant as labels, where no settings say that there are none.
+
+        Raises DataError where there is no image, or its labels are not what the settings say.
+        """
         entries = (entry for entry in self.shards.all_entries() if entry.image is not None)
         first = list(islice(entries, MIN_DRAWN))
         labelled = next((entry for entry in first if entry.label is not None), None)
@@ -139,8 +143,39 @@ class Tars:
         if self.classes and not labelled:
             raise DataError(
                 f"data.label_key: {self.shards.name(first[0])} {first[0].trouble}; name what has "
-                "the label, as in 'json.label', or set data.classes = 0"
+                "the label, as in 'json.label', or set data.classes = 0; if its label comes later, "
+                "make the tar with --sort=name, for the members of a sample follow one another"
             )
+        if self.spec.classes is not None:
+            return []
+        return [*self._about_folders(first[0]), *self._about_json(first[0])]
+
+    def _about_folders(self, entry: Entry) -> list[str]:
+        if "/" not in entry.name.removeprefix("./"):
+            return []
+        return [
+            f"data.path: folders in a tar, as that of {printable(self.shards.name(entry))}, are no "
+            "classes; unpack it for a class of each, or set data.classes = 0 if there are none"
+        ]
+
+    def _about_json(self, entry: Entry) -> list[str]:
+        """A warning of a key for labels in the .json of a sample, if it has one."""
+        member = dict(self.shards.members_of(entry)).get("json")
+        if member is None or member.size > MAX_TEXT:
+            return []
+        try:
+            text = self.shards.read(entry.shard, member.data, member.size)
+            content = parse_json(text, "its .json")
+        except ReadingError:
+            return []
+        keys = content if isinstance(content, dict) else {}
+        likely = [printable(key) for key in keys if LIKE_LABELS.search(key.lower())]
+        return [
+            f"data.path: the .json of {printable(self.shards.name(entry))} has {key!r}, which is "
+            f"not used; set data.label_key='json.{key}' and data.classes to train with it, or "
+            "data.classes = 0"
+            for key in likely[:1]
+        ]
 
     def __getitem__(self, reference: Reference) -> Sample:
         """The image of a reference; if it cannot be read, the next one of its shard.
@@ -255,7 +290,7 @@ class TarEntries:
     def __init__(self, tars: Tars, places: np.ndarray, left_out: dict[str, int]):
         """`places` (n 2): shard, and where in it; `left_out` counts members of no sample."""
         self.tars, self.places, self.left_out = tars, places, left_out
-        self.place, self.classes = tars.spec.path, tars.classes
+        self.place, self.classes, self.warnings = tars.spec.path, tars.classes, tars.warnings
 
     def __len__(self) -> int:
         return len(self.places)

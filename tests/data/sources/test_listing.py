@@ -126,3 +126,19 @@ def test_members_of_a_tar_that_belong_to_no_sample_are_counted(tmp_path):
     source = open_source(str(tmp_path / "a.tar"))
     assert len(source) == 2
     assert source.left_out == {"no extension": 2, "hidden": 1}
+
+
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX", "@eaDir"])
+def test_folders_that_other_programs_write_are_neither_classes_nor_images(tmp_path, folder):
+    for name in (f"{folder}/a.png", f"cat/{folder}/b.png", "cat/b.png", "dog/c.png"):
+        save(tmp_path / "data" / name)
+    names = ["data/cat/b.png", "data/dog/c.png"]
+    with zipfile.ZipFile(tmp_path / "it.zip", "w") as file:
+        for path in sorted((tmp_path / "data").rglob("*")):
+            file.write(path, path.relative_to(tmp_path))
+    source = open_folder(tmp_path / "data")
+    packed = ZipSpec(path=str(tmp_path / "it.zip"), size=8).open()
+    assert [f"data/{name}" for name in source.entries.names] == names
+    assert [member.filename for member in packed.entries.members] == names
+    assert source.classes == packed.classes == ["cat", "dog"]
+    assert source.warnings == packed.warnings == []

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -27,7 +28,7 @@ from hdit import config, randomness
 from hdit.config import ConfigError, parse
 from hdit.data import DataSpec, DigitsSpec, FolderSpec, TarSpec
 from hdit.data.batches import Batches, Layout, in_order
-from hdit.data.source import DataError, Drawn, Skipped, Stream, first
+from hdit.data.source import DataError, Drawn, Stream, first
 from hdit.data.sources import tar_members, tar_samples
 from hdit.data.sources.shard_paths import expand
 from hdit.training.trainer import Trainer
@@ -533,6 +534,17 @@ def test_labels_that_nobody_counted_are_an_error_that_says_what_to_set(tmp_path)
 def test_labels_that_are_wanted_and_not_there_are_an_error(tmp_path):
     with pytest.raises(DataError, match=r"label_key: .*0\.png has no \.cls \(it has \.png, \.txt"):
         labelled(tmp_path, b"2", extension="txt", classes=3)
+    files = [("0.png", png(0)), ("1.png", png(1)), ("0.cls", b"0"), ("1.cls", b"1")]
+    with pytest.raises(
+        DataError, match=r"has no \.cls .*; if its label comes later, .*--sort=name"
+    ):
+        open_tars(write_tar(tmp_path / "b.tar", files), classes=2)
+
+
+def test_sample_whose_name_has_a_dot_is_told_where_names_end(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("img.v1.png", png(0)), ("img.v2.png", png(1))])
+    with pytest.raises(DataError, match=r"img.v1.png: has no image .*ends at its first dot"):
+        open_tars(path)
 
 
 @pytest.mark.parametrize("label", [b"3", b"-1", b"bird", b"1.0", b"9" * 30])
@@ -720,14 +732,15 @@ def test_header_with_a_size_that_is_none_is_damage(tmp_path, size):
     assert "no header of a tar at byte 1024" in source[source.references()[1]].skipped[0].reason
 
 
-def test_pax_header_with_a_negative_size_is_damage(tmp_path):
+@pytest.mark.parametrize("size", ["-512", "99x", "9" * 5000])
+def test_pax_header_with_a_size_that_is_none_is_damage(tmp_path, size):
     member = tarfile.TarInfo("0.png")
-    member.pax_headers = {"size": "-512"}
+    member.pax_headers = {"size": size}
     path = write_tar(tmp_path / "a.tar", [("a.png", png(1)), (member, png(2))])
     source = open_tars(path, size=1, max_bad_share=1.0)
-    assert any(
-        "bytes" in (source[r].skipped or [Skipped("", "")])[0].reason for r in source.references()
-    )
+    damage = source[source.references()[1]].skipped[0].reason
+    assert "no header of a tar at byte 1024" in damage
+    assert "is no size" in damage
 
 
 def test_few_tars_are_judged_by_their_share_of_bad_images(tmp_path):
@@ -785,6 +798,26 @@ def test_file_that_was_cut_while_it_was_read_is_an_error(tmp_path):
         source[last]
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"cat/0.png": b"", "cat/1.png": b""}, "folders in a tar, as that of .*/cat/0.png, are no"),
+        ({"0.png": b"", "0.json": b'{"id": 1, "Label": 2}'}, r"has 'Label'.*='json\.Label' and"),
+        ({"0.png": b"", "0.json": b'{"id": 1, "url": "x"}'}, None),
+        ({"./0.png": b"", "./0.json": b"{"}, None),
+        ({"0.png": b"", "0.json": b"\xff"}, None),
+    ],
+)
+def test_tar_tells_of_what_may_be_meant_as_labels(tmp_path, files, told):
+    files = [(name, content or png(1)) for name, content in files.items()]
+    path = write_tar(tmp_path / "a.tar", files)
+    warnings = open_tars(path).warnings
+    assert len(warnings) == (told is not None)
+    assert told is None or re.search(told, warnings[0])
+    assert open_tars(path, classes=0).warnings == []
+    assert open_tars(path).listed().warnings == warnings
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -802,8 +835,8 @@ REFUSED = {
     "/etc/evil.png": "has an absolute path",
     "C:/evil.png": "has an absolute path",
     "..\\evil.png": "leads out of its folder",
-    "symbolic link": "is a link",
-    "hard link": "is a link",
+    "symbolic link": "is a link; make the tar with --dereference",
+    "hard link": "is a link; make the tar with --dereference --hard-dereference",
     "device": "is a device",
     "pipe": "is a pipe",
     "sparse": "is stored with holes",
@@ -906,11 +939,17 @@ def test_shard_that_is_named_twice_is_an_error(tmp_path, path):
         open_tars(tmp_path / path)
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.TAR.XZ"])
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.TAR.XZ", "a.tar"])
 def test_compressed_tar_is_refused_with_what_to_do(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
+    with tarfile.open(tmp_path / name, "w:gz" if name == "a.tar" else "w") as tar:
+        tar.add(__file__)
     with pytest.raises(DataError, match=rf"{name} is compressed.*unpack it to a \.tar"):
         TypeAdapter(DataSpec).validate_python({"path": str(tmp_path / name), "size": 8}).open()
+
+
+def test_tar_whose_first_name_begins_as_a_compressed_file_is_a_tar(tmp_path):
+    source = open_tars(write_tar(tmp_path / "a.tar", [("BZhang.png", png(7))]), size=1)
+    assert values(source, source.references()) == [7]
 
 
 def test_braces_that_are_nested_too_deep_are_an_error():
