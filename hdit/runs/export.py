@@ -25,6 +25,7 @@ from hdit.interop import Contents
 from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.manifest import DamagedError, check_files, check_format, read_files
 from hdit.models.cost import cost
+from hdit.names import printable
 from hdit.protocols import DataShape, Spec
 from hdit.reading import ReadingError, read_json, read_object
 from hdit.runs.checkpoint import CheckpointError
@@ -159,7 +160,7 @@ def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
         "files": {WEIGHTS: fingerprint(folder / WEIGHTS)},
     }
     write_json(folder / CONFIG, raw | {"sha256": _sha256(raw)})
-    (folder / "README.md").write_text(card(model, name), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, printable(name)), encoding="utf-8")
     return model.notes
 
 
