@@ -203,6 +203,8 @@ def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint; `hdit train` makes runs")
     checkpoint = newest(path / "checkpoints", warn)
+    if checkpoint is None and (path / "config.toml").is_file():
+        raise CheckpointError(f"{path}: this run has no checkpoint: none yet, or none any more")
     if checkpoint is None:
         raise CheckpointError(
             f"{path}: neither a run with checkpoints/, a checkpoint with {MANIFEST}, a converted "
