@@ -6,6 +6,7 @@ size and SHA-256 of each file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,12 +71,12 @@ def check_files(folder: Path, files: dict[str, FileFacts]) -> None:
     for name, wanted in files.items():
         path = folder / name
         if not path.is_file():
-            raise DamagedError(f"{path}: missing")
+            raise DamagedError(f"{path}: {'is no file' if os.path.lexists(path) else 'missing'}")
         found = FileFacts(**fingerprint(path))
         if found.bytes != wanted.bytes:
             raise DamagedError(f"{path}: damaged: has {found.bytes} bytes of {wanted.bytes}")
         if found != wanted:
-            raise DamagedError(f"{path}: damaged: its checksum is not the manifest's")
+            raise DamagedError(f"{path}: damaged: its checksum is not that of what was written")
 
 
 def explain(error: ValidationError) -> str:

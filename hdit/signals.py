@@ -30,6 +30,17 @@ class Signalled(BaseException):
         self.number = number
 
 
+def signalled_in(error: BaseException) -> Signalled | None:
+    """The signal behind an error: what it passes may take it for one and raise another instead.
+
+    Python does so where it makes a class, as modules do that are imported.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Signalled):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def status_of(number: int) -> int:
     """The exit status that shells expect of a program that a signal ended."""
     return 128 + number
@@ -80,8 +91,9 @@ def noting(text: str) -> Iterator[None]:
     """Adds to a signal that ends the block how to go on."""
     try:
         yield
-    except Signalled as signalled:
-        signalled.add_note(text)
+    except BaseException as error:
+        if signalled := signalled_in(error):
+            signalled.add_note(text)
         raise
 
 

@@ -1,6 +1,5 @@
 import resource
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,13 +92,13 @@ def ruined(trained, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def forgotten_modules():
+def forgotten_modules(tmp_path_factory):
     """Forgets modules that a test made: another one's may have the same name."""
-    known = set(sys.modules)
+    known, made = set(sys.modules), tmp_path_factory.getbasetemp()
     yield
     for name in set(sys.modules) - known:
         file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).is_relative_to(tempfile.gettempdir()):
+        if file and Path(file).is_relative_to(made):
             del sys.modules[name]
 
 

@@ -49,6 +49,19 @@ def test_command_line_ends_with_one_line_and_the_status_of_the_signal(number, hd
     assert hdit() == (128 + number, "", "interrupted\n")
 
 
+def test_signal_that_came_out_as_another_error_ends_the_command_line_alike(hdit, monkeypatch):
+    class Field:
+        def __set_name__(self, owner, name):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verb():
+        with signals.noting("go on"):
+            type("Made", (), {"field": Field()})  # which makes a RuntimeError of it
+
+    monkeypatch.setattr("hdit.cli.app.app", verb)
+    assert hdit() == (128 + signal.SIGTERM, "", "interrupted; go on\n")
+
+
 def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
     with signals.raised():
         child = os.fork()

@@ -16,9 +16,12 @@ def run() -> None:
             from hdit.cli.app import main
 
             main()
-    except signals.Signalled as error:
+    except BaseException as error:
+        if (signalled := signals.signalled_in(error)) is None:
+            raise
+        notes = getattr(signalled, "__notes__", [])
         with suppress(OSError):  # of a terminal that is gone
-            print("; ".join([signals.SAYING, *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(signals.status_of(error.number))
+            print("; ".join([signals.SAYING, *notes]), file=sys.stderr)
+        sys.exit(signals.status_of(signalled.number))
     finally:
         atexit.register(signals.end_at_once)  # or Ctrl-C would be a traceback from there

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hdit.config import RunConfig, differences
 from hdit.errors import UserError
+from hdit.names import printable
 from hdit.protocols import DataShape, Spec
 
 
@@ -61,6 +62,10 @@ class Contents:
     images: int = 0  # that it was trained on; 0 if unknown
     notes: tuple[str, ...] = ()  # what was left behind, and what to know
     assumed: tuple[str, ...] = ()  # what its file does not tell, and nobody told
+
+    def __post_init__(self) -> None:
+        # It names files, and goes into files: those of an export, cards and pages.
+        object.__setattr__(self, "origin", printable(self.origin))
 
     @property
     def weights(self) -> str:

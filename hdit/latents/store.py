@@ -17,17 +17,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.bounds import ImageCount, Name, Side
 from hdit.data.source import DataError, Sample
-from hdit.errors import WritingError
+from hdit.errors import UserError, WritingError
 from hdit.files import make_folder, whole
 from hdit.limits import MAX_IMAGES, MAX_SIDE
 from hdit.locks import LOCK, locked
-from hdit.manifest import FormatError, check_format
+from hdit.manifest import FormatError, check_format, explain
 from hdit.names import escape, path_of
 from hdit.protocols import Spec
 from hdit.reading import read_object
@@ -198,8 +198,11 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
         raise DataError(f"{where} has no {MANIFEST}, which `hdit encode` writes") from None
     except FormatError as error:
         raise DataError(str(error)) from None
-    except ValueError as error:  # of reading, of the format, of the values
-        raise DataError(f"{where}: its {MANIFEST} is damaged: {error}") from None
+    except ValidationError as error:
+        reason = explain(error).removeprefix(".")
+    except UserError as error:  # of reading, of the format
+        reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
+    raise DataError(f"{where}: its {MANIFEST} is damaged: {reason}")
 
 
 class Latents:

@@ -163,9 +163,9 @@ def _read_state(path: Path) -> State:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """All that bear a checkpoint's name, newest first."""
+    """All that bear a checkpoint's name, newest first; a file would be in the way of one."""
     found = root.iterdir() if root.is_dir() else iter(())
-    folders = (p for p in found if re.fullmatch("[0-9]+", p.name) and p.is_dir())
+    folders = (p for p in found if re.fullmatch("[0-9]+", p.name))
     return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
 
@@ -203,6 +203,8 @@ def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such run or checkpoint; `hdit train` makes runs")
     checkpoint = newest(path / "checkpoints", warn)
+    if checkpoint is None and (path / "config.toml").is_file():
+        raise CheckpointError(f"{path}: this run has no checkpoint: none yet, or none any more")
     if checkpoint is None:
         raise CheckpointError(
             f"{path}: neither a run with checkpoints/, a checkpoint with {MANIFEST}, a converted "

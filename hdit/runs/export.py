@@ -24,7 +24,9 @@ from hdit.files import fingerprint, write_json
 from hdit.interop import Contents
 from hdit.interop.layout import check_shapes, expected_shapes
 from hdit.limits import MAX_CLASSES
+from hdit.manifest import DamagedError, check_files, check_format, read_files
 from hdit.models.cost import cost
+from hdit.names import printable
 from hdit.protocols import DataShape, Spec
 from hdit.reading import ReadingError, read_object
 from hdit.runs.checkpoint import CheckpointError
@@ -69,13 +71,11 @@ def read(folder: Path, warn: Callable[[str], None]) -> Contents:
     except ReadingError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path}: damaged: {reason}") from None
-    if (found := raw.get("hdit_format")) == WITHOUT_CHECKSUMS:
+    if raw.get("hdit_format") == WITHOUT_CHECKSUMS:
         warn(
             f"{folder}: written by an earlier version, without checksums, so that damage is not "
             "noticed; `hdit convert` it into a new folder"
         )
-    elif found != FORMAT:
-        raise CheckpointError(f"{path}: has format {found!r}, this version reads {FORMAT}")
     else:
         _check_sums(folder, raw)
     facts, config, shape = _facts(path, raw)
@@ -93,20 +93,18 @@ def read(folder: Path, warn: Callable[[str], None]) -> Contents:
 
 
 def _check_sums(folder: Path, raw: dict[str, Any]) -> None:
-    """Raises CheckpointError where config.json or the weights are not as they were written."""
-    path, weights = folder / CONFIG, folder / WEIGHTS
+    """Raises UserError where config.json or the weights are not as they were written."""
+    path = folder / CONFIG
+    check_format(raw.get("hdit_format"), FORMAT, str(path))
     if raw.get("sha256") != _sha256(raw):
         raise CheckpointError(
             f"{path}: damaged, or changed by hand: its checksum is another; convert the model "
             "again, and give other settings of sampling by --set"
         )
-    if not weights.is_file():
-        raise CheckpointError(f"{weights}: missing from the converted model")
-    if raw.get("files") != {WEIGHTS: fingerprint(weights)}:
-        raise CheckpointError(
-            f"{weights}: damaged, or of another model: its size or checksum is not that in "
-            f"{CONFIG}; copy or convert the model again"
-        )
+    try:
+        check_files(folder, read_files(raw.get("files"), [WEIGHTS], str(path)))
+    except DamagedError as error:
+        raise CheckpointError(f"{error}; copy or convert the model again") from None
 
 
 def _sha256(raw: dict[str, Any]) -> str:
@@ -152,7 +150,7 @@ def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
         "files": {WEIGHTS: fingerprint(folder / WEIGHTS)},
     }
     write_json(folder / CONFIG, raw | {"sha256": _sha256(raw)})
-    (folder / "README.md").write_text(card(model, name), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, printable(name)), encoding="utf-8")
     return model.notes
 
 

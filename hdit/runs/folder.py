@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hdit.config import RunConfig
+from hdit.config import RunConfig, parse
 from hdit.errors import UserError
-from hdit.files import whole, write_json, write_text
+from hdit.files import check_writable, whole, write_json, write_text
 from hdit.locks import LOCK, locked
 from hdit.reading import ReadingError, parse_json, parse_toml, read_bytes, read_text
 from hdit.runs import checkpoint
@@ -40,18 +40,44 @@ class RunFolder:
         Each damaged or lost one that is newer is named to `warn`. Raises CheckpointError where none
         can be used, or where the run has saved some and all are gone.
         """
-        for folder in (self.checkpoints, self.path / "samples"):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
+        self._check_place()
         counts = [line.images for line in _read(self.metrics).good if line.images]
         found, saved = checkpoint.newest(self.checkpoints, warn), self._last_saved()
         if found is None:
             self._check_begun(counts, saved)
+            self._check_own()
         elif saved is not None and saved > found.state.images:
             gone = self.checkpoints / checkpoint.folder_name(saved)
             if not gone.exists():  # nor damaged, which was told
                 warn(f"{gone}: is gone; going back to {found.folder}")
         return found
+
+    def _check_place(self) -> None:
+        """Raises UserError where a run cannot lie, or part of another run does."""
+        for folder in (self.checkpoints, self.path / "samples"):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
+        for name in ("config.toml", "classes.json", "checkpoints/latest"):
+            check_writable(self.path / name)
+        check_writable(self.metrics)
+        check_writable(self.saved)
+        held = [self.path, *checkpoint.checkpoint_folders(self.path)]
+        if any(map(_is_checkpoint, held)):
+            raise UserError(
+                f"--run: {self.path} is of the checkpoints of a run, which training would write "
+                "over; name the folder of that run, or a new one"
+            )
+
+    def _check_own(self) -> None:
+        """Raises UserError where a new run would write over files that are of no run."""
+        path = self.path / "config.toml"
+        if self.metrics.exists():
+            return
+        if path.exists() and not _is_dump(path):
+            raise UserError(f"{path}: is not of a run, and would be written over; {_ELSEWHERE}")
+        other = self.path / "classes.json"
+        if other.exists() and not path.exists():
+            raise UserError(f"{other}: is not of a run, and would be written over; {_ELSEWHERE}")
 
     def _check_begun(self, counts: list[int], saved: int | None) -> None:
         """Raises CheckpointError where there must have been checkpoints, or metrics would be lost.
@@ -148,6 +174,28 @@ class RunFolder:
     def grid(self, images: int) -> Path:
         """The file of the grid of samples after so many images."""
         return self.path / "samples" / f"{checkpoint.folder_name(images)}.png"
+
+
+_ELSEWHERE = "name another --run, or move it away"
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint: stored latents have a manifest too, but no state."""
+    return (folder / checkpoint.MANIFEST).exists() and (folder / "state.json").exists()
+
+
+def _is_dump(path: Path) -> bool:
+    """Whether a config is as training writes it: no line of another form, and most settings.
+
+    An earlier version did not know all of those that there are now.
+    """
+    try:
+        text = read_text(path)
+        dump = parse(parse_toml(text, str(path)), str(path)).dump().splitlines()
+    except UserError:
+        return False
+    lines = text.splitlines()
+    return set(lines) <= set(dump) and 2 * len(lines) > len(dump)
 
 
 # ---- metrics -------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Trainer:
                 stopped = self.images > 0 and self._sample_grid()  # that it may lack since its end
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
+                del stream  # ends its workers, while signals still wait
         if self.signalled and self._lacks_grid():
             finished = False
         if not finished:
@@ -280,4 +281,5 @@ class Trainer:
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
     def _print(self, text: str) -> None:
+        text = "\n".join(map(printable, text.split("\n")))
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

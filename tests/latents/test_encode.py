@@ -589,11 +589,13 @@ def test_encode_refuses_what_float16_cannot_hold(images, tmp_path):
         encode(settings(images, tmp_path / "vae"), tmp_path / "out", dtype="float16", **OF_FOUR)
 
 
-@pytest.mark.parametrize(("key", "value"), [("shard_size", 0), ("images", "x"), ("latent", [4])])
-def test_manifest_with_wrong_values_is_named(tmp_path, whole, key, value):
+@pytest.mark.parametrize(
+    ("key", "value"), [("shard_size", 0), ("images", "x"), ("latent", [4]), ("sise", 8)]
+)
+def test_manifest_with_wrong_values_is_named_in_a_line(tmp_path, whole, key, value):
     path = tmp_path / "whole" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(DataError, match=r"manifest\.json is damaged(.|\n)*" + key):
+    with pytest.raises(DataError, match=rf"manifest\.json is damaged: {key}: [^\n]*$"):
         Latents(str(tmp_path / "whole"))
 
 

@@ -187,6 +187,9 @@ def test_find_names_what_is_no_run(tmp_path):
         checkpoint.find(tmp_path / "absent", fail)
     with pytest.raises(CheckpointError, match="neither a run"):
         checkpoint.find(tmp_path, fail)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(CheckpointError, match="this run has no checkpoint: none yet, or none any"):
+        checkpoint.find(tmp_path, fail)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,17 @@ def test_card_says_what_it_is_and_leaves_the_licence_open(trained, tmp_path):
         assert text in card
 
 
+def test_run_whose_name_is_not_utf8_is_converted_and_sampled(trained, hdit, tmp_path):
+    run, out = (tmp_path / os.fsdecode(name) for name in (b"run \xff", b"out \xfe"))
+    shutil.copytree(trained, run)
+    status, said, err = hdit("convert", run, out)
+    assert status == 0, err
+    assert r"hdit run run \xff, checkpoint 000000000032 -> hdit:" in said
+    assert r"# out \xfe" in (out / "README.md").read_text()
+    status, said, err = hdit("sample", out, "-n", 1)
+    assert (status, r"out \xfe-samples" in said) == (0, True), err
+
+
 def test_sample_of_a_converted_folder_writes_beside_it(trained, hdit, tmp_path):
     convert(trained, tmp_path / "mine")
     status, _, err = hdit("sample", tmp_path / "mine", "-n", 2)

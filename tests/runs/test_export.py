@@ -122,9 +122,10 @@ def test_shape_that_contradicts_the_config_is_named(changes, words, copy):
         ({"shape": [1, 8, 8]}, "shape: must be a table"),
         ({"config": "tiny"}, "config: must be a valid dictionary"),
         ({"config": {}}, "model: required, but not set"),
-        ({"files": {}}, "model.safetensors: damaged, or of another model"),
-        ({"hdit_format": 3}, "has format 3, this version reads 2"),
-        ({"hdit_format": None}, "has format None, this version reads 2"),
+        ({"files": {}}, "config.json: damaged: it does not name model.safetensors"),
+        ({"files": 5}, "config.json: damaged: files: Input should be a valid dictionary, got 5"),
+        ({"hdit_format": 3}, "made by a newer hdit (format 3; this reads 2); update hdit"),
+        ({"hdit_format": None}, "config.json: damaged: has format None"),
     ],
 )
 def test_config_that_cannot_be_is_named(changes, words, copy):

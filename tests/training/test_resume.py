@@ -197,6 +197,53 @@ def test_file_in_the_place_of_a_folder_is_named_before_training(tiny, tmp_path, 
         Trainer(config.load(tiny), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.toml", "classes.json", "metrics.jsonl", ".saved", "checkpoints/latest"]
+)
+def test_link_in_the_place_of_a_file_is_named_before_training(tiny, run, tmp_path, name):
+    shutil.move(run / name, tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    before = everything(run)
+    with pytest.raises(UserError, match=rf"{name}: cannot be written: it is a link"):
+        Trainer(config.load(tiny, ["training.images=200"]), run)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/000000000096"])
+def test_checkpoints_of_a_run_are_no_place_for_another(tiny, run, place):
+    before = everything(run)
+    with pytest.raises(UserError, match=r"--run: .* is of the checkpoints of a run"):
+        Trainer(config.load(tiny), run / place)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize("name", ["config.toml", "classes.json"])
+def test_file_that_is_of_no_run_is_not_written_over(tiny, tmp_path, name):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text(tiny.read_text())
+    before = everything(folder)
+    with pytest.raises(UserError, match=f"{name}: is not of a run, and would be written over"):
+        Trainer(config.load(tiny), folder)
+    assert everything(folder) == before
+
+
+def test_run_that_has_its_config_alone_begins(tiny, run, tmp_path):
+    """As one that was killed at once, by an earlier version too, or whose config was copied."""
+    (tmp_path / "new").mkdir()
+    text = (run / "config.toml").read_text().replace("start_timeout = 600.0\n", "")
+    (tmp_path / "new" / "config.toml").write_text(text)
+    Trainer(config.load(tiny), tmp_path / "new")
+
+
+def test_file_in_the_place_of_a_later_checkpoint_is_moved_aside(tiny, run, capfd):
+    (run / "checkpoints" / "000000000128").write_text("of a copy that went wrong")
+    assert Trainer(config.load(tiny, ["training.images=128"]), run).fit()
+    assert "000000000128/manifest.json: damaged: cannot be" in capfd.readouterr().err
+    assert (run / "checkpoints" / "000000000128.damaged").read_text().startswith("of a copy")
+    assert checkpoint.find(run, print).state.images == 128
+
+
 def test_newer_checkpoint_ends_a_resume_and_keeps_its_name(tiny, run):
     path = run / "checkpoints" / "000000000096" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
@@ -258,7 +305,7 @@ def test_last_line_that_a_kill_cut_is_no_damage(tiny, run, capfd, cut):
 def test_metrics_that_are_a_pipe_are_refused(tiny, run):
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: is a device or pipe"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .* is a device or pipe"):
         Trainer(config.load(tiny, ["training.images=112"]), run)
 
 
