@@ -23,7 +23,7 @@ from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
+from hdit.sampling.sample import GuideModel, Samples, check_null_class, sample, settle_sampling
 from hdit.tensors import NotFiniteError
 
 SAMPLES, GRID = "samples.json", "grid.png"
@@ -52,7 +52,7 @@ def write_samples(
     Raises UserError where `out` is not free, or the space is not the one of training.
     """
     keep_freed_memory()
-    check_guidance(trained.config, trained.shape)
+    check_null_class(trained.config, trained.shape, labels, guide.config if guide else None)
     device = default_device()
     config = settle_sampling(trained.config, device, len(seeds), lambda text: _warn(console, text))
     trained = trained.configured(config)
