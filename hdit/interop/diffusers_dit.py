@@ -7,7 +7,6 @@ the same weights give slightly other outputs there (up to diffusers 0.42 at leas
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
+from hdit.files import write_json
 from hdit.interop.contents import Contents, InteropError
 from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
@@ -235,6 +235,6 @@ def write(model: Contents, folder: Path) -> tuple[str, ...]:
         "upcast_attention": False,
     }
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", raw)
     save_tensors(tensors, folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
     return (FREQUENCIES,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
-from hdit.files import check_free_space, check_writable, write_text
+from hdit.files import check_free_space, check_writable, to_json, write_text
 from hdit.locks import LOCK, locked
 from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
@@ -68,7 +67,7 @@ def write_samples(
         _check_free(out, overwrite)  # again: another process may have just ended
         samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
         _remove_old_samples(out)
-        write_text(out / SAMPLES, json.dumps(record, indent=1))
+        write_text(out / SAMPLES, to_json(record, str(out / SAMPLES)))
         started = monotonic()
         paths = [out / entry["file"] for entry in record["samples"]]
         try:
@@ -79,7 +78,7 @@ def write_samples(
         seconds = monotonic() - started
         save_grid(torch.stack(shown), out / GRID)
         record["evaluations"] = evaluations
-        write_text(out / SAMPLES, json.dumps(record, indent=1))
+        write_text(out / SAMPLES, to_json(record, str(out / SAMPLES)))
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / GRID})"
