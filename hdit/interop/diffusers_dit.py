@@ -17,7 +17,7 @@ from torch import Tensor
 from hdit.config import RunConfig
 from hdit.files import write_json
 from hdit.interop.contents import Contents, InteropError
-from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
+from hdit.interop.dit import check_dit, dit_spec, learns_variance, notes_of_null, settings
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
 from hdit.interop.settings import Settings
 from hdit.interop.shards import find_weights, read_weights
@@ -237,4 +237,4 @@ def write(model: Contents, folder: Path) -> tuple[str, ...]:
     folder.mkdir()
     write_json(folder / "config.json", raw)
     save_tensors(tensors, folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
-    return (FREQUENCIES,)
+    return (FREQUENCIES, *notes_of_null(model.config))

@@ -145,6 +145,17 @@ def dit_spec(config: RunConfig) -> DiTSpec:
     return config.model
 
 
+def notes_of_null(config: RunConfig) -> tuple[str, ...]:
+    """A note for a format that tells nothing of how a null class was trained."""
+    if config.training.label_dropout > 0:
+        return ()
+    return (
+        "training.label_dropout was 0, so the last row of the class table was never trained as a "
+        "null class, which this format does not tell: guidance and samples without a class will "
+        "not be the model's",
+    )
+
+
 def check_dit(kind: str, model: Contents, hidden: dict[str, Any] | None = None) -> DiTSpec:
     """The DiT of a model, if a square, class-conditional one with adaLN-Zero; else InteropError.
 

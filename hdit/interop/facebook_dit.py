@@ -16,7 +16,7 @@ from torch import Tensor
 from hdit.config import RunConfig
 from hdit.interop import sit
 from hdit.interop.contents import Contents, InteropError, Told
-from hdit.interop.dit import check_dit, dit_spec
+from hdit.interop.dit import check_dit, dit_spec, notes_of_null
 from hdit.interop.facebook_form import HEADS, THEIRS, Form, form_of
 from hdit.interop.files import check_plain, unwrapped
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
@@ -196,6 +196,8 @@ def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
     save_pickled(scatter(layout(model.config, model.shape), model.state_dict), path)
-    if HEADS.get((spec.width, spec.depth)) == spec.num_heads:
-        return ()
-    return (f"a state dict does not tell its heads: to read it, give --num-heads {spec.num_heads}",)
+    notes = notes_of_null(model.config)
+    if HEADS.get((spec.width, spec.depth)) != spec.num_heads:
+        given = f"--num-heads {spec.num_heads}"
+        notes += (f"a state dict does not tell its heads: to read it, give {given}",)
+    return notes

@@ -210,6 +210,37 @@ def test_k_diffusion_ema_without_warmup_warms_up_in_one_step():
     assert decay == [0, 0.9999, 0.9999]
 
 
+@pytest.mark.parametrize(
+    ("setting", "note"),
+    [
+        ({"data": {"flip": True}}, "data.flip = True has no place"),
+        ({"data": {"crop": "center"}}, "data.crop = 'center' has no place"),
+        ({"training": {"clip_grad_norm": 0}}, "training.clip_grad_norm = 0.0 has no place"),
+        ({"training": {"ema": {"warmup": False}}}, "ema.warmup = False was written as a power"),
+        ({"space": {"kind": "latent", "sigma_data": 0.5}}, "space.kind = 'latent' has no place"),
+    ],
+)
+def test_k_diffusion_recipe_that_its_config_cannot_hold_is_named(setting, note):
+    model = changed()
+    raw = model.config.model_dump(mode="json", exclude_none=True)
+    [(table, values)] = setting.items()
+    raw[table] = values if "kind" in values else raw[table] | values
+    if table == "space":
+        raw["data"] |= {"size": [128, 128]}
+    model = replace(model, config=config.parse(raw, "changed"))
+    _, notes = k_diffusion.to_config(model)
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["facebook-dit", "diffusers"])
+def test_dit_whose_null_class_was_not_trained_is_exported_with_a_note(kind, tmp_path):
+    torch.save({"model": dit_tiny(), "args": {"class_dropout_prob": 0.0}}, tmp_path / "dit.pt")
+    out = tmp_path / ("out.pt" if kind == "facebook-dit" else "out")
+    done = convert(tmp_path / "dit.pt", out, kind, num_heads=HEADS)
+    assert any("label_dropout was 0" in note for note in done.notes)
+
+
 def test_facebook_checkpoint_has_the_recipe_of_the_preset(tmp_path):
     torch.save(dit_tiny(), tmp_path / "dit.pt")
     convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
