@@ -29,8 +29,8 @@ MARK = "x_embedder.proj.weight"
 """A tensor that tells its checkpoints from others."""
 
 SETS = {
-    "ema": ("ema", "ema_state_dict", "model_ema"),
-    "model": ("model", "model_state_dict", "state_dict"),
+    "ema": ("ema", "ema_state_dict", "model_ema", "params_ema"),
+    "model": ("model", "model_state_dict", "state_dict", "module", "net", "params"),
 }
 """Our names of sets of weights, and those of trainers' checkpoints."""
 
@@ -176,6 +176,9 @@ def _arguments(path: Path, saved: dict[Any, Any]) -> dict[str, Any]:
     facts = vars(args) if isinstance(args, Namespace) else args
     if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
         raise InteropError(f"{path}: {key}: must be a table of settings, got {shown(args)}")
+    for nested in ("model", "params"):  # of trainers that keep the model's settings in a table
+        if isinstance(facts.get(nested), dict):
+            facts = {k: v for k, v in facts.items() if k != nested} | facts[nested]
     return facts
 
 

@@ -83,6 +83,37 @@ def test_count_of_an_averaged_model_is_no_weight(tiny, tmp_path):
     assert torch.equal(opened(saved, tmp_path).tensors()[LAST], tiny[LAST])
 
 
+@pytest.mark.parametrize("beside", ["ema_model", "vae"])
+def test_model_with_others_beside_it_is_named_by_its_prefix(beside, tiny, tmp_path):
+    saved = {f"net.{name}": t for name, t in tiny.items()}
+    saved |= {f"{beside}.{name}": t for name, t in tiny.items() if beside == "ema_model"}
+    message = refused(saved | {f"{beside}.conv.bias": torch.ones(1)}, tmp_path)
+    assert "has a model under 'net.' and more beside it" in message
+    assert f"'{beside}." in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "damaged: it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
+def test_file_that_stands_in_for_weights_is_named(content, reason, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InteropError, match=rf"{name}: {reason}"):
+        Trained.open(tmp_path / name)
+
+
+def test_pickle_of_another_class_is_refused_without_advice_to_execute_it(tmp_path):
+    message = refused({"model": torch.nn.Linear(1, 1)}, tmp_path)
+    assert "GLOBAL torch.nn.modules.linear.Linear" in message
+    assert "weights_only" not in message
+    assert "add_safe_globals" not in message
+
+
 def test_two_tensors_of_one_name_are_refused(tiny, tmp_path):
     message = refused(tiny | {f"_orig_mod.{LAST}": tiny[LAST]}, tmp_path)
     assert f"has two tensors {LAST}" in message
@@ -90,7 +121,14 @@ def test_two_tensors_of_one_name_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("ema", "ema"), ("model", "model"), ("state_dict", "model"), ("ema_state_dict", "ema")],
+    [
+        ("ema", "ema"),
+        ("model", "model"),
+        ("state_dict", "model"),
+        ("ema_state_dict", "ema"),
+        ("module", "model"),
+        ("params_ema", "ema"),
+    ],
 )
 def test_set_of_weights_is_found_by_its_key(key, name, tiny, tmp_path):
     model = opened({key: tiny, "opt": {"state": {}}, "step": 7}, tmp_path)
@@ -299,6 +337,44 @@ def test_dit_without_a_null_class_has_all_of_its_classes(args, tiny, tmp_path):
     assert "guidance and samples without a class are not the model's" in model.held.notes[0]
 
 
+@pytest.mark.parametrize(
+    "args", [{"model": {"params": {"num_classes": 8}}}, {"params": {"num_classes": 8}}]
+)
+def test_settings_in_a_table_of_the_model_are_read(args, tiny, tmp_path):
+    assert assumed({"ema": tiny, "args": args}, tmp_path)[0].shape.num_classes == ROWS
+
+
+@pytest.mark.parametrize("args", [{}, {"num_classes": 0}, {"num_classes": 1}])
+def test_dit_of_one_row_has_one_class_and_no_null_class(args, tiny, tmp_path):
+    table = "y_embedder.embedding_table.weight"
+    model, _ = assumed({"ema": tiny | {table: tiny[table][:1]}, "args": args}, tmp_path)
+    assert model.shape.num_classes == 1
+    assert model.config.training.label_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"mlp_ratio": 2.0}, "mlp_ratio: is said to be 2, but its tensors give 320"),
+        ({"class_dropout_prob": 2}, "class_dropout_prob: must be from 0 to 1, got 2"),
+        ({"image_size": [64, 32], "num_heads": HEADS}, r"image_size: must be square, got [64, 32]"),
+        ({"num_heads": 3}, "num_heads: 3 does not divide the width 80"),
+    ],
+)
+def test_arguments_that_tensors_contradict_are_named(args, reason, tiny, tmp_path):
+    torch.save({"ema": tiny, "args": args}, tmp_path / "dit.pt")
+    with pytest.raises(InteropError, match=re.escape(reason)):
+        Trained.open(tmp_path / "dit.pt", ignore)
+
+
+@pytest.mark.parametrize(
+    ("args", "vae"), [({}, "ema"), ({"vae": "mse"}, "mse"), ({"vae": []}, "ema")]
+)
+def test_vae_is_the_one_that_the_arguments_name(args, vae, tiny, tmp_path):
+    model = opened({"ema": tiny, "args": args | {"image_size": [64, 64]}}, tmp_path)
+    assert model.config.space.vae == f"stabilityai/sd-vae-ft-{vae}"
+
+
 @pytest.mark.parametrize("number", [6, 9])
 def test_classes_that_do_not_fit_the_table_are_refused(number, tiny, tmp_path):
     message = refused(tiny, tmp_path, num_classes=number)
@@ -396,7 +472,7 @@ DIFFUSERS = {
 ARGS = dict.fromkeys(
     [
         *("model", "image_size", "num_classes", "path_type", "prediction", "learn_sigma"),
-        *("class_dropout_prob", "num_heads", "depth", "objective"),
+        *("class_dropout_prob", "num_heads", "depth", "objective", "mlp_ratio", "vae"),
     ]
 )
 READERS = {
