@@ -535,6 +535,50 @@ def test_key_cannot_add_lines_to_the_config_that_is_made_of_it(tmp_path):
     assert "images = 5" not in text.splitlines()
 
 
+# ---- what diffusers' settings imply --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        *(("DDIMScheduler", True), ("DPMSolverMultistepScheduler", True)),
+        *(("FlowMatchEulerDiscreteScheduler", False), ("EDMEulerScheduler", False)),
+        ("CMStochasticIterativeScheduler", False),
+    ],
+)
+def test_scheduler_of_other_noise_levels_is_refused(name, fits, folder):
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+    (folder / "transformer").mkdir()
+    for path in [p for p in folder.iterdir() if p.is_file()]:
+        path.rename(folder / "transformer" / path.name)
+    if fits:
+        assert same(folder)
+        return
+    with pytest.raises(UserError, match=f"_class_name: '{name}' is no scheduler of DDPM's"):
+        Trained.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scale"),
+    [
+        ("DiTTransformer2DModel", {"sample_size": 128}, None),
+        ("Transformer2DModel", {"sample_size": 64}, None),
+        ("Transformer2DModel", {"sample_size": 128}, 2),
+        ("Transformer2DModel", {"sample_size": 128, "interpolation_scale": 1.0}, None),
+        ("Transformer2DModel", {"interpolation_scale": 0.5}, 0.5),
+    ],
+)
+def test_positions_that_diffusers_scales_are_refused(name, changes, scale):
+    """Its older class divides them by sample_size // 64, unless the config says otherwise."""
+    raw = DIFFUSERS | {"_class_name": name} | changes
+    if scale is None:
+        diffusers_dit.from_config(raw, None, "file")
+        return
+    with pytest.raises(InteropError, match=f"file: interpolation_scale: is {scale}, and"):
+        diffusers_dit.from_config(raw, None, "file")
+
+
 # ---- shards --------------------------------------------------------------------------------------
 
 STEM = "diffusion_pytorch_model"
