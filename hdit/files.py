@@ -143,10 +143,9 @@ def to_json(value: Any, name: str, *, indent: int | None = 1, ensure_ascii: bool
     try:
         return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
     except ValueError:
-        key, found = next(_not_finite(value, ""), ("", "a circle"))
-        raise UserError(
-            f"{name}: {key or 'the value'} is {found}, which JSON cannot hold"
-        ) from None
+        key, found = next(_not_finite(value, ""))
+        told = f"{key or 'the value'} is {found}, which JSON cannot hold"
+        raise UserError(f"{name}: {told}") from None
 
 
 def _not_finite(value: Any, key: str) -> Iterator[tuple[str, Any]]:

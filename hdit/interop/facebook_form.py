@@ -112,9 +112,7 @@ def form_of(tensors: dict[str, Tensor], facts: Settings, told: Told) -> Form:
             "depth": depth,
         },
     )
-    ratio = facts.number("mlp_ratio", hidden / width)
-    if int(width * ratio) != hidden:
-        raise facts.error("mlp_ratio", f"is said to be {ratio:g}, but its tensors give {hidden}")
+    _check_mlp(facts, width, hidden)
     if (learns := facts.flag("learn_sigma", None)) not in (None, out_channels == 2 * channels):
         raise facts.error("learn_sigma", f"is {learns}, but the output has {out_channels} channels")
     _check_name(facts, width, depth, p)
@@ -248,6 +246,16 @@ def _check_facts(facts: Settings, expected: dict[str, int]) -> None:
             raise facts.error(
                 key, f"is said to be {facts.integer(key)}, but its tensors give {value}"
             )
+
+
+def _check_mlp(facts: Settings, width: int, hidden: int) -> None:
+    """Raises InteropError where mlp_ratio, which was rounded down, is not that of the tensors."""
+    ratio = facts.number("mlp_ratio", hidden / width)
+    if abs(width * ratio - hidden) >= 1:
+        raise facts.error(
+            "mlp_ratio",
+            f"is said to be {ratio:g}, but its tensors give a hidden width of {hidden}",
+        )
 
 
 def _check_name(facts: Settings, width: int, depth: int, p: int) -> None:

@@ -355,7 +355,10 @@ def test_dit_of_one_row_has_one_class_and_no_null_class(args, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        ({"mlp_ratio": 2.0}, "mlp_ratio: is said to be 2, but its tensors give 320"),
+        (
+            {"mlp_ratio": 2.0},
+            "mlp_ratio: is said to be 2, but its tensors give a hidden width of 320",
+        ),
         ({"class_dropout_prob": 2}, "class_dropout_prob: must be from 0 to 1, got 2"),
         ({"image_size": [64, 32], "num_heads": HEADS}, r"image_size: must be square, got [64, 32]"),
         ({"num_heads": 3}, "num_heads: 3 does not divide the width 80"),
