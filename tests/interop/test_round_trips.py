@@ -269,3 +269,43 @@ def test_k_diffusion_config_alone_becomes_a_config_of_ours(tmp_path):
     for named in ("optimizer.type = 'sgd'", "optimizer.lr = 0.1"):
         assert any(note.startswith(named) for note in done.notes), named
         assert f"# {named}" in text
+
+
+def test_k_diffusion_settings_that_are_absent_are_its_loaders_defaults():
+    model = {
+        "type": "image_transformer_v2",
+        **{"input_channels": 3, "input_size": [32, 64], "patch_size": [4, 4]},
+        **{"depths": [1, 2], "widths": [64, 128], "sigma_min": 5e-4, "sigma_max": 2000.0},
+    }
+    settings, shape, notes = k_diffusion.from_config({"model": model}, "minimal")
+    assert not notes
+    assert (shape.sigma_data, shape.num_classes) == (1.0, 0)
+    spec, training = settings.model, settings.training
+    assert [level.attention.kind for level in spec.levels] == ["neighborhood", "global"]
+    assert [level.attention.d_head for level in spec.levels] == [64, 64]
+    assert spec.levels[0].attention.kernel_size == 7
+    assert [level.d_ff for level in spec.levels] == [192, 384]
+    mapping = spec.mapping
+    assert (mapping.depth, mapping.width, mapping.d_ff, mapping.dropout) == (2, 256, 768, 0)
+    assert settings.diffusion.weighting.kind == "edm"
+    assert (settings.diffusion.loss_scales, settings.data.augment.probability) == (1, 0)
+    optimizer, ema = training.optimizer, training.ema
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (5e-4, (0.9, 0.99), 1e-8)
+    assert (optimizer.weight_decay, training.label_dropout) == (1e-4, 0.1)
+    assert (optimizer.schedule.kind, optimizer.schedule.warmup) == ("constant", 0)
+    assert (ema.power, ema.inv_gamma, ema.max_decay) == (0.6667, 1, 0.9999)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("loguniform", (5e-4, 2000.0)),
+        ("v-diffusion", (1e-3, 1e3)),
+        ("cosine-interpolated", (5e-4, 2000.0)),
+    ],
+)
+def test_k_diffusion_density_without_ends_has_those_of_its_model(kind, ends):
+    raw = json.loads(json.dumps(load("hdit_tiny_config_input.json")))
+    raw["model"] |= {"sigma_min": 5e-4, "sigma_max": 2000.0, "sigma_sample_density": {"type": kind}}
+    density = k_diffusion.from_config(raw, "ends")[0].diffusion.density
+    assert (density.sigma_min, density.sigma_max) == ends
