@@ -20,6 +20,7 @@ from hdit.interop import InteropError, diffusers_dit, k_diffusion
 from hdit.interop.contents import Told
 from hdit.interop.facebook_form import form_of
 from hdit.interop.settings import Settings
+from hdit.interop.sit import as_flow
 from hdit.protocols import Cond
 from hdit.runs.conversion import convert
 from hdit.runs.trained import Trained
@@ -257,6 +258,20 @@ def test_sit_samples_as_its_own_euler_steps(velocity, tiny, tmp_path):
     with torch.no_grad():
         ours = euler(model.denoiser().bind(Cond(labels)), sigmas[0].float() * noise, sigmas)
     torch.testing.assert_close(ours, x, atol=2e-3, rtol=0)  # from float32 noise of 999
+
+
+def test_first_layer_of_a_sit_sees_its_time_backwards(tiny):
+    """cos and sin of t 10000^(-i/128): a test of whole networks allows errors as large as these."""
+
+    def seen(weight, time):
+        angles = time * 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+        return weight.double() @ torch.cat([angles.cos(), angles.sin()])
+
+    name = "t_embedder.mlp.0.weight"
+    turned = as_flow(tiny)[name]
+    for time in (0.0, 0.3, 1.0):
+        expected = seen(tiny[name], 1 - time)
+        torch.testing.assert_close(seen(turned, time), expected, atol=2e-6, rtol=0)
 
 
 def test_sit_is_sampled_and_trained_as_rectified_flow(tiny, tmp_path):
