@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -130,8 +131,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file (UTF-8) whole, or leaves the old one."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Writes a JSON file (UTF-8) whole, or leaves the old one. Raises UserError as `to_json`."""
+    write_text(path, to_json(value, str(path), ensure_ascii=False) + "\n")
+
+
+def to_json(value: Any, name: str, *, indent: int | None = 1, ensure_ascii: bool = True) -> str:
+    """The JSON of a value. Raises UserError, with `name` and the key, for one that is not finite.
+
+    Python would write NaN or Infinity, which are no JSON, and which other readers refuse.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        key, found = next(_not_finite(value, ""))
+        told = f"{key or 'the value'} is {found}, which JSON cannot hold"
+        raise UserError(f"{name}: {told}") from None
+
+
+def _not_finite(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """(its key, the number) of each number that is nan or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    parts: Any = value.items() if isinstance(value, dict) else ()
+    for name, part in enumerate(value) if isinstance(value, list | tuple) else parts:
+        yield from _not_finite(part, f"{key}.{name}" if key else str(name))
 
 
 BLOCK = 4096  # bytes that a file takes at least, on most disks

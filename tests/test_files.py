@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 
 from hdit import files
 from hdit.errors import UserError, WritingError
-from hdit.files import check_writable, fingerprint, make_folder, whole, write_text
+from hdit.files import check_writable, fingerprint, make_folder, whole, write_json, write_text
 from hdit.report.grids import to_picture
 from hdit.tensors import save_pickled, save_tensors
 
@@ -248,3 +250,19 @@ def test_images_that_no_disk_holds_are_refused_before_they_are_made(tmp_path, mo
     for images, pixels in ((2**18 + 1, 100), (2**14, 2**21)):  # by blocks of the disk, by pixels
         with pytest.raises(UserError, match=rf"--out: {images:,} images take at least .* GiB left"):
             files.check_free_space(tmp_path, images, pixels)
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"a": [1, {"b": math.nan}]}, "a.1.b is nan"),
+        ((0.0, -math.inf), "1 is -inf"),
+        (math.inf, "the value is inf"),
+    ],
+)
+def test_number_that_json_has_not_is_refused_with_its_key(value, key, tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"good": 1.5})
+    with pytest.raises(UserError, match=f"a.json: {key}, which JSON cannot hold"):
+        write_json(path, value)
+    assert json.loads(path.read_text()) == {"good": 1.5}

@@ -70,7 +70,6 @@ def evaluate(
     and the number and size of the images. The card holds all of it, and the sampler's settings.
     Without --batch-size, images are read 64 at a time, and sampled as the model's settings say.
     """
-    import json
 
     from hdit.config.presets import or_preset
     from hdit.data.check import processes
@@ -78,7 +77,7 @@ def evaluate(
     from hdit.errors import UserError
     from hdit.evaluation import card, image_sets
     from hdit.evaluation.features import open_features
-    from hdit.files import check_writable, write_text
+    from hdit.files import check_writable, to_json, write_text
     from hdit.names import escape, path_of
     from hdit.runs.trained import is_trained
 
@@ -114,7 +113,7 @@ def evaluate(
     found = _compare(candidate, reference, extractor, batch_size or 64, workers)
     for text in found.warnings:
         warn(text)
-    written = json.dumps(found.card, indent=1)
+    written = to_json(found.card, "the measures")
     if out is not None:
         write_text(out, written + "\n")
     if as_json:

@@ -33,7 +33,7 @@ from hdit.errors import UserError
 from hdit.names import escape, path_of
 from hdit.reading import parse_json
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample, settle_sampling
+from hdit.sampling.sample import check_null_class, sample, settle_sampling
 from hdit.sampling.writer import MAX_RECORD, SAMPLES, read_samples, sample_names
 
 Prepare = Callable[[Tensor], Tensor] | None
@@ -284,7 +284,7 @@ class Sampled:
         warn: Callable[[str], None],
     ):
         """`trained` has the settings of sampling that are wanted. Raises UserError."""
-        check_guidance(trained.config, trained.shape)
+        check_null_class(trained.config, trained.shape)
         self.trained = trained.configured(settle_sampling(trained.config, device, n, warn))
         config, classes, self.device = self.trained.config, trained.classes, device
         self.seeds = list(range(seed, seed + n))

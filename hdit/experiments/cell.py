@@ -31,7 +31,7 @@ from hdit.reading import ReadingError, read_object
 from hdit.report.grids import to_png
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample, settle_sampling
+from hdit.sampling.sample import check_null_class, sample, settle_sampling
 from hdit.tensors import NotFiniteError
 from hdit.training.objective import Objective
 from hdit.training.trainer import Trainer
@@ -50,7 +50,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
                 f"evaluation.held_out: has the classes {', '.join(held_out.classes[:5]) or 'none'}"
                 f", ... and the data {', '.join(source.classes[:5]) or 'none'}, ..."
             )
-        check_guidance(cell.config, cell.config.data_shape(len(source.classes)))
+        check_null_class(cell.config, cell.config.data_shape(len(source.classes)))
         low, high, by = cell.config.valid_range()
         m = cell.measures
         if m.sigma_min < low * (1 - 1e-6) or m.sigma_max > high * (1 + 1e-6):

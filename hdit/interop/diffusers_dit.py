@@ -7,7 +7,7 @@ the same weights give slightly other outputs there (up to diffusers 0.42 at leas
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
+from hdit.files import write_json
 from hdit.interop.contents import Contents, InteropError
-from hdit.interop.dit import check_dit, dit_spec, learns_variance, settings
+from hdit.interop.dit import check_dit, dit_spec, learns_variance, notes_of_null, settings
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
-from hdit.interop.settings import Settings
+from hdit.interop.settings import Settings, shown
 from hdit.interop.shards import find_weights, read_weights
 from hdit.models import DiTSpec
 from hdit.names import escape
@@ -33,6 +34,8 @@ CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
 EPS = 1e-6
 MLP_RATIO = 4.0
+SCHEDULERS = r"(DDIM|DDPM|DEIS|DPMSolver|Euler|Heun|KDPM2|LMS|PNDM|UniPC)\w*Scheduler"
+"""Those whose noise levels and predictions follow from betas; not those of flows, nor of EDM."""
 FREQUENCIES = (
     "diffusers embeds timesteps with frequencies 10000^(-i/127), DiT and hdit with 10000^(-i/128); "
     "set norm1.emb.time_proj.downscale_freq_shift = 0 in each of its blocks for the same outputs"
@@ -122,6 +125,10 @@ def from_config(
     }
     learned = learns_variance(channels, s.integer("out_channels", channels), origin)
     size = s.integer("sample_size", 32, low=1)
+    if s.text("_class_name", CLASSES[0]) != CLASSES[0]:  # an older class, whose default grows
+        scale = s.number("interpolation_scale", max(size // 64, 1))
+        if scale != 1:
+            raise s.error("interpolation_scale", f"is {scale:g}, and positions are 1 apart here")
     classes = s.integer("num_embeds_ada_norm", 1000, low=1)
     config, shape = settings(
         model, channels, size, classes, learned, origin, schedule=schedule, factor=factor
@@ -135,6 +142,9 @@ def _schedule(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     s = Settings(read_object(path), str(path))
+    name = s.text("_class_name", "DDPMScheduler")
+    if not re.fullmatch(SCHEDULERS, name):
+        raise s.error("_class_name", f"{shown(name)} is no scheduler of DDPM's noise levels")
     s.fixed("prediction_type", "epsilon")
     s.fixed("beta_schedule", "linear")
     if s.has("trained_betas"):
@@ -233,6 +243,6 @@ def write(model: Contents, folder: Path) -> tuple[str, ...]:
         "upcast_attention": False,
     }
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", raw)
     save_tensors(tensors, folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
-    return (FREQUENCIES,)
+    return (FREQUENCIES, *notes_of_null(model.config))

@@ -12,8 +12,11 @@ from hdit.models import DiTSpec
 from hdit.protocols import DataShape
 from hdit.spaces import LatentSpace
 
-VAE, VAE_SHAPE = "stabilityai/sd-vae-ft-ema", (4, 8)
-"""Of the published samples, and its channels and factor; DiT's own checkpoints do not name it."""
+VAES = {name: f"stabilityai/sd-vae-ft-{name}" for name in ("ema", "mse")}
+"""By the names that DiT's training has; the first is that of the published samples."""
+
+VAE_SHAPE = (4, 8)
+"""Their channels and factor."""
 
 PIXELS = (1, 3)
 """Channels of an image; others are taken for those of a latent."""
@@ -46,6 +49,7 @@ def settings(
     factor: int | None = None,
     flow: bool = False,
     label_dropout: float = 0.1,
+    vae: str = "ema",
 ) -> tuple[RunConfig, DataShape]:
     """A DiT of the paper: noise prediction, its timesteps, recipe and sampler; or SiT's flow.
 
@@ -58,7 +62,7 @@ def settings(
     latent = factor > 1
     space = {"kind": "latent", "channels": channels, "factor": factor, "tile": 64 * factor}
     if (channels, factor) == VAE_SHAPE:
-        space["vae"] = VAE
+        space["vae"] = VAES[vae]
     raw: dict[str, Any] = {
         "data": {
             "kind": "folder",
@@ -143,6 +147,17 @@ def dit_spec(config: RunConfig) -> DiTSpec:
     """The model of a config that is known to be of a DiT."""
     assert isinstance(config.model, DiTSpec), "checked before"
     return config.model
+
+
+def notes_of_null(config: RunConfig) -> tuple[str, ...]:
+    """A note for a format that tells nothing of how a null class was trained."""
+    if config.training.label_dropout > 0:
+        return ()
+    return (
+        "training.label_dropout was 0, so the last row of the class table was never trained as a "
+        "null class, which this format does not tell: guidance and samples without a class will "
+        "not be the model's",
+    )
 
 
 def check_dit(kind: str, model: Contents, hidden: dict[str, Any] | None = None) -> DiTSpec:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hdit.config import RunConfig
 from hdit.interop import sit
 from hdit.interop.contents import Contents, InteropError, Told
-from hdit.interop.dit import check_dit, dit_spec
+from hdit.interop.dit import check_dit, dit_spec, notes_of_null
 from hdit.interop.facebook_form import HEADS, THEIRS, Form, form_of
 from hdit.interop.files import check_plain, unwrapped
 from hdit.interop.layout import Layout, Place, gather, make_layout, scatter
@@ -29,8 +29,8 @@ MARK = "x_embedder.proj.weight"
 """A tensor that tells its checkpoints from others."""
 
 SETS = {
-    "ema": ("ema", "ema_state_dict", "model_ema"),
-    "model": ("model", "model_state_dict", "state_dict"),
+    "ema": ("ema", "ema_state_dict", "model_ema", "params_ema"),
+    "model": ("model", "model_state_dict", "state_dict", "module", "net", "params"),
 }
 """Our names of sets of weights, and those of trainers' checkpoints."""
 
@@ -176,6 +176,9 @@ def _arguments(path: Path, saved: dict[Any, Any]) -> dict[str, Any]:
     facts = vars(args) if isinstance(args, Namespace) else args
     if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
         raise InteropError(f"{path}: {key}: must be a table of settings, got {shown(args)}")
+    for nested in ("model", "params"):  # of trainers that keep the model's settings in a table
+        if isinstance(facts.get(nested), dict):
+            facts = {k: v for k, v in facts.items() if k != nested} | facts[nested]
     return facts
 
 
@@ -196,6 +199,8 @@ def write(model: Contents, path: Path) -> tuple[str, ...]:
     """Writes a bare state dict with torch.save -> notes."""
     spec = check_dit(KIND, model)
     save_pickled(scatter(layout(model.config, model.shape), model.state_dict), path)
-    if HEADS.get((spec.width, spec.depth)) == spec.num_heads:
-        return ()
-    return (f"a state dict does not tell its heads: to read it, give --num-heads {spec.num_heads}",)
+    notes = notes_of_null(model.config)
+    if HEADS.get((spec.width, spec.depth)) != spec.num_heads:
+        given = f"--num-heads {spec.num_heads}"
+        notes += (f"a state dict does not tell its heads: to read it, give {given}",)
+    return notes

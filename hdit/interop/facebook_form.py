@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hdit.config import RunConfig
 from hdit.interop.contents import InteropError, Told
-from hdit.interop.dit import learns_variance, mlp_ratio, settings, side_of
+from hdit.interop.dit import VAES, learns_variance, mlp_ratio, settings, side_of
 from hdit.interop.settings import Settings, shown
 from hdit.names import printable
 from hdit.protocols import DataShape
@@ -65,6 +65,7 @@ class Form(NamedTuple):
     num_classes: int
     has_null: bool  # whether the last row of the class table is "no class"
     prediction: str | None  # if known
+    vae: str  # one of VAES
     assumed: tuple[str, ...]
 
     def settings(self, origin: str) -> tuple[RunConfig, DataShape]:
@@ -80,6 +81,7 @@ class Form(NamedTuple):
             factor=self.factor,
             flow=flow,
             label_dropout=0.1 if self.has_null else 0.0,
+            vae=self.vae,
         )
 
 
@@ -110,6 +112,7 @@ def form_of(tensors: dict[str, Tensor], facts: Settings, told: Told) -> Form:
             "depth": depth,
         },
     )
+    _check_mlp(facts, width, hidden)
     if (learns := facts.flag("learn_sigma", None)) not in (None, out_channels == 2 * channels):
         raise facts.error("learn_sigma", f"is {learns}, but the output has {out_channels} channels")
     _check_name(facts, width, depth, p)
@@ -129,6 +132,7 @@ def form_of(tensors: dict[str, Tensor], facts: Settings, told: Told) -> Form:
         classes,
         classes < rows,
         prediction,
+        vae if (vae := facts.raw.get("vae")) in (*VAES,) else "ema",
         assumed,
     )
 
@@ -184,7 +188,9 @@ def _prediction(facts: Settings, told: Told) -> str | None:
 def _classes(facts: Settings, told: Told, rows: int) -> tuple[int, tuple[str, ...]]:
     """-> (number of classes of a table of so many rows, what was assumed)."""
     number = facts.integer("num_classes", None)
-    dropout = facts.number("class_dropout_prob", None)
+    dropout = facts.number("class_dropout_prob", None, low=0, high=1)
+    if rows == 1 and not number and told.num_classes in (None, 1):  # no class, or no null class
+        return 1, (f"{facts.origin}: its class table of 1 row was taken for one class",)
     if number is None and dropout is not None:
         number = rows - (dropout > 0)
     if number is not None:
@@ -217,7 +223,13 @@ def _factor(facts: Settings, size: int) -> int | None:
     """How many times larger an image is than what the backbone sees, if its size is there."""
     if not facts.has("image_size"):
         return None
-    image = facts.integer("image_size", low=1)
+    if isinstance(facts.raw["image_size"], list | tuple):  # of height and width
+        sides = facts.of({str(i): s for i, s in enumerate(facts.raw["image_size"])}, "image_size")
+        image, other = (sides.integer(axis, low=1) for axis in ("0", "1"))
+        if image != other:
+            raise facts.error("image_size", f"must be square, got {[image, other]}")
+    else:
+        image = facts.integer("image_size", low=1)
     factor, rest = divmod(image, size)
     if rest or factor.bit_count() != 1 or factor > MAX_FACTOR:
         raise facts.error(
@@ -234,6 +246,16 @@ def _check_facts(facts: Settings, expected: dict[str, int]) -> None:
             raise facts.error(
                 key, f"is said to be {facts.integer(key)}, but its tensors give {value}"
             )
+
+
+def _check_mlp(facts: Settings, width: int, hidden: int) -> None:
+    """Raises InteropError where mlp_ratio, which was rounded down, is not that of the tensors."""
+    ratio = facts.number("mlp_ratio", hidden / width)
+    if abs(width * ratio - hidden) >= 1:
+        raise facts.error(
+            "mlp_ratio",
+            f"is said to be {ratio:g}, but its tensors give a hidden width of {hidden}",
+        )
 
 
 def _check_name(facts: Settings, width: int, depth: int, p: int) -> None:
@@ -255,6 +277,9 @@ def _heads(facts: Settings, told: Told, width: int, depth: int) -> int:
     heads = in_file or told.num_heads or HEADS.get((width, depth))
     if in_file and told.num_heads and in_file != told.num_heads:
         raise InteropError(f"{facts.origin}: has {in_file} heads, got --num-heads {told.num_heads}")
+    if heads and width % heads:
+        what = "--num-heads" if heads == told.num_heads else "num_heads"
+        raise InteropError(f"{facts.origin}: {what}: {heads} does not divide the width {width}")
     if heads is None:
         raise InteropError(
             f"{facts.origin}: width {width} and depth {depth} are of none of DiT-S, B, L and XL, "

@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.interop.contents import InteropError
+from hdit.names import printable
 from hdit.tensors import open_tensors
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> (tensors, metadata). Raises InteropError where the file is damaged."""
+    _refuse_stand_in(path)
     try:
         with open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -31,6 +33,7 @@ def read_pickle(path: Path) -> Any:
 
     Raises InteropError where it is damaged, compressed, or a pickle that would call anything else.
     """
+    _refuse_stand_in(path)
     try:
         _refuse_compressed(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -48,10 +51,32 @@ def read_pickle(path: Path) -> Any:
 
 
 def _reason(error: UnpicklingError) -> str:
-    """What torch says of the file, without what it advises."""
-    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
-    lines = [line for line in str(error).splitlines() if line and not line.startswith(advice)]
-    return f"{' '.join(lines) or error!s:.500}"
+    """What torch says of the file, without what it advises, which is to execute it."""
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation", "(")
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = " ".join(line for line in lines if line and not line.startswith(advice))
+    return f"{told.partition(' Please use ')[0] or error!s:.500}"
+
+
+WEB_PAGE = "is a web page, not a file of tensors: its download failed"
+STAND_INS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: `git lfs pull`",
+    b"<!doctype": WEB_PAGE,
+    b"<html": WEB_PAGE,
+    b"<?xml": WEB_PAGE,
+}
+"""Beginnings, in lower case, of files that lie where weights were meant to."""
+
+
+def _refuse_stand_in(path: Path) -> None:
+    """Raises InteropError for an empty file, and for one that stands in for what was not loaded."""
+    with path.open("rb") as file:
+        start = file.read(100)
+    if not start:
+        raise InteropError(f"{path}: damaged: it is empty")
+    for beginning, told in STAND_INS.items():
+        if start.lstrip().lower().startswith(beginning):
+            raise InteropError(f"{path}: {told}")
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -90,7 +115,17 @@ def unwrapped(path: Path, tensors: dict[str, Tensor], marks: tuple[str, ...]) ->
             prefix = name.removesuffix(mark)
             if all(other.startswith(prefix) for other in plain):
                 return {other.removeprefix(prefix): t for other, t in plain.items()}
+            if mark not in plain:
+                raise InteropError(
+                    f"{path}: has a model under {printable(prefix)!r} and more beside it, such as "
+                    f"{_beside(plain, prefix)}; save the tensors under {printable(prefix)!r} alone"
+                )
     return plain
+
+
+def _beside(tensors: dict[str, Tensor], prefix: str) -> str:
+    """The first name without a prefix."""
+    return printable(repr(next(name for name in tensors if not name.startswith(prefix))))
 
 
 def check_plain(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from torch import Tensor
 
-from hdit.config import RunConfig, parse
+from hdit.config import RunConfig, differences, parse
 from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
 from hdit.diffusion.densities import (
     CosineInterpolated,
@@ -345,7 +345,37 @@ def to_config(model: Contents) -> tuple[dict[str, Any], tuple[str, ...]]:
             notes.append(f"{ours} has no counterpart in {KIND}: its model.{key} was left out")
     back, signal_back, _ = from_config(raw, f"{KIND} config of {model.origin}")
     check_held(KIND, model, back, signal_back)
-    return raw, tuple(notes)
+    return raw, (*notes, *_not_held(model.config, back))
+
+
+RECIPE = {
+    "data": ("augment", "crop", "flip"),
+    "space": ("kind",),
+    "training": ("clip_grad_norm", "ema", "label_dropout", "optimizer"),
+}
+"""Settings of ours that change what a training makes, and that their trainer has a value of."""
+
+
+def _not_held(config: RunConfig, back: RunConfig) -> list[str]:
+    """A note for each setting of the recipe that reads back from their config as another one."""
+    ours, theirs = (c.model_dump(mode="json", exclude_none=True) for c in (config, back))
+    notes = []
+    if not config.training.ema.warmup:
+        ours["training"]["ema"] = theirs["training"]["ema"]
+        notes.append(
+            "training.ema.warmup = False was written as a power of 100: their average begins with "
+            "the weights after the first step"
+        )
+    for table, keys in RECIPE.items():
+        for key in keys:
+            pair = (ours[table].get(key), theirs[table].get(key))
+            if pair[0] is None:  # such as the crop of images that need none
+                continue
+            notes += [
+                f"{path} = {one!r} has no place in a config of {KIND}, where it is {other!r}"
+                for path, one, other in differences(*pair, f"{table}.{key}")
+            ]
+    return notes
 
 
 def _their_model(spec: HDiTSpec) -> dict[str, Any]:

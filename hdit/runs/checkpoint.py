@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hdit.config import RunConfig, parse
 from hdit.errors import UserError
-from hdit.files import whole, write_text
+from hdit.files import to_json, whole, write_text
 from hdit.manifest import (
     DamagedError,
     FormatError,
@@ -108,7 +108,8 @@ def save(
         for name, values in tensors.items():
             save_tensors(values, part / f"{name}.safetensors")
         (part / "config.toml").write_text(config.dump(), encoding="utf-8")
-        (part / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        told = to_json(asdict(state), str(final / "state.json"))
+        (part / "state.json").write_text(told, encoding="utf-8")
         manifest = {"format": FORMAT, "files": describe(part)}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     write_text(root / "latest", final.name + "\n")

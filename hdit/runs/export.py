@@ -154,6 +154,18 @@ def write(model: Contents, folder: Path, name: str) -> tuple[str, ...]:
     return model.notes
 
 
+def _options(model: Contents) -> str:
+    """Of `hdit sample`, to see what the model can do."""
+    options = ""
+    if model.shape.num_classes:
+        options += " --labels '#0'"
+        if model.config.training.label_dropout > 0:
+            options += " --guidance 1.5"
+    if model.config.space.kind == "latent" and model.config.space.vae is None:
+        options += " --set space.vae=FOLDER"
+    return options
+
+
 def card(model: Contents, name: str) -> str:
     """The model card; which licence the weights have is left to whoever publishes them."""
     shape, kind = model.shape, {"hdit": "HDiT", "dit": "DiT"}[model.config.model.kind]
@@ -161,12 +173,12 @@ def card(model: Contents, name: str) -> str:
     params, macs = sum(row.params for row in rows), sum(row.macs for row in rows)
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in model.state_dict.values())
     size = f"{shape.channels} x {shape.height} x {shape.width}"
-    latent = model.config.data_shape(0).chw != shape.chw
-    if latent:
+    unknown = model.config.data_shape(0).chw != shape.chw
+    latent = unknown or model.config.space.kind == "latent"
+    if unknown:
         usage = f"The model makes latents of {size}, which `hdit sample` cannot decode yet.\n"
     else:
-        guided = "" if not shape.num_classes else " --labels 0 --guidance 1.5"
-        usage = f"```sh\nhdit sample {name} -n 16{guided}\n```\n"
+        usage = f"```sh\nhdit sample {name} -n 16{_options(model)}\n```\n"
     facts = {
         "Model": kind,
         "Sees and predicts": f"{size} (channels, height, width)"

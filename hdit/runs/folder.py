@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hdit.config import RunConfig, parse
 from hdit.errors import UserError
-from hdit.files import check_writable, whole, write_json, write_text
+from hdit.files import check_writable, to_json, whole, write_json, write_text
 from hdit.locks import LOCK, locked
 from hdit.reading import ReadingError, parse_json, parse_toml, read_bytes, read_text
 from hdit.runs import checkpoint
@@ -169,7 +168,7 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line, str(self.metrics), indent=None) + "\n")
 
     def grid(self, images: int) -> Path:
         """The file of the grid of samples after so many images."""

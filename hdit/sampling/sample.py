@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import SolverError, UserError
 from hdit.models.fitting import check_sampling
 from hdit.nn.compiling import compiles
-from hdit.protocols import Cond, DataShape, Denoise, Space
+from hdit.protocols import NULL_LABEL, Cond, DataShape, Denoise, Space
 from hdit.runs.building import make_denoiser
 from hdit.tensors import NotFiniteError
 
@@ -58,19 +58,33 @@ def settle_sampling(
     return config.model_copy(update={"sampling": spec.model_copy(update=update)})
 
 
-def check_guidance(config: RunConfig, shape: DataShape) -> None:
-    """Raises UserError where guidance is asked of a model that has nothing to be guided from."""
-    guidance = config.sampling.guidance
-    if guidance.scale == 1:
-        return
-    got = f"sampling.guidance.scale: {guidance.scale:g} has no meaning here: "
-    if shape.num_classes == 0:
-        raise UserError(got + "the model has no classes; leave it at 1")
-    if config.training.label_dropout == 0:
-        raise UserError(
-            got + "training.label_dropout was 0, so the model never saw images without a class; "
-            "leave it at 1, or train with label_dropout = 0.1"
-        )
+def check_null_class(
+    config: RunConfig,
+    shape: DataShape,
+    labels: Sequence[int] | None = None,
+    guide: RunConfig | None = None,
+) -> None:
+    """Raises UserError where guidance, or a label, is of a null class that was not trained.
+
+    `guide` is the config of the model to guide away from, which sees the same labels.
+    """
+    scale, untrained = config.sampling.guidance.scale, "never saw images without a class"
+    if scale != 1:
+        got = f"sampling.guidance.scale: {scale:g} has no meaning here: "
+        if shape.num_classes == 0:
+            raise UserError(got + "the model has no classes; leave it at 1")
+        if config.training.label_dropout == 0:
+            raise UserError(
+                f"{got}training.label_dropout was 0, so the model {untrained}; leave it at 1, or "
+                "train with label_dropout = 0.1"
+            )
+    if NULL_LABEL in (labels or ()):
+        for who, of in (("model", config), ("model of --guide", guide)):
+            if of and of.training.label_dropout == 0:
+                raise UserError(
+                    f"--labels: 'none' has no meaning here: training.label_dropout was 0, so the "
+                    f"{who} {untrained}; name classes, or train with label_dropout = 0.1"
+                )
 
 
 @dataclass(frozen=True)

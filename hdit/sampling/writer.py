@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +16,14 @@ from torch import Tensor
 from hdit.config.schema import SamplingSpec
 from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
-from hdit.files import check_free_space, check_writable, write_text
+from hdit.files import check_free_space, check_writable, to_json, write_text
 from hdit.locks import LOCK, locked
 from hdit.names import escape
 from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
 from hdit.report.grids import save_grid, save_png
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import GuideModel, Samples, check_guidance, sample, settle_sampling
+from hdit.sampling.sample import GuideModel, Samples, check_null_class, sample, settle_sampling
 from hdit.tensors import NotFiniteError
 
 SAMPLES, GRID = "samples.json", "grid.png"
@@ -53,7 +52,7 @@ def write_samples(
     Raises UserError where `out` is not free, or the space is not the one of training.
     """
     keep_freed_memory()
-    check_guidance(trained.config, trained.shape)
+    check_null_class(trained.config, trained.shape, labels, guide.config if guide else None)
     device = default_device()
     config = settle_sampling(trained.config, device, len(seeds), lambda text: _warn(console, text))
     trained = trained.configured(config)
@@ -69,7 +68,7 @@ def write_samples(
         _check_free(out, overwrite)  # again: another process may have just ended
         samples = _prepare(trained, seeds, labels, device, raw, guide, guide_scale)
         _remove_old_samples(out)
-        write_text(out / SAMPLES, json.dumps(record, indent=1))
+        write_text(out / SAMPLES, to_json(record, str(out / SAMPLES)))
         started = monotonic()
         paths = [out / entry["file"] for entry in record["samples"]]
         try:
@@ -80,7 +79,7 @@ def write_samples(
         seconds = monotonic() - started
         save_grid(torch.stack(shown), out / GRID)
         record["evaluations"] = evaluations
-        write_text(out / SAMPLES, json.dumps(record, indent=1))
+        write_text(out / SAMPLES, to_json(record, str(out / SAMPLES)))
     return (
         f"{len(seeds)} images of {evaluations} network evaluations each "
         f"in {seconds:.1f} s: {out} (grid: {out / GRID})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,14 +27,15 @@ class GradientNoiseScale:
     def update(
         self, small_square: float | Tensor, square: float | Tensor, small: int, batch: int
     ) -> None:
-        """The squared norms of the gradient of `small` images and of all `batch`."""
+        """The squared norms of the gradient of `small` images and of all `batch`.
+
+        What is not finite moves nothing: the averages would never be finite again.
+        """
         small_square, square = _widened(small_square), _widened(square)
-        self.square += (1 - self.beta) * (
-            (batch * square - small * small_square) / (batch - small) - self.square
-        )
-        self.variance += (1 - self.beta) * (
-            (small_square - square) / (1 / small - 1 / batch) - self.variance
-        )
+        step = (batch * square - small * small_square) / (batch - small) - self.square
+        self.square += (1 - self.beta) * _finite(step)
+        step = (small_square - square) / (1 / small - 1 / batch) - self.variance
+        self.variance += (1 - self.beta) * _finite(step)
         self.updates += 1
 
     @property
@@ -50,6 +52,20 @@ class GradientNoiseScale:
     def state(self) -> tuple[float, float, int]:
         """What a checkpoint keeps, and the constructor takes."""
         return float(self.square), float(self.variance), self.updates
+
+
+def squared(norm: Tensor) -> Tensor:
+    """norm^2 in float64: a norm above 1.8e19 has no square in float32."""
+    widened = _widened(norm)
+    assert isinstance(widened, Tensor)
+    return widened.square()
+
+
+def _finite(step: float | Tensor) -> float | Tensor:
+    """The step, or 0 where it is nan or infinite."""
+    if isinstance(step, Tensor):
+        return step.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return step if math.isfinite(step) else 0.0
 
 
 def _widened(number: float | Tensor) -> float | Tensor:

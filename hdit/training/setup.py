@@ -25,7 +25,7 @@ from hdit.protocols import DataShape, Space
 from hdit.runs.building import check_step, make_network
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
-from hdit.sampling.sample import check_guidance, settle_sampling
+from hdit.sampling.sample import check_null_class, settle_sampling
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer_tensors
@@ -88,7 +88,7 @@ def prepare(
     first(source)  # raises DataError here, not in a worker, where nothing can be read
     shape = config.data_shape(len(source.classes))
     if config.sampling.grid:
-        check_guidance(config, shape)
+        check_null_class(config, shape)
     found = run.newest(warn)
     config = settle_training(keep_precision(config, found), device, warn)
     if config.sampling.grid:  # or its precision would be found missing after a checkpoint

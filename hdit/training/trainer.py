@@ -25,7 +25,7 @@ from hdit.sampling.sample import sample
 from hdit.tensors import NotFiniteError
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
-from hdit.training.noise_scale import GradientNoiseScale
+from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate, update_ema
 from hdit.training.progress import Progress
 from hdit.training.setup import open_processes, prepare
@@ -159,7 +159,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.largest_grad_norm)
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
-            self.noise_scale.update(small, norm.square(), part, t.batch_size)
+            self.noise_scale.update(small, squared(norm), part, t.batch_size)
         set_learning_rate(self.optimizer, t.optimizer, self.step)
         self.optimizer.step()
         update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema))
@@ -168,7 +168,7 @@ class Trainer:
     def _square_of_gradient(self) -> Tensor:
         """Squared norm () of the gradient that each process has by itself, averaged over them."""
         gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
-        square = torch.nn.utils.get_total_norm(gradients).square()
+        square = squared(torch.nn.utils.get_total_norm(gradients))
         return self.accelerator.reduce(square, reduction="mean")
 
     # ---- what a session writes -------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hdit.errors import UserError
+from hdit.evaluation import distances
 from hdit.evaluation.distances import (
     Gaussian,
     Moments,
@@ -197,3 +198,22 @@ def test_kid_draws_from_all_images_up_to_a_bound():
     kept = kept_for_kid(150_000, 0, 1)
     assert len(set(kept.tolist())) == 100_000
     assert kept.max() > 149_000
+
+
+@pytest.mark.parametrize(("n", "subsets"), [(1000, 5), (15, 100)])
+def test_kid_has_the_error_of_its_subsets(n, subsets, monkeypatch):
+    """Of few small subsets that of a mean of independent ones; else the delete-d jackknife's."""
+    values, size = [], 10
+
+    def record(x, y):
+        values.append(squared_mmd(x, y))
+        return values[-1]
+
+    monkeypatch.setattr(distances, "squared_mmd", record)
+    x, y = (torch.randn(n, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    found = kernel_distance(x, y, subsets=subsets, size=size)
+    assert len(values) == subsets
+    assert found.mean == pytest.approx(np.mean(values))
+    independent = np.std(values, ddof=1) / subsets**0.5
+    jackknife = (size / (n - size) * np.var(values)) ** 0.5
+    assert found.error == pytest.approx(independent if n == 1000 else jackknife, rel=1e-9)

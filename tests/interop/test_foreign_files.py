@@ -20,6 +20,7 @@ from hdit.interop import InteropError, diffusers_dit, k_diffusion
 from hdit.interop.contents import Told
 from hdit.interop.facebook_form import form_of
 from hdit.interop.settings import Settings
+from hdit.interop.sit import as_flow
 from hdit.protocols import Cond
 from hdit.runs.conversion import convert
 from hdit.runs.trained import Trained
@@ -83,6 +84,37 @@ def test_count_of_an_averaged_model_is_no_weight(tiny, tmp_path):
     assert torch.equal(opened(saved, tmp_path).tensors()[LAST], tiny[LAST])
 
 
+@pytest.mark.parametrize("beside", ["ema_model", "vae"])
+def test_model_with_others_beside_it_is_named_by_its_prefix(beside, tiny, tmp_path):
+    saved = {f"net.{name}": t for name, t in tiny.items()}
+    saved |= {f"{beside}.{name}": t for name, t in tiny.items() if beside == "ema_model"}
+    message = refused(saved | {f"{beside}.conv.bias": torch.ones(1)}, tmp_path)
+    assert "has a model under 'net.' and more beside it" in message
+    assert f"'{beside}." in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "damaged: it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
+def test_file_that_stands_in_for_weights_is_named(content, reason, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InteropError, match=rf"{name}: {reason}"):
+        Trained.open(tmp_path / name)
+
+
+def test_pickle_of_another_class_is_refused_without_advice_to_execute_it(tmp_path):
+    message = refused({"model": torch.nn.Linear(1, 1)}, tmp_path)
+    assert "GLOBAL torch.nn.modules.linear.Linear" in message
+    assert "weights_only" not in message
+    assert "add_safe_globals" not in message
+
+
 def test_two_tensors_of_one_name_are_refused(tiny, tmp_path):
     message = refused(tiny | {f"_orig_mod.{LAST}": tiny[LAST]}, tmp_path)
     assert f"has two tensors {LAST}" in message
@@ -90,7 +122,14 @@ def test_two_tensors_of_one_name_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("ema", "ema"), ("model", "model"), ("state_dict", "model"), ("ema_state_dict", "ema")],
+    [
+        ("ema", "ema"),
+        ("model", "model"),
+        ("state_dict", "model"),
+        ("ema_state_dict", "ema"),
+        ("module", "model"),
+        ("params_ema", "ema"),
+    ],
 )
 def test_set_of_weights_is_found_by_its_key(key, name, tiny, tmp_path):
     model = opened({key: tiny, "opt": {"state": {}}, "step": 7}, tmp_path)
@@ -221,6 +260,20 @@ def test_sit_samples_as_its_own_euler_steps(velocity, tiny, tmp_path):
     torch.testing.assert_close(ours, x, atol=2e-3, rtol=0)  # from float32 noise of 999
 
 
+def test_first_layer_of_a_sit_sees_its_time_backwards(tiny):
+    """cos and sin of t 10000^(-i/128): a test of whole networks allows errors as large as these."""
+
+    def seen(weight, time):
+        angles = time * 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+        return weight.double() @ torch.cat([angles.cos(), angles.sin()])
+
+    name = "t_embedder.mlp.0.weight"
+    turned = as_flow(tiny)[name]
+    for time in (0.0, 0.3, 1.0):
+        expected = seen(tiny[name], 1 - time)
+        torch.testing.assert_close(seen(turned, time), expected, atol=2e-6, rtol=0)
+
+
 def test_sit_is_sampled_and_trained_as_rectified_flow(tiny, tmp_path):
     model = opened({"ema": tiny, "args": SIT | {"image_size": 64}}, tmp_path)
     diffusion, sampling = model.config.diffusion, model.config.sampling
@@ -297,6 +350,47 @@ def test_dit_without_a_null_class_has_all_of_its_classes(args, tiny, tmp_path):
     torch.testing.assert_close(table[ROWS], theirs.mean(0))
     assert model.config.training.label_dropout == 0
     assert "guidance and samples without a class are not the model's" in model.held.notes[0]
+
+
+@pytest.mark.parametrize(
+    "args", [{"model": {"params": {"num_classes": 8}}}, {"params": {"num_classes": 8}}]
+)
+def test_settings_in_a_table_of_the_model_are_read(args, tiny, tmp_path):
+    assert assumed({"ema": tiny, "args": args}, tmp_path)[0].shape.num_classes == ROWS
+
+
+@pytest.mark.parametrize("args", [{}, {"num_classes": 0}, {"num_classes": 1}])
+def test_dit_of_one_row_has_one_class_and_no_null_class(args, tiny, tmp_path):
+    table = "y_embedder.embedding_table.weight"
+    model, _ = assumed({"ema": tiny | {table: tiny[table][:1]}, "args": args}, tmp_path)
+    assert model.shape.num_classes == 1
+    assert model.config.training.label_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (
+            {"mlp_ratio": 2.0},
+            "mlp_ratio: is said to be 2, but its tensors give a hidden width of 320",
+        ),
+        ({"class_dropout_prob": 2}, "class_dropout_prob: must be from 0 to 1, got 2"),
+        ({"image_size": [64, 32], "num_heads": HEADS}, r"image_size: must be square, got [64, 32]"),
+        ({"num_heads": 3}, "num_heads: 3 does not divide the width 80"),
+    ],
+)
+def test_arguments_that_tensors_contradict_are_named(args, reason, tiny, tmp_path):
+    torch.save({"ema": tiny, "args": args}, tmp_path / "dit.pt")
+    with pytest.raises(InteropError, match=re.escape(reason)):
+        Trained.open(tmp_path / "dit.pt", ignore)
+
+
+@pytest.mark.parametrize(
+    ("args", "vae"), [({}, "ema"), ({"vae": "mse"}, "mse"), ({"vae": []}, "ema")]
+)
+def test_vae_is_the_one_that_the_arguments_name(args, vae, tiny, tmp_path):
+    model = opened({"ema": tiny, "args": args | {"image_size": [64, 64]}}, tmp_path)
+    assert model.config.space.vae == f"stabilityai/sd-vae-ft-{vae}"
 
 
 @pytest.mark.parametrize("number", [6, 9])
@@ -396,7 +490,7 @@ DIFFUSERS = {
 ARGS = dict.fromkeys(
     [
         *("model", "image_size", "num_classes", "path_type", "prediction", "learn_sigma"),
-        *("class_dropout_prob", "num_heads", "depth", "objective"),
+        *("class_dropout_prob", "num_heads", "depth", "objective", "mlp_ratio", "vae"),
     ]
 )
 READERS = {
@@ -457,6 +551,50 @@ def test_key_cannot_add_lines_to_the_config_that_is_made_of_it(tmp_path):
     text, _ = k_diffusion.config_to_toml(tmp_path / "a.json", raw)
     assert text.count("[training]\n") == 1
     assert "images = 5" not in text.splitlines()
+
+
+# ---- what diffusers' settings imply --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        *(("DDIMScheduler", True), ("DPMSolverMultistepScheduler", True)),
+        *(("FlowMatchEulerDiscreteScheduler", False), ("EDMEulerScheduler", False)),
+        ("CMStochasticIterativeScheduler", False),
+    ],
+)
+def test_scheduler_of_other_noise_levels_is_refused(name, fits, folder):
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+    (folder / "transformer").mkdir()
+    for path in [p for p in folder.iterdir() if p.is_file()]:
+        path.rename(folder / "transformer" / path.name)
+    if fits:
+        assert same(folder)
+        return
+    with pytest.raises(UserError, match=f"_class_name: '{name}' is no scheduler of DDPM's"):
+        Trained.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scale"),
+    [
+        ("DiTTransformer2DModel", {"sample_size": 128}, None),
+        ("Transformer2DModel", {"sample_size": 64}, None),
+        ("Transformer2DModel", {"sample_size": 128}, 2),
+        ("Transformer2DModel", {"sample_size": 128, "interpolation_scale": 1.0}, None),
+        ("Transformer2DModel", {"interpolation_scale": 0.5}, 0.5),
+    ],
+)
+def test_positions_that_diffusers_scales_are_refused(name, changes, scale):
+    """Its older class divides them by sample_size // 64, unless the config says otherwise."""
+    raw = DIFFUSERS | {"_class_name": name} | changes
+    if scale is None:
+        diffusers_dit.from_config(raw, None, "file")
+        return
+    with pytest.raises(InteropError, match=f"file: interpolation_scale: is {scale}, and"):
+        diffusers_dit.from_config(raw, None, "file")
 
 
 # ---- shards --------------------------------------------------------------------------------------

@@ -210,6 +210,37 @@ def test_k_diffusion_ema_without_warmup_warms_up_in_one_step():
     assert decay == [0, 0.9999, 0.9999]
 
 
+@pytest.mark.parametrize(
+    ("setting", "note"),
+    [
+        ({"data": {"flip": True}}, "data.flip = True has no place"),
+        ({"data": {"crop": "center"}}, "data.crop = 'center' has no place"),
+        ({"training": {"clip_grad_norm": 0}}, "training.clip_grad_norm = 0.0 has no place"),
+        ({"training": {"ema": {"warmup": False}}}, "ema.warmup = False was written as a power"),
+        ({"space": {"kind": "latent", "sigma_data": 0.5}}, "space.kind = 'latent' has no place"),
+    ],
+)
+def test_k_diffusion_recipe_that_its_config_cannot_hold_is_named(setting, note):
+    model = changed()
+    raw = model.config.model_dump(mode="json", exclude_none=True)
+    [(table, values)] = setting.items()
+    raw[table] = values if "kind" in values else raw[table] | values
+    if table == "space":
+        raw["data"] |= {"size": [128, 128]}
+    model = replace(model, config=config.parse(raw, "changed"))
+    _, notes = k_diffusion.to_config(model)
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["facebook-dit", "diffusers"])
+def test_dit_whose_null_class_was_not_trained_is_exported_with_a_note(kind, tmp_path):
+    torch.save({"model": dit_tiny(), "args": {"class_dropout_prob": 0.0}}, tmp_path / "dit.pt")
+    out = tmp_path / ("out.pt" if kind == "facebook-dit" else "out")
+    done = convert(tmp_path / "dit.pt", out, kind, num_heads=HEADS)
+    assert any("label_dropout was 0" in note for note in done.notes)
+
+
 def test_facebook_checkpoint_has_the_recipe_of_the_preset(tmp_path):
     torch.save(dit_tiny(), tmp_path / "dit.pt")
     convert(tmp_path / "dit.pt", tmp_path / "ours", num_heads=HEADS)
@@ -238,3 +269,43 @@ def test_k_diffusion_config_alone_becomes_a_config_of_ours(tmp_path):
     for named in ("optimizer.type = 'sgd'", "optimizer.lr = 0.1"):
         assert any(note.startswith(named) for note in done.notes), named
         assert f"# {named}" in text
+
+
+def test_k_diffusion_settings_that_are_absent_are_its_loaders_defaults():
+    model = {
+        "type": "image_transformer_v2",
+        **{"input_channels": 3, "input_size": [32, 64], "patch_size": [4, 4]},
+        **{"depths": [1, 2], "widths": [64, 128], "sigma_min": 5e-4, "sigma_max": 2000.0},
+    }
+    settings, shape, notes = k_diffusion.from_config({"model": model}, "minimal")
+    assert not notes
+    assert (shape.sigma_data, shape.num_classes) == (1.0, 0)
+    spec, training = settings.model, settings.training
+    assert [level.attention.kind for level in spec.levels] == ["neighborhood", "global"]
+    assert [level.attention.d_head for level in spec.levels] == [64, 64]
+    assert spec.levels[0].attention.kernel_size == 7
+    assert [level.d_ff for level in spec.levels] == [192, 384]
+    mapping = spec.mapping
+    assert (mapping.depth, mapping.width, mapping.d_ff, mapping.dropout) == (2, 256, 768, 0)
+    assert settings.diffusion.weighting.kind == "edm"
+    assert (settings.diffusion.loss_scales, settings.data.augment.probability) == (1, 0)
+    optimizer, ema = training.optimizer, training.ema
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (5e-4, (0.9, 0.99), 1e-8)
+    assert (optimizer.weight_decay, training.label_dropout) == (1e-4, 0.1)
+    assert (optimizer.schedule.kind, optimizer.schedule.warmup) == ("constant", 0)
+    assert (ema.power, ema.inv_gamma, ema.max_decay) == (0.6667, 1, 0.9999)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("loguniform", (5e-4, 2000.0)),
+        ("v-diffusion", (1e-3, 1e3)),
+        ("cosine-interpolated", (5e-4, 2000.0)),
+    ],
+)
+def test_k_diffusion_density_without_ends_has_those_of_its_model(kind, ends):
+    raw = json.loads(json.dumps(load("hdit_tiny_config_input.json")))
+    raw["model"] |= {"sigma_min": 5e-4, "sigma_max": 2000.0, "sigma_sample_density": {"type": kind}}
+    density = k_diffusion.from_config(raw, "ends")[0].diffusion.density
+    assert (density.sigma_min, density.sigma_max) == ends

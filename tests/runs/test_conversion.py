@@ -120,7 +120,7 @@ def test_card_says_what_it_is_and_leaves_the_licence_open(trained, tmp_path):
         "| Trained on | 32 images |",
         "| Weights | moving average (EMA) |",
         "# license: to be set by whoever publishes these weights",
-        "hdit sample digits-model -n 16 --labels 0 --guidance 1.5",
+        "hdit sample digits-model -n 16 --labels '#0' --guidance 1.5",
     ):
         assert text in card
 
@@ -134,6 +134,22 @@ def test_run_whose_name_is_not_utf8_is_converted_and_sampled(trained, hdit, tmp_
     assert r"# out \xfe" in (out / "README.md").read_text()
     status, said, err = hdit("sample", out, "-n", 1)
     assert (status, r"out \xfe-samples" in said) == (0, True), err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ([], " --labels '#0' --guidance 1.5"),
+        (["training.label_dropout=0"], " --labels '#0'"),
+        (
+            ["space.kind='latent'", "space.factor=1", "space.channels=1"],
+            " --labels '#0' --guidance 1.5 --set space.vae=FOLDER",
+        ),
+    ],
+)
+def test_card_has_a_command_that_the_model_can_do(overrides, options, untrained, tmp_path):
+    convert(untrained(DIGITS_DIT, *overrides), tmp_path / "ours")
+    assert f"hdit sample ours -n 16{options}\n" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_sample_of_a_converted_folder_writes_beside_it(trained, hdit, tmp_path):

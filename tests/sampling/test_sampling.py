@@ -13,9 +13,9 @@ from hdit.diffusion.beta_schedules import CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import BrownianPath
 from hdit.diffusion.samplers import SamplerSpec
 from hdit.diffusion.sigmas import LinearT
-from hdit.errors import SolverError
-from hdit.protocols import Cond
-from hdit.sampling.sample import GuideModel, Samples, sample
+from hdit.errors import SolverError, UserError
+from hdit.protocols import NULL_LABEL, Cond
+from hdit.sampling.sample import GuideModel, Samples, check_null_class, sample
 from hdit.tensors import NotFiniteError
 
 CPU = torch.device("cpu")
@@ -283,6 +283,39 @@ def test_sample_counts_the_evaluations_of_a_guide_model(settings):
 
 
 # ---- guidance ------------------------------------------------------------------------------------
+
+UNTRAINED = "training.label_dropout=0"
+
+
+@pytest.mark.parametrize(
+    ("own", "labels", "guide", "message"),
+    [
+        (
+            [UNTRAINED, "sampling.guidance.scale=2"],
+            [3],
+            [],
+            r"guidance\.scale: 2 .*label_dropout was 0",
+        ),
+        (
+            [UNTRAINED, "sampling.guidance.scale=0"],
+            None,
+            [],
+            r"guidance\.scale: 0 .*label_dropout was 0",
+        ),
+        ([UNTRAINED], [3, NULL_LABEL], [], r"--labels: 'none' .* the model never saw"),
+        ([], [NULL_LABEL], [UNTRAINED], r"--labels: 'none' .* the model of --guide never saw"),
+    ],
+)
+def test_null_class_that_was_not_trained_is_refused(settings, own, labels, guide, message):
+    run = settings(*own)
+    with pytest.raises(UserError, match=message):
+        check_null_class(run, run.data_shape(CLASSES), labels, settings(*guide))
+
+
+def test_null_class_is_not_missed_where_nothing_asks_for_it(settings):
+    run = settings(UNTRAINED)
+    check_null_class(run, run.data_shape(CLASSES), [0, 3], run)
+    check_null_class(settings("sampling.guidance.scale=2"), run.data_shape(CLASSES), [NULL_LABEL])
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
 from hdit.models.hdit import Level, Mapping
 from hdit.nn.attention import Global
 from hdit.protocols import DataShape
-from hdit.training.noise_scale import GradientNoiseScale
+from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import (
     adamw,
     ema_decay,
@@ -194,3 +195,14 @@ def test_noise_scale_of_tensors_stays_a_tensor_until_it_is_asked_for():
     assert isinstance(tensors.square, torch.Tensor)
     assert tensors.scale == pytest.approx(numbers.scale, rel=1e-12)
     assert GradientNoiseScale(*tensors.state()).scale == tensors.scale
+
+
+def test_noise_scale_of_large_gradients_is_theirs_and_that_of_ruined_ones_is_left_out():
+    scale = GradientNoiseScale(beta=0.9)
+    small, norm = torch.tensor(2e19), torch.tensor(1.9e19)  # whose squares float32 cannot hold
+    scale.update(squared(small), squared(norm), 8, 32)
+    variance = (float(small) ** 2 - float(norm) ** 2) / (1 / 8 - 1 / 32)
+    assert scale.unbiased()[1] == pytest.approx(variance, rel=1e-12)
+    before = scale.state()[:2]
+    scale.update(torch.tensor(math.inf), torch.tensor(math.nan), 8, 32)
+    assert scale.state()[:2] == before

@@ -40,6 +40,33 @@ def test_noise_scale_is_in_the_metrics_and_survives_a_resume(tiny, tmp_path):
     assert [line["gradient_noise_scale"] for line in lines(tmp_path / "parts")] == scales
 
 
+def test_noise_scale_sees_the_gradients_of_a_part_and_of_the_whole_batch(tiny, tmp_path):
+    overrides = ["training.accumulate=4", "training.gradient_noise_scale=true"]
+    lr = "training.optimizer.lr=1e-12"  # so that the weights stay as they are
+    trainer = Trainer(config.load(tiny, [*overrides, lr, "training.images=16"]), tmp_path)
+    batches, told, objective = [], [], trainer.objective
+
+    def record(batch):
+        batches.append(batch)
+        return objective(batch)
+
+    trainer.objective = record
+    trainer.noise_scale.update = lambda *given: told.append(given)
+    trainer._step(trainer._open_stream())
+    parameters = [p for p in trainer.backbone.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    squares = []
+    for i, batch in enumerate(batches):
+        objective(batch).mean().backward()  # adds up
+        square = sum(p.grad.double().square().sum().item() for p in parameters)
+        squares.append(square / (i + 1) ** 2)
+    [(small, whole, part, batch_size)] = told
+    assert (part, batch_size) == (4, 16)
+    assert small.item() == pytest.approx(squares[0], rel=1e-4)
+    assert whole.item() == pytest.approx(squares[-1], rel=1e-4)
+
+
 def test_noise_scale_of_a_batch_that_is_taken_whole_is_refused(tiny):
     with pytest.raises(ConfigError, match="gradient_noise_scale: compares the gradients"):
         config.load(tiny, ["training.gradient_noise_scale=true"])
