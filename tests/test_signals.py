@@ -49,6 +49,56 @@ def test_command_line_ends_with_one_line_and_the_status_of_the_signal(number, hd
     assert hdit() == (128 + number, "", "interrupted\n")
 
 
+class Deleted:
+    """Calls something where Python passes on no exception."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __del__(self):
+        self.call()
+
+
+def test_signal_that_python_cannot_pass_on_is_raised_after_it(capfd):
+    with pytest.raises(Signalled) as error, signals.raised():  # noqa: PT012
+        Deleted(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        time.sleep(5)
+    assert error.value.number == signal.SIGTERM
+    assert capfd.readouterr() == ("", "")
+
+
+def test_objects_that_a_signal_leaves_half_made_say_nothing(capfd):
+    def work():
+        held = Deleted(lambda: 1 / 0)
+        os.kill(os.getpid(), signal.SIGINT)
+        return held
+
+    with pytest.raises(Signalled), signals.raised():
+        work()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_python_cannot_pass_on_without_a_signal_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: told.append(problem.exc_type))
+    with signals.raised():
+        Deleted(lambda: 1 / 0)
+    assert told == [ZeroDivisionError]
+
+
+def test_signal_seen_twice_leaves_the_cleaning_up_alone():
+    cleaned = False
+    with pytest.raises(Signalled) as error, signals.raised():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned = True
+    assert cleaned
+    assert error.value.number == signal.SIGINT
+
+
 def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
     with signals.raised():
         child = os.fork()
