@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     {"hdit_kernels"},
     {"bounds", "errors", "names", "signals"},
-    {"arrays", "files", "hub", "plugins", "protocols", "reading", "tensors"},
+    {"arrays", "files", "hub", "messages", "plugins", "protocols", "reading", "tensors"},
     {"locks"},
     {"device", "manifest", "processes"},
     {"randomness"},

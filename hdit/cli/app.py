@@ -12,7 +12,7 @@ import hdit
 from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
-from hdit.names import printable
+from hdit.messages import echo
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,7 +71,7 @@ def main() -> None:
         if not isinstance(error, UserError | OSError | MemoryError) and not _out_of_memory(error):
             raise
         text = f"out of memory: {error}" if _out_of_memory(error) else str(error)
-        typer.echo("error: " + "\n".join(map(printable, text.split("\n"))), err=True)
+        echo(f"error: {text}")
         sys.exit(1)
 
 

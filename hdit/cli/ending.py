@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 
 from hdit import signals
+from hdit.messages import echo
 
 
 def run() -> None:
@@ -18,7 +19,7 @@ def run() -> None:
             main()
     except signals.Signalled as error:
         with suppress(OSError):  # of a terminal that is gone
-            print("; ".join([signals.SAYING, *getattr(error, "__notes__", [])]), file=sys.stderr)
+            echo("; ".join([signals.SAYING, *getattr(error, "__notes__", [])]))
         sys.exit(signals.status_of(error.number))
     finally:
         atexit.register(signals.end_at_once)  # or Ctrl-C would be a traceback from there

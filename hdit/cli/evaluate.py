@@ -79,6 +79,7 @@ def evaluate(
     from hdit.evaluation import card, image_sets
     from hdit.evaluation.features import open_features
     from hdit.files import check_writable, write_text
+    from hdit.messages import echo
     from hdit.names import escape, path_of
     from hdit.runs.trained import is_trained
 
@@ -105,7 +106,7 @@ def evaluate(
         if idle := [name for name, value in given.items() if value is not None]:
             raise UserError(f"{idle[0]}: has no effect, as A ({a}) is no model to sample")
         candidate = image_sets.open_set(or_preset(a))
-    extractor = open_features(features, default_device(), lambda text: typer.echo(text, err=True))
+    extractor = open_features(features, default_device(), echo)
     workers = processes() if workers is None else workers
     found = _compare(candidate, reference, extractor, batch_size or 64, workers)
     for text in found.warnings:

@@ -14,6 +14,8 @@ from rich import progress
 from rich.console import Console
 from rich.table import Column
 
+from hdit.messages import say
+
 QUIET = 30.0  # seconds between two lines where there is no terminal
 SPAN = 30.0  # seconds of training that the speed is measured over, or one step if that is longer
 
@@ -94,11 +96,10 @@ class Progress:
         self.bar.update(self.task, loss=f"{loss:.4f}")
         if self.lines and time.monotonic() - self.said >= QUIET:
             task = self.bar.tasks[self.task]
-            self.console.print(
+            say(
+                self.console,
                 f"{int(task.completed):,} of {int(task.total or 0):,} images, loss {loss:.4f}, "
                 f"{speed_text(task.fields['speed'])}",
-                highlight=False,
-                soft_wrap=True,
             )
             self.said = time.monotonic()
 

@@ -16,6 +16,7 @@ from hdit.data.batches import Batch, Batches
 from hdit.data.source import Skipped, size_of
 from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
+from hdit.messages import say
 from hdit.names import printable
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
@@ -280,4 +281,4 @@ class Trainer:
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
