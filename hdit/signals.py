@@ -62,6 +62,14 @@ def handled(handler: Handler) -> Iterator[dict[int, Any]]:
             signal.signal(number, handler_before)
 
 
+def behind(error: BaseException) -> Signalled | None:
+    """The signal that an error came of: Python wraps exceptions of some places, as of imports."""
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, Signalled):
+        before = before.__cause__ or before.__context__
+    return before
+
+
 @contextmanager
 def raised() -> Iterator[None]:
     """Raises Signalled at each of these signals while the block runs.
@@ -82,7 +90,12 @@ def raised() -> Iterator[None]:
             raise Signalled(number)
 
     with _not_lost(), handled(end):
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if (signalled := behind(error)) in (None, error):
+                raise
+            raise signalled from None
 
 
 @contextmanager

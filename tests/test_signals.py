@@ -87,6 +87,18 @@ def test_what_python_cannot_pass_on_without_a_signal_is_told(monkeypatch):
     assert told == [ZeroDivisionError]
 
 
+@pytest.mark.parametrize("wrapped", [RuntimeError("by an import"), OSError("of cleaning up")])
+def test_error_that_a_signal_became_ends_as_the_signal(wrapped, hdit, monkeypatch):
+    def verb():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise wrapped
+
+    monkeypatch.setattr("hdit.cli.app.app", verb)
+    assert hdit() == (143, "", "interrupted\n")
+
+
 def test_signal_seen_twice_leaves_the_cleaning_up_alone():
     cleaned = False
     with pytest.raises(Signalled) as error, signals.raised():  # noqa: PT012
