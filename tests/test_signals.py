@@ -121,6 +121,31 @@ def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+LEFT = """
+import multiprocessing, signal, sys, time
+from hdit import cli, signals
+from hdit.cli import app
+def work(ready):
+    signals.ignore()
+    ready.set()
+    time.sleep(60)
+def verb():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    context.Process(target=work, args=(ready,), daemon=True).start()
+    ready.wait()
+    signal.raise_signal(signal.SIGTERM)
+app.app = verb
+sys.argv = ["hdit"]
+cli.main()
+"""
+
+
+def test_worker_that_a_signal_left_without_its_loader_does_not_hold_up_the_end():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
+
+
 @pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6])
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(seconds):
     """The command says that Python is up; from there on no moment gives a traceback."""

@@ -22,4 +22,14 @@ def run() -> None:
             echo("; ".join([signals.SAYING, *getattr(error, "__notes__", [])]))
         sys.exit(signals.status_of(error.number))
     finally:
-        atexit.register(signals.end_at_once)  # or Ctrl-C would be a traceback from there
+        atexit.register(_end)
+
+
+def _end() -> None:
+    """Lets nothing hold up the exit, and no signal be a traceback there."""
+    signals.end_at_once()
+    if multiprocessing := sys.modules.get("multiprocessing"):
+        # Workers that a signal left without their loader: Python would tell them to end by a
+        # SIGTERM, which they leave to this process, and wait for them.
+        for worker in multiprocessing.active_children():
+            worker.kill()

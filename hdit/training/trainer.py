@@ -49,7 +49,7 @@ class Trainer:
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
-            setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
+            setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
         self.config, self.layout, self.shape = setup.config, setup.layout, setup.shape
         self.source, self.space, self.objective = setup.source, setup.space, setup.objective
         self.backbone, self.network, self.ema = setup.backbone, setup.network, setup.ema
