@@ -28,13 +28,14 @@ def message(text: str) -> str:
 def echo(text: str) -> None:
     """Prints a message on standard error, above a bar that is up there."""
     # Looked up at each line: a bar puts a stream in the place of sys.stderr that prints above it.
-    start = CLEAR if _rank() and sys.stderr.isatty() else ""
+    has_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    start = CLEAR if _rank() and has_bar else ""
     print(start + message(text), file=sys.stderr, flush=True)
 
 
 def say(console: Console, text: str) -> None:
     """Prints a message on a console as it stands, above a bar that is up there."""
-    if _rank() and console.is_terminal:
+    if _rank() and console.is_interactive:
         console.file.write(CLEAR)
     console.print(message(text), highlight=False, markup=False, soft_wrap=True)
 

@@ -47,4 +47,4 @@ def progress(console: Console | None = None) -> Progress:
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     console = console or error_console()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)

@@ -168,7 +168,7 @@ def _write_images(
     def steps(images: int) -> int:
         return -(-images // spec.batch_size) * spec.steps
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_interactive) as bar:
         task = bar.add_task("sampling", total=steps(len(paths)))
         for part in samples(lambda: bar.advance(task)):
             evaluations += part.evaluations * len(part.images)

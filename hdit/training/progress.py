@@ -44,12 +44,12 @@ class _TimeLeft(progress.ProgressColumn):
 class Progress:
     """Images, share, loss, images/s and time left; silent where `shown` is false.
 
-    Without a terminal it is a line of text now and then.
+    Without a terminal, or in a dumb one, it is a line of text now and then.
     """
 
     def __init__(self, console: Console, total: int, done: int, shown: bool):
         self.console = console
-        self.lines = shown and not console.is_terminal
+        self.lines = shown and not console.is_interactive
         self.said = time.monotonic()
         self.seen: deque[tuple[float, int]] = deque([(0.0, done)])  # seconds and images
         self.bar = progress.Progress(
@@ -62,7 +62,7 @@ class Progress:
             _Speed(table_column=Column(no_wrap=True)),
             _TimeLeft(table_column=Column(no_wrap=True)),
             console=console,
-            disable=not shown or not console.is_terminal,
+            disable=not shown or not console.is_interactive,
             expand=True,
         )
         self.task = self.bar.add_task("training", total=total, completed=done, loss="-", speed=None)
