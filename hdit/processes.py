@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from hdit.errors import UserError
 from hdit.names import escape
+from hdit.signals import DEAF
 
 Made = TypeVar("Made")
 
@@ -188,7 +189,7 @@ def _in_time(work: Callable[[], Made], waiting: _Waiting, problem: Callable[[], 
         except Exception as error:
             failed.append(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=DEAF, daemon=True).start()
     waiting.until(lambda: bool(found or failed), problem)
     if failed:
         raise failed[0]

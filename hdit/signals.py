@@ -20,6 +20,9 @@ SAYING = "interrupted"
 AGAIN = 1.0  # seconds; torchrun, too, sends its processes the signal that Ctrl-C sent them
 SOON = 0.01  # seconds
 
+DEAF = "deaf"
+"""The name of threads that wait in torch for what may never come."""
+
 Handler = Callable[[int, FrameType | None], Any]
 
 

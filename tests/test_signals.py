@@ -141,6 +141,26 @@ cli.main()
 """
 
 
+STUCK = """
+import ctypes, sys, threading
+from hdit import cli, signals
+from hdit.cli import app
+from hdit.errors import UserError
+def verb():
+    wait = lambda: ctypes.CDLL(None).usleep(300_000)  # without Python's lock, as torch does
+    threading.Thread(target=wait, name=signals.DEAF, daemon=True).start()
+    raise UserError("nobody answers")
+app.app = verb
+sys.argv = ["hdit"]
+cli.main()
+"""
+
+
+def test_thread_that_waits_in_torch_does_not_change_the_end():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "error: nobody answers\n")
+
+
 def test_worker_that_a_signal_left_without_its_loader_does_not_hold_up_the_end():
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (143, "interrupted\n")
