@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from hdit.errors import UserError
 from hdit.names import escape
+from hdit.signals import DEAF
+
+Made = TypeVar("Made")
 
 MOST = 65_536  # processes
 QUIET = 30.0  # seconds of waiting before it is told who is missing
@@ -100,11 +104,12 @@ def join(
     limit: float,
     patience: timedelta,
     say: Callable[[str], None],
-) -> None:
+) -> dist.ProcessGroup:
     """Makes torch's default group of all processes of `run`, once all of them are there.
 
-    After half a minute `say` is told who is missing. In the group, a process waits for another for
-    `patience` at most. Raises ProcessError if somebody is missing after `limit` seconds.
+    Returns the group in which their CPUs talk. After half a minute `say` is told who is missing. In
+    a group, a process waits for another for `patience` at most. Raises ProcessError if somebody is
+    missing after `limit` seconds.
     """
     host, port = read_address()
     waiting = _Waiting(limit, say)
@@ -121,15 +126,27 @@ def join(
         store = dist.PrefixStore(escape(run), _open_store(host, port, world.rank, waiting))
         store.set(key(world.rank), "here")
         waiting.until(lambda: store.check(everyone), missing, quiet=world.rank != 0)
-        dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+
+        def connect() -> dist.ProcessGroup:
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+            )
+            return host_group(patience)
+
+        return _in_time(
+            connect, waiting, lambda: f"a process that had come to {host}:{port} does not answer"
         )
-    except dist.DistError as error:
+    except RuntimeError as error:  # of gloo, or a DistError
         raise ProcessError(
             f"MASTER_ADDR, MASTER_PORT: the {world.size} processes cannot meet at {host}:{port} "
-            f"({_first_line(error)}): rank 0 is gone, and its message says why, or another program "
+            f"({_first_line(error)}): one is gone, and its message says why, or another program "
             "has that port; give each run one of its own, or start with torchrun"
         ) from None
+
+
+def host_group(patience: timedelta) -> dist.ProcessGroup:
+    """A group of all processes in which their CPUs talk."""
+    return dist.new_group(backend="gloo", timeout=patience)
 
 
 class _Waiting:
@@ -159,6 +176,27 @@ class _Waiting:
             time.sleep(POLL)
 
 
+def _in_time(work: Callable[[], Made], waiting: _Waiting, problem: Callable[[], str]) -> Made:
+    """What `work` makes, in a thread: in torch it may wait without end, and deaf to signals.
+
+    Raises what `work` does, and ProcessError with problem() if time is up.
+    """
+    found: list[Made] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            failed.append(error)
+
+    threading.Thread(target=run, name=DEAF, daemon=True).start()
+    waiting.until(lambda: bool(found or failed), problem)
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
 def _answers(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=2).close()
@@ -175,30 +213,20 @@ def _open_store(host: str, port: int, rank: int, waiting: _Waiting) -> dist.Stor
         waiting.until(
             lambda: _answers(host, port), lambda: f"nobody answers at {host}:{port} (MASTER_ADDR)"
         )
-    found: list[dist.Store | Exception] = []
 
-    def connect() -> None:
-        try:
-            store = dist.TCPStore(
-                host,
-                port,
-                is_master=serves,
-                timeout=timedelta(seconds=max(waiting.left, 1)),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-            found.append(store)
-        except Exception as error:
-            found.append(error)
+    def connect() -> dist.Store:
+        return dist.TCPStore(
+            host,
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=max(waiting.left, 1)),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
 
-    # In a thread, for torch waits without end for a program that answers nothing.
-    threading.Thread(target=connect, daemon=True).start()
-    waiting.until(
-        lambda: bool(found), lambda: f"what answers at {host}:{port} (MASTER_PORT) is no rank 0"
+    store = _in_time(
+        connect, waiting, lambda: f"what answers at {host}:{port} (MASTER_PORT) is no rank 0"
     )
-    [store] = found
-    if isinstance(store, Exception):
-        raise store
     # A restart by torchrun may find the store of the attempt before it.
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 

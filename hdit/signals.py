@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import termios
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +17,11 @@ from typing import Any
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAYING = "interrupted"
+AGAIN = 1.0  # seconds; torchrun, too, sends its processes the signal that Ctrl-C sent them
+SOON = 0.01  # seconds
+
+DEAF = "deaf"
+"""The name of threads that wait in torch for what may never come."""
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -30,7 +37,7 @@ class Signalled(BaseException):
         self.number = number
 
 
-def signalled_in(error: BaseException) -> Signalled | None:
+def behind(error: BaseException) -> Signalled | None:
     """The signal behind an error: what it passes may take it for one and raise another instead.
 
     Python does so where it makes a class, as modules do that are imported.
@@ -71,19 +78,62 @@ def handled(handler: Handler) -> Iterator[dict[int, Any]]:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raises Signalled at each of these signals while the block runs."""
-    process = os.getpid()
+    """Raises Signalled at each of these signals while the block runs.
+
+    One that follows within AGAIN is the same, seen twice: what cleans up is left to end.
+    """
+    process, came = os.getpid(), -AGAIN
 
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal came
         if os.getpid() != process:  # a forked child that has no handler of its own yet
             os._exit(status_of(number))
         if _torch_is_imported_now():
             os.write(2, f"{SAYING}\n".encode())
             os._exit(status_of(number))
-        raise Signalled(number)
+        if time.monotonic() - came >= AGAIN:
+            came = time.monotonic()
+            raise Signalled(number)
 
-    with handled(end):
+    with _not_lost(), handled(end):
+        try:
+            yield
+        except BaseException as error:
+            if (signalled := behind(error)) in (None, error):
+                raise
+            raise signalled from None
+
+
+@contextmanager
+def _not_lost() -> Iterator[None]:
+    """Raises a Signalled again that Python could not pass on, as from a __del__ or at a fork.
+
+    What else cannot be raised after a signal is of objects that it left half-made, and not told.
+    """
+    lost: list[int] = []
+
+    def again(number: int, frame: FrameType | None) -> None:
+        if lost:
+            raise Signalled(lost.pop())
+
+    def note(problem: sys.UnraisableHookArgs) -> None:
+        if isinstance(problem.exc_value, Signalled):
+            lost.append(problem.exc_value.number)
+            signal.setitimer(signal.ITIMER_REAL, SOON)  # not here, where it would be lost again
+        elif not isinstance(sys.exception(), Signalled):
+            told_before(problem)
+
+    told_before, alarm_before = sys.unraisablehook, signal.signal(signal.SIGALRM, again)
+    sys.unraisablehook = note
+    try:
         yield
+    except Signalled as signalled:
+        traceback.clear_frames(signalled.__traceback__)  # whose objects would be deleted later
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm_before or signal.SIG_DFL)
+        sys.unraisablehook = told_before
 
 
 @contextmanager
@@ -92,7 +142,7 @@ def noting(text: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if signalled := signalled_in(error):
+        if signalled := behind(error):
             signalled.add_note(text)
         raise
 

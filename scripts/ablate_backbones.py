@@ -28,6 +28,7 @@ from hdit.experiments.matrix import Cell, read_matrix
 from hdit.files import write_text
 from hdit.report.pages import markdown, page
 from hdit.report.plots import require_matplotlib
+from hdit.signals import SAYING, Signalled, raised, status_of
 
 
 def arguments() -> argparse.Namespace:
@@ -45,7 +46,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
     """The status of a cell's process, which is told to save and end where this one is."""
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except Signalled:
         process.terminate()
         process.wait()
         raise
@@ -111,7 +112,6 @@ def main() -> int:
         print(f"{cell.name}, seed {cell.seed}: {state}  {cell.slug}")
     if a.list:
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_cells(cells)
     require_matplotlib()  # of the page, before anything is trained
     a.out.mkdir(parents=True, exist_ok=True)
@@ -138,8 +138,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        with raised():
+            sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+    except Signalled as error:
+        print(f"{SAYING}; the same command goes on", file=sys.stderr)
+        sys.exit(status_of(error.number))

@@ -14,7 +14,7 @@ LAYERS = (
     {"hdit_kernels"},
     {"limits"},
     {"bounds", "errors", "names", "signals"},
-    {"arrays", "files", "hub", "plugins", "protocols", "reading", "tensors"},
+    {"arrays", "files", "hub", "messages", "plugins", "protocols", "reading", "tensors"},
     {"locks"},
     {"device", "manifest", "processes"},
     {"randomness"},

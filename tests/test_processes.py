@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hdit import processes
+from hdit import config, processes
 from hdit.processes import ProcessError, World, closing, join, read_address, read_world
+from hdit.training import setup
 
 PATIENCE = timedelta(seconds=60)
 SECOND = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
@@ -133,6 +135,69 @@ def test_processes_of_another_run_at_the_same_port_are_not_taken_for_ours(addres
     with pytest.raises(ProcessError, match="rank 1 of 2"):
         join(World(0, 2, 0), "run\udcff", "gloo", 2, PATIENCE, print)
     stranger.join()
+
+
+JOINING = """
+from datetime import timedelta
+from hdit.processes import join, read_world
+join(read_world(), "run", "gloo", 3, timedelta(seconds=3600), print)
+"""
+
+
+def test_process_that_dies_while_the_groups_are_made_is_not_waited_for_without_end(
+    address, monkeypatch
+):
+    """Here rank 1 has come, and does nothing more. In a process, for torch waits on in a thread."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    command = [sys.executable, "-c", JOINING]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waits:
+        waiting = processes._Waiting(60, print)
+        waiting.until(lambda: processes._answers("127.0.0.1", address), lambda: "nobody")
+        monkeypatch.setenv("RANK", "1")
+        store = processes._open_store("127.0.0.1", address, 1, waiting)
+        dist.PrefixStore("run", store).set("rank 1", "here")
+        _, err = waits.communicate(timeout=60)
+    assert "ProcessError: a process that had come to" in err
+    assert "does not answer within 3 s (training.start_timeout)" in err
+
+
+class Hosts:
+    """Three processes, of which this is one."""
+
+    def __init__(self, rank):
+        self.rank = lambda: rank
+        self.size = lambda: 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, None),
+        ({"training": {"optimizer": {"lr": 0.5}}}, "another training.optimizer.lr: 0.5"),
+        ({"images of the data": 7}, "another images of the data: 7"),
+        ({"classes of the data": ["a"]}, r"another classes of the data: \['a'\]"),
+        ({"images of the newest checkpoint": 32}, "another images of the newest checkpoint: 32"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_process_with_other_settings_or_data_is_named_once(changes, named, rank, tiny, monkeypatch):
+    settings = config.load(tiny)
+    source, space = settings.data.open(), settings.space.open(torch.device("cpu"))
+
+    def gather(everyone, ours, group):
+        everyone[:] = [ours, ours, config.merge(ours, changes)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    if named is None:
+        ends = nullcontext()
+    elif rank == 0:
+        ends = pytest.raises(ProcessError, match=f"rank 2: has {named}, where rank 0 has")
+    else:
+        ends = pytest.raises(SystemExit)
+    with ends:
+        setup._check_alike(Hosts(rank), settings, source, space, None)
 
 
 GOING = """

@@ -62,6 +62,68 @@ def test_signal_that_came_out_as_another_error_ends_the_command_line_alike(hdit,
     assert hdit() == (128 + signal.SIGTERM, "", "interrupted; go on\n")
 
 
+class Deleted:
+    """Calls something where Python passes on no exception."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __del__(self):
+        self.call()
+
+
+def test_signal_that_python_cannot_pass_on_is_raised_after_it(capfd):
+    with pytest.raises(Signalled) as error, signals.raised():  # noqa: PT012
+        Deleted(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        time.sleep(5)
+    assert error.value.number == signal.SIGTERM
+    assert capfd.readouterr() == ("", "")
+
+
+def test_objects_that_a_signal_leaves_half_made_say_nothing(capfd):
+    def work():
+        held = Deleted(lambda: 1 / 0)
+        os.kill(os.getpid(), signal.SIGINT)
+        return held
+
+    with pytest.raises(Signalled), signals.raised():
+        work()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_python_cannot_pass_on_without_a_signal_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: told.append(problem.exc_type))
+    with signals.raised():
+        Deleted(lambda: 1 / 0)
+    assert told == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("wrapped", [RuntimeError("by an import"), OSError("of cleaning up")])
+def test_error_that_a_signal_became_ends_as_the_signal(wrapped, hdit, monkeypatch):
+    def verb():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise wrapped
+
+    monkeypatch.setattr("hdit.cli.app.app", verb)
+    assert hdit() == (143, "", "interrupted\n")
+
+
+def test_signal_seen_twice_leaves_the_cleaning_up_alone():
+    cleaned = False
+    with pytest.raises(Signalled) as error, signals.raised():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned = True
+    assert cleaned
+    assert error.value.number == signal.SIGINT
+
+
 def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
     with signals.raised():
         child = os.fork()
@@ -70,6 +132,51 @@ def test_forked_child_without_handlers_of_its_own_ends_without_a_word(capfd):
             time.sleep(60)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert capfd.readouterr() == ("", "")
+
+
+LEFT = """
+import multiprocessing, signal, sys, time
+from hdit import cli, signals
+from hdit.cli import app
+def work(ready):
+    signals.ignore()
+    ready.set()
+    time.sleep(60)
+def verb():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    context.Process(target=work, args=(ready,), daemon=True).start()
+    ready.wait()
+    signal.raise_signal(signal.SIGTERM)
+app.app = verb
+sys.argv = ["hdit"]
+cli.main()
+"""
+
+
+STUCK = """
+import ctypes, sys, threading
+from hdit import cli, signals
+from hdit.cli import app
+from hdit.errors import UserError
+def verb():
+    wait = lambda: ctypes.CDLL(None).usleep(300_000)  # without Python's lock, as torch does
+    threading.Thread(target=wait, name=signals.DEAF, daemon=True).start()
+    raise UserError("nobody answers")
+app.app = verb
+sys.argv = ["hdit"]
+cli.main()
+"""
+
+
+def test_thread_that_waits_in_torch_does_not_change_the_end():
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "error: nobody answers\n")
+
+
+def test_worker_that_a_signal_left_without_its_loader_does_not_hold_up_the_end():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
 
 
 @pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6])

@@ -12,7 +12,8 @@ import hdit
 from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
-from hdit.names import printable
+from hdit.messages import echo
+from hdit.signals import behind
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,10 +69,11 @@ def main() -> None:
         _refuse_empty(sys.argv[1:])
         app()
     except Exception as error:
-        if not isinstance(error, UserError | OSError | MemoryError) and not _out_of_memory(error):
+        known = isinstance(error, UserError | OSError | MemoryError) or _out_of_memory(error)
+        if behind(error) or not known:
             raise
         text = f"out of memory: {error}" if _out_of_memory(error) else str(error)
-        typer.echo("error: " + "\n".join(map(printable, text.split("\n"))), err=True)
+        echo(f"error: {text}")
         sys.exit(1)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from hdit.cli.options import Raw
 from hdit.limits import MAX_CLASSES, MAX_WIDTH
-from hdit.names import printable
+from hdit.messages import echo, message
 
 
 def convert(
@@ -75,5 +75,5 @@ def convert(
         prediction=prediction,
     )
     for note in done.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
-    typer.echo(printable(f"{done.origin} -> {done.kind}: {done.path}"))
+        echo(f"note: {note}")
+    typer.echo(message(f"{done.origin} -> {done.kind}: {done.path}"))

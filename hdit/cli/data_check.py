@@ -9,6 +9,7 @@ import typer
 
 from hdit.cli.options import AsJson, Overrides, Workers
 from hdit.cli.output import plain_console, progress
+from hdit.messages import echo, message, say
 
 if TYPE_CHECKING:
     from hdit.data.images import Images
@@ -53,7 +54,7 @@ def data_check(
     import json
 
     from hdit.data import check
-    from hdit.names import escape, printable
+    from hdit.names import escape
     from hdit.report.grids import save_grid
 
     path = check.sheet_path(place, sheet)
@@ -69,16 +70,16 @@ def data_check(
     else:
         console = plain_console()
         for line in check.lines(report):
-            console.print(line, soft_wrap=True)
+            say(console, line)
         for table in check.tables(report):
             console.print(table)
     if shown:
         tiles = check.contact_sheet(source, shown)
         save_grid(tiles, path)
-        said = f"{len(tiles)} images as training sees them: {printable(str(path))}"
-        typer.echo(said, err=as_json)
+        said = f"{len(tiles)} images as training sees them: {path}"
+        typer.echo(message(said), err=as_json)
     if report.unusable:
-        typer.echo(f"unusable: {report.unusable}", err=True)
+        echo(f"unusable: {report.unusable}")
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from hdit.cli.options import AsJson
 from hdit.cli.output import error_console
+from hdit.messages import echo
 
 
 def doctor(
@@ -28,7 +29,7 @@ def doctor(
     try:
         from hdit.doctor import examine, tables
     except ImportError as error:
-        typer.echo(f"broken: hdit cannot be imported: {error}", err=True)
+        echo(f"broken: hdit cannot be imported: {error}")
         raise typer.Exit(1) from None
     console = Console()
     with error_console().status("") as line:
@@ -41,6 +42,6 @@ def doctor(
         if not diagnosis.broken:
             typer.echo("hdit can train here.")
     for problem in diagnosis.broken:
-        typer.echo(f"broken: {problem}", err=True)
+        echo(f"broken: {problem}")
     if diagnosis.broken:
         raise typer.Exit(1)

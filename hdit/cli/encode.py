@@ -11,6 +11,7 @@ import typer
 from hdit.cli.options import BATCH_SIZE, ConfigFile, Overrides
 from hdit.cli.output import error_console, progress
 from hdit.limits import MAX_BATCH
+from hdit.messages import message, say
 from hdit.names import printable
 
 if TYPE_CHECKING:
@@ -72,16 +73,18 @@ def encode(
             on_start=lambda images: bar.update(task, total=images),
             on_images=lambda n: bar.advance(task, n),
             on_skipped=_naming(console),
-            warn=lambda text: _say(console, f"warning: {text}"),
+            warn=lambda text: say(console, f"warning: {text}"),
         )
     if done.sigma_data is None:
-        typer.echo(f"{folder}: {done.shards} shards written; {done.absent} are still missing")
+        left = f"{done.shards} shards written; {done.absent} are still missing"
+        typer.echo(message(f"{folder}: {left}"))
         return
-    typer.echo(
+    said = (
         f"{folder}: latents of {done.images:,} images, {done.bytes / 2**20:.1f} MiB; standard "
         f"deviation {done.sigma_data:.4f} (space.sigma_data is {settings.space.sigma_data:g})\n"
         f"train with --set space.stored={folder}"
     )
+    typer.echo(message(said))
 
 
 def _naming(console: Console) -> Callable[[Skipped], None]:
@@ -91,10 +94,6 @@ def _naming(console: Console) -> Callable[[Skipped], None]:
     def name(file: Skipped) -> None:
         if file.path not in named:
             named.add(file.path)
-            _say(console, f"warning: skipped {printable(file.path)}: {file.reason}")
+            say(console, f"warning: skipped {printable(file.path)}: {file.reason}")
 
     return name
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

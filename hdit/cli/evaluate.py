@@ -78,6 +78,7 @@ def evaluate(
     from hdit.evaluation import card, image_sets
     from hdit.evaluation.features import open_features
     from hdit.files import check_writable, to_json, write_text
+    from hdit.messages import echo
     from hdit.names import escape, path_of
     from hdit.runs.trained import is_trained
 
@@ -108,7 +109,7 @@ def evaluate(
         told = [*images.warnings, *told]
     for text in dict.fromkeys(told):
         warn(text)
-    extractor = open_features(features, default_device(), lambda text: typer.echo(text, err=True))
+    extractor = open_features(features, default_device(), echo)
     workers = processes() if workers is None else workers
     found = _compare(candidate, reference, extractor, batch_size or 64, workers)
     for text in found.warnings:

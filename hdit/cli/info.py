@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hdit.cli.options import ConfigFile, Overrides
+from hdit.cli.output import plain_console
 from hdit.limits import MAX_BATCH, MAX_CLASSES
+from hdit.messages import say
+from hdit.names import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +50,6 @@ def info(
     overrides: Overrides = None,
 ) -> None:
     """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes."""
-    from rich.console import Console
-
     from hdit.config import load
     from hdit.config.presets import find_config
     from hdit.errors import UserError
@@ -63,13 +64,13 @@ def info(
     shape = settings.data_shape(number)
     rows = cost(settings.model, shape, settings.output_channels(shape))
     title = (
-        f"{config.stem}: {settings.model.kind} at {shape.channels} x {shape.height} x "
+        f"{printable(config.stem)}: {settings.model.kind} at {shape.channels} x {shape.height} x "
         f"{shape.width}, {number} classes"
     )
-    console = Console()
+    console = plain_console()
     console.print(cost_table(title, rows))
     for remark in settings.model.remarks(shape, sum(row.params for row in rows)):
-        console.print(remark)
+        say(console, remark)
     images = batch or settings.training.batch_size // settings.training.accumulate
     if (fixed := TRAINED * sum(row.params for row in rows)) < MOST_PREDICTED:
         console.print(_memory(settings, shape, images, device))
@@ -79,7 +80,7 @@ def info(
             "trains it."
         )
     if note:
-        console.print(note, highlight=False, markup=False)
+        say(console, note)
 
 
 def _classes(settings: RunConfig) -> tuple[int, str | None]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-import typer
+from hdit.messages import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def warn(text: str) -> None:
     """Prints a warning."""
-    typer.echo(f"warning: {text}", err=True)
+    echo(f"warning: {text}")
 
 
 def listen_to_loggers() -> None:
@@ -23,9 +22,7 @@ def listen_to_loggers() -> None:
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            # Looked up at each line: a bar puts a stream in the place of sys.stderr that prints
-            # above it, and logging's own handler would write into the bar.
-            print(self.format(record), file=sys.stderr)
+            echo(self.format(record))  # logging's own handler would write into a bar
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
 
@@ -50,4 +47,4 @@ def progress(console: Console | None = None) -> Progress:
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     console = console or error_console()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)

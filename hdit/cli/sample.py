@@ -18,7 +18,7 @@ from hdit.cli.options import (
 )
 from hdit.cli.output import error_console, warn
 from hdit.limits import MAX_GUIDANCE, MAX_SAMPLES
-from hdit.names import printable
+from hdit.messages import message
 
 
 def sample(
@@ -113,4 +113,4 @@ def sample(
         guide=open_guide(guide, trained, warn) if guide else None,
         guide_scale=2.0 if guide_scale is None else guide_scale,
     )
-    typer.echo(printable(done))
+    typer.echo(message(done))

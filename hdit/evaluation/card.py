@@ -29,6 +29,7 @@ from hdit.evaluation.distances import (
 )
 from hdit.evaluation.features import Extractor
 from hdit.evaluation.image_sets import ImageSet
+from hdit.names import printable
 
 ENOUGH = 10_000  # images, below which the bias of FID is worth a word
 KID_SEED = 0
@@ -256,7 +257,8 @@ def table(found: Comparison) -> Table:
     for which in ("a", "b"):
         record = card[which]
         place = f"{record['place']} ({record['kind']})"
-        made.add_row(which.upper(), f"{record['images']:,} of {record['sizes']}: {place}")
+        line = f"{record['images']:,} of {record['sizes']}: {place}"
+        made.add_row(which.upper(), printable(line))
         if sampling := record.get("sampling"):
             steps, scale = sampling["steps"], sampling["guidance"]["scale"]
             made.add_row(
@@ -268,7 +270,8 @@ def table(found: Comparison) -> Table:
             )
     features = card["features"]
     digest = f" (SHA-256 {features['sha256']:.12}...)" if features["sha256"] else ""
-    made.add_row("features", f"{features['dimensions']:,} of {features['name']}{digest}")
+    name = printable(features["name"])
+    made.add_row("features", f"{features['dimensions']:,} of {name}{digest}")
     made.add_row("... of", features["input"])
     made.add_row("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items()))
     made.add_row("protocol", card["protocol"])

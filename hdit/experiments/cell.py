@@ -32,6 +32,7 @@ from hdit.report.grids import to_png
 from hdit.runs.folder import read_metrics
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_null_class, sample, settle_sampling
+from hdit.signals import Signalled
 from hdit.tensors import NotFiniteError
 from hdit.training.objective import Objective
 from hdit.training.trainer import Trainer
@@ -93,7 +94,7 @@ def alone_at(cell: Cell, out: Path, wait: Callable[[str], None]) -> AbstractCont
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Trains, or goes on with, the cell in its folder, and measures it. Returns its record.
 
-    Raises KeyboardInterrupt where training was interrupted, with all saved.
+    Raises Signalled where a signal ended training, with all saved.
     """
     trainer = Trainer(cell.config, folder)
     left = None
@@ -102,7 +103,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     if left is None or left > 0:
         finished = trainer.fit(left)
         if not finished and trainer.signalled:
-            raise KeyboardInterrupt
+            raise Signalled(trainer.signalled)
     del trainer
     model = Trained.open(folder)
     return _facts(cell, model, folder) | measure_trained(model, cell.measures)

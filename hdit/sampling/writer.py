@@ -18,6 +18,7 @@ from hdit.device import default_device, keep_freed_memory
 from hdit.errors import SolverError, UserError
 from hdit.files import check_free_space, check_writable, to_json, write_text
 from hdit.locks import LOCK, locked
+from hdit.messages import say
 from hdit.names import escape
 from hdit.protocols import NULL_LABEL
 from hdit.reading import ReadingError, read_json
@@ -54,7 +55,9 @@ def write_samples(
     keep_freed_memory()
     check_null_class(trained.config, trained.shape, labels, guide.config if guide else None)
     device = default_device()
-    config = settle_sampling(trained.config, device, len(seeds), lambda text: _warn(console, text))
+    config = settle_sampling(
+        trained.config, device, len(seeds), lambda text: say(console, f"warning: {text}")
+    )
     trained = trained.configured(config)
     record = _record(trained, seeds, labels, raw)
     if guide:
@@ -165,7 +168,7 @@ def _write_images(
     def steps(images: int) -> int:
         return -(-images // spec.batch_size) * spec.steps
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_interactive) as bar:
         task = bar.add_task("sampling", total=steps(len(paths)))
         for part in samples(lambda: bar.advance(task)):
             evaluations += part.evaluations * len(part.images)
@@ -176,10 +179,6 @@ def _write_images(
             # A sampler with steps of its own choosing may have made fewer or more than these.
             bar.update(task, completed=steps(written))
     return round(evaluations / len(paths)), shown
-
-
-def _warn(console: Console, text: str) -> None:
-    console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def read_samples(record: Path) -> list[str]:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from hdit import signals
 
-AGAIN = 1.0  # seconds; torchrun, too, sends its processes the signal that Ctrl-C sent them
 AGREE_EVERY = 8  # steps between two questions of several processes whether to stop
 
 
@@ -42,7 +41,7 @@ class Interrupts:
             nonlocal came
             if not self.signalled:
                 self.signalled, came = number, time.monotonic()
-            elif number == signal.SIGINT and time.monotonic() - came >= AGAIN:
+            elif number == signal.SIGINT and time.monotonic() - came >= signals.AGAIN:
                 end = before[number]
                 (end if callable(end) else signal.default_int_handler)(number, frame)
 

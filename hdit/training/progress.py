@@ -14,6 +14,8 @@ from rich import progress
 from rich.console import Console
 from rich.table import Column
 
+from hdit.messages import say
+
 QUIET = 30.0  # seconds between two lines where there is no terminal
 SPAN = 30.0  # seconds of training that the speed is measured over, or one step if that is longer
 
@@ -42,12 +44,12 @@ class _TimeLeft(progress.ProgressColumn):
 class Progress:
     """Images, share, loss, images/s and time left; silent where `shown` is false.
 
-    Without a terminal it is a line of text now and then.
+    Without a terminal, or in a dumb one, it is a line of text now and then.
     """
 
     def __init__(self, console: Console, total: int, done: int, shown: bool):
         self.console = console
-        self.lines = shown and not console.is_terminal
+        self.lines = shown and not console.is_interactive
         self.said = time.monotonic()
         self.seen: deque[tuple[float, int]] = deque([(0.0, done)])  # seconds and images
         self.bar = progress.Progress(
@@ -60,7 +62,7 @@ class Progress:
             _Speed(table_column=Column(no_wrap=True)),
             _TimeLeft(table_column=Column(no_wrap=True)),
             console=console,
-            disable=not shown or not console.is_terminal,
+            disable=not shown or not console.is_interactive,
             expand=True,
         )
         self.task = self.bar.add_task("training", total=total, completed=done, loss="-", speed=None)
@@ -94,11 +96,10 @@ class Progress:
         self.bar.update(self.task, loss=f"{loss:.4f}")
         if self.lines and time.monotonic() - self.said >= QUIET:
             task = self.bar.tasks[self.task]
-            self.console.print(
+            say(
+                self.console,
                 f"{int(task.completed):,} of {int(task.total or 0):,} images, loss {loss:.4f}, "
                 f"{speed_text(task.fields['speed'])}",
-                highlight=False,
-                soft_wrap=True,
             )
             self.said = time.monotonic()
 

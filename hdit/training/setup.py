@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +14,14 @@ from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from torch import nn
 
-from hdit.config import RunConfig
+from hdit.config import RunConfig, differences
 from hdit.data.batches import Layout
 from hdit.data.source import Source, Stream, first, size_of, warnings_of
 from hdit.device import default_device
 from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
 from hdit.nn.compiling import compiles
-from hdit.processes import join, read_world
+from hdit.processes import ProcessError, host_group, join, read_world
 from hdit.protocols import DataShape, Space
 from hdit.runs.building import check_step, make_network
 from hdit.runs.checkpoint import Checkpoint
@@ -48,11 +49,12 @@ def open_processes(
         # accelerate reads the environment too, and would wait for others by a part of what it names
         with patch_environment(LOCAL_RANK="-1", WORLD_SIZE="1", PMI_SIZE="1"):
             return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), None
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        hosts = host_group(PATIENCE)
+    else:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        join(world, run, backend, limit, PATIENCE, say)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    return accelerator, dist.new_group(backend="gloo")
+        hosts = join(world, run, backend, limit, PATIENCE, say)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), hosts
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,17 @@ class Setup:
 
 
 def prepare(
-    config: RunConfig, run: RunFolder, accelerator: Accelerator, say: Say, warn: Say
+    config: RunConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    hosts: dist.ProcessGroup | None,
+    say: Say,
+    warn: Say,
 ) -> Setup:
     """Opens the data and builds the model, or loads it from the newest checkpoint of `run`.
 
-    Raises UserError if data, VAE or settings do not fit, and CheckpointError if the folder holds a
-    run of another model.
+    Raises UserError if data, VAE or settings do not fit, CheckpointError if the folder holds a run
+    of another model, and ProcessError if another process of `hosts` has other data or settings.
     """
     device, layout = accelerator.device, _layout(config, accelerator)
     space = config.space.open(device)
@@ -93,6 +100,8 @@ def prepare(
     config = settle_training(keep_precision(config, found), device, warn)
     if config.sampling.grid:  # or its precision would be found missing after a checkpoint
         settle_sampling(config, device, config.sampling.grid, warn)
+    if hosts is not None:
+        _check_alike(hosts, config, source, space, found)
     if found:
         check_resume(found, config, shape, source, space, run.path, say)
 
@@ -123,6 +132,33 @@ def prepare(
     return Setup(
         config, layout, space, source, shape, found, backbone, network, ema, optimizer, objective
     )
+
+
+def _check_alike(
+    hosts: dist.ProcessGroup,
+    config: RunConfig,
+    source: Source | Stream,
+    space: Space,
+    found: Checkpoint | None,
+) -> None:
+    """Raises ProcessError in the first process, and ends the others, if one has something else."""
+    ours = config.model_dump(mode="json", exclude_none=True) | {
+        "images of the data": size_of(source),
+        "classes of the data": source.classes,
+        "hash of the VAE": space.identity,
+        "images of the newest checkpoint": found.state.images if found else 0,
+    }
+    everyone: list[dict[str, Any]] = [{} for _ in range(hosts.size())]
+    dist.all_gather_object(everyone, ours, group=hosts)
+    for rank, theirs in enumerate(everyone):
+        if different := differences(everyone[0], theirs):
+            if hosts.rank() != 0:
+                raise SystemExit(1)  # one message is enough
+            key, first_has, it_has = different[0]
+            raise ProcessError(
+                f"rank {rank}: has another {key}: {it_has!r:.200}, where rank 0 has "
+                f"{first_has!r:.200}; start all processes with the same settings and files"
+            )
 
 
 def _layout(config: RunConfig, accelerator: Accelerator) -> Layout:

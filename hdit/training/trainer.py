@@ -16,6 +16,7 @@ from hdit.data.batches import Batch, Batches
 from hdit.data.source import Skipped, size_of
 from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
+from hdit.messages import say
 from hdit.names import printable
 from hdit.report.grids import save_grid
 from hdit.runs import checkpoint
@@ -48,7 +49,7 @@ class Trainer:
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
-            setup = prepare(config, self.run, self.accelerator, self._say, self._warn)
+            setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
         self.config, self.layout, self.shape = setup.config, setup.layout, setup.shape
         self.source, self.space, self.objective = setup.source, setup.space, setup.objective
         self.backbone, self.network, self.ema = setup.backbone, setup.network, setup.ema
@@ -281,5 +282,4 @@ class Trainer:
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
     def _print(self, text: str) -> None:
-        text = "\n".join(map(printable, text.split("\n")))
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +33,7 @@ from hdit.models.cost import cost
 from hdit.protocols import Cond
 from hdit.report.pages import bins, markdown, page, table
 from hdit.runs.trained import Trained
+from hdit.signals import ENDING, Signalled, raised
 from hdit.training.trainer import Trainer
 from scripts import ablate_backbones
 
@@ -204,14 +204,10 @@ def test_script_runs_what_is_not_finished_alone(done, monkeypatch, capsys):
         started.append(command[-1])
         return subprocess.CompletedProcess(command, 1)
 
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(ablate_backbones.subprocess, "Popen", start)
     monkeypatch.setattr(ablate_backbones, "wait", lambda process: process.returncode)
     monkeypatch.setattr(sys, "argv", ["ablate_backbones.py", str(matrix), "--out", str(out)])
-    try:
-        assert ablate_backbones.main() == 1
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    assert ablate_backbones.main() == 1
     *_, broken = read_matrix(matrix)[1]
     assert started == [broken.slug]
     assert "Broken, seed 0: to do" in capsys.readouterr().out
@@ -269,12 +265,39 @@ def test_cell_of_a_budget_in_seconds_trains_for_so_long_over_all_sessions(tmp_pa
     assert run_cell(cell, folder)["images"] == record["images"], "nothing was left to spend"
 
 
+@pytest.mark.parametrize("number", ENDING)
+def test_signal_to_the_sweep_ends_its_cell_before_it(number, tmp_path):
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+    code += "print('up', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    cell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert cell.stdout.readline() == b"up\n"
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    with cell.stdout, pytest.raises(Signalled) as error, raised():
+        ablate_backbones.wait(cell)
+    assert error.value.number == number
+    assert cell.returncode == 7
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_cell_that_a_signal_ends_says_by_which(number, done, monkeypatch, tmp_path):
+    cell = read_matrix(done[1])[1][0]
+
+    def fit(trainer, seconds):
+        trainer.interrupts.signalled = number
+        return False
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises(Signalled) as error:
+        run_cell(cell, tmp_path / "run")
+    assert error.value.number == number
+
+
 @pytest.fixture
 def sweep(monkeypatch):
     """Runs the script in this process -> its status."""
 
     def run(matrix, out):
-        monkeypatch.setattr(ablate_backbones.signal, "signal", lambda *arguments: None)
         monkeypatch.setattr(sys, "argv", ["ablate_backbones.py", str(matrix), "--out", str(out)])
         return ablate_backbones.main()
 

@@ -98,6 +98,17 @@ def test_bar_of_a_long_run_fits_into_one_line(width):
     )
 
 
+@pytest.mark.parametrize("kind", ["file", "dumb terminal"])
+def test_progress_without_a_bar_is_lines_of_text(kind, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("hdit.training.progress.QUIET", 0)
+    console = terminal(80) if kind == "dumb terminal" else Console(file=io.StringIO())
+    with Progress(console, 1000, 0, shown=True) as bar:
+        bar.advance(100, seconds=10)
+        bar.describe(0.1234)
+    assert console.file.getvalue() == "100 of 1,000 images, loss 0.1234, 10 images/s\n"
+
+
 @pytest.mark.parametrize(
     ("speed", "text"),
     [
