@@ -70,9 +70,17 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, UserError | OSError | MemoryError) and not _out_of_memory(error):
             raise
-        text = f"out of memory: {error}" if _out_of_memory(error) else str(error)
-        typer.echo("error: " + "\n".join(map(printable, text.split("\n"))), err=True)
+        typer.echo("error: " + "\n".join(map(printable, _told(error).split("\n"))), err=True)
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error: where the system raised it for a file, its name and the reason."""
+    if _out_of_memory(error):
+        return f"out of memory: {error}"
+    if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename:
+        return f"{printable(str(error.filename))}: {error.strerror}"
+    return str(error)
 
 
 def _refuse_empty(arguments: list[str]) -> None:
