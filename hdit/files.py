@@ -95,9 +95,13 @@ def make_folder(path: Path) -> None:
     if os.path.isdir(path):  # also a link to one
         return
     check_writable(path)
+    made = [folder for folder in path.parents if not os.path.exists(folder)]  # innermost first
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        with suppress(OSError):  # those that were made, as far as they were
+            for folder in filter(os.path.exists, made):
+                folder.rmdir()
         is_file = isinstance(error, FileExistsError)
         reason = "it is a file, where a folder is needed" if is_file else error.strerror
         raise WritingError(error.errno, reason, str(path)) from None

@@ -26,8 +26,15 @@ def no_exit(where: str, error_type: type[UserError] = UserError) -> Iterator[Non
         raise
     except BaseException as error:
         raise error_type(
-            f"{where} ended the program ({type(error).__name__}: {error}); let it return or raise"
+            f"{where} ended the program ({type(error).__name__}: {_short(error)}); let it return "
+            "or raise"
         ) from error
+
+
+def _short(error: BaseException, limit: int = 200) -> str:
+    """What an exception says, on one line: it may hold whole tensors."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def import_function(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -13,6 +14,8 @@ from hdit.errors import UserError
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
+KEY_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
+DEEP_KEY = re.compile(rf"(?<![\w-])(?:{KEY_PART}){{{MAX_DEPTH + 1}}}")
 
 
 class ReadingError(UserError):
@@ -46,9 +49,12 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """The text (UTF-8) of a file, as `read_bytes` reads it. Line ends become newlines."""
+    """The text (UTF-8) of a file, as `read_bytes` reads it. Line ends become newlines.
+
+    A byte order mark at its beginning, as editors of Windows put there, is no part of it.
+    """
     try:
-        text = read_bytes(path, limit).decode("utf-8")
+        text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ReadingError(f"{path}: is not UTF-8 text: {error}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -79,6 +85,8 @@ def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
     """The table of a TOML text that `name` tells of in errors. Raises ReadingError."""
+    if DEEP_KEY.search(text):  # a.a.a..., whose parsing takes minutes
+        raise ReadingError(f"{name}: has a key nested more than {MAX_DEPTH} deep")
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

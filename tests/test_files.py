@@ -179,6 +179,12 @@ def test_what_can_be_written_is_let_through(tmp_path, monkeypatch):
     assert (tmp_path / "real" / "deep" / "folder").is_dir()
 
 
+def test_folder_that_cannot_be_made_leaves_nothing_of_what_it_lies_in(tmp_path):
+    with pytest.raises(WritingError, match="nnn/c: cannot be written: File name too long"):
+        make_folder(tmp_path / "a" / "b" / ("n" * 300) / "c")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("length", [249, 250, 255])
 def test_name_may_be_as_long_as_the_file_system_takes(tmp_path, length):
     path = tmp_path / ("n" * length)

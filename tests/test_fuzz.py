@@ -62,7 +62,9 @@ KINDS = [
     "none", "edm", "flow", "karras", "linear_t", "vp", "ddpm", "lms", "heun", "latent", "cosine",
     "uniform_vp", "lognormal", "inverse", "exponential", "in_context",
 ]  # fmt: skip
-PIECES = ["", "\0", '"', "[", "{", "=", "\n", "é", "\x1b", "[" * 3000, "9" * 5000]
+PIECES = [
+    "", "\0", '"', "[", "{", "=", "\n", "é", "\x1b", "\ufeff", "[" * 3000, "9" * 5000, "a." * 9**5,
+]  # fmt: skip
 
 
 def places(table, above=()):
@@ -102,10 +104,7 @@ def mangled(text, rng):
     """A text with a few of its characters changed, lost or doubled."""
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(text) + 1)
-        piece = rng.choice(
-            ["", "\0", '"', "[", "{", "=", "\n", "é", "\x1b", "[" * 3000, "9" * 5000]
-        )
-        text = text[:i] + piece + text[i + rng.randint(0, 3) :]
+        text = text[:i] + rng.choice(PIECES) + text[i + rng.randint(0, 3) :]
     return text
 
 

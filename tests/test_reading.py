@@ -46,11 +46,30 @@ def test_bad_json_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["a = " + "[" * 10_000 + "]" * 10_000, "a = " + "9" * 5000, ".".join("a" * 70) + " = 1"]
+    "text",
+    [
+        "a = " + "[" * 10_000 + "]" * 10_000,
+        "a = " + "9" * 5000,
+        ".".join("a" * 70) + " = 1",
+        "a." * 400_000 + "b = 1",
+        "[" + "'a' . " * 100_000 + "b]",
+        'x = {"' + '"."'.join("a" * 100_000) + '" = 1}',
+    ],
 )
 def test_bad_toml_is_named(text):
-    with pytest.raises(ReadingError, match=r"here: (not valid TOML|has values nested)"):
+    with pytest.raises(ReadingError, match=r"here: (not valid TOML|has (values|a key) nested)"):
         parse_toml(text, "here")
+
+
+@pytest.mark.parametrize("value", ["'''" + "a. b " * 9999 + "'''", "[" + "0.1, " * 9999 + "]"])
+def test_toml_with_many_dots_that_are_in_no_key_is_read(value):
+    assert parse_toml(f"x = {value}", "here")["x"]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_is_read_with_a_byte_order_mark_or_without(tmp_path, mark):
+    (tmp_path / "a.json").write_bytes(mark + '{"a": "\u00e9"}'.encode())
+    assert read_json(tmp_path / "a.json") == {"a": "\u00e9"}
 
 
 def test_values_nested_as_deep_as_allowed_are_read():

@@ -13,6 +13,7 @@ from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, inf
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
 from hdit.messages import echo
+from hdit.names import printable
 from hdit.signals import behind
 
 
@@ -72,9 +73,17 @@ def main() -> None:
         known = isinstance(error, UserError | OSError | MemoryError) or _out_of_memory(error)
         if behind(error) or not known:
             raise
-        text = f"out of memory: {error}" if _out_of_memory(error) else str(error)
-        echo(f"error: {text}")
+        echo(f"error: {_told(error)}")
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error: where the system raised it for a file, its name and the reason."""
+    if _out_of_memory(error):
+        return f"out of memory: {error}"
+    if isinstance(error, OSError) and not isinstance(error, UserError) and error.filename:
+        return f"{printable(str(error.filename))}: {error.strerror}"
+    return str(error)
 
 
 def _refuse_empty(arguments: list[str]) -> None:

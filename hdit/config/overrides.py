@@ -61,7 +61,8 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _similar_file(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    beside = path.parent.glob("*.toml") if path.parent.is_dir() else ()
+    names = [p.name for p in beside if p.name != path.name]  # a link to nothing is there, too
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
@@ -97,7 +98,9 @@ def set_key(raw: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: must read KEY=VALUE, as in training.batch_size=64")
     value = _value(override, text)
-    *parents, last = key.strip().split(".")
+    *parents, last = [part.strip() for part in key.split(".")]
+    if not all([*parents, last]):
+        raise ConfigError(f"--set {override!r:.200}: has a part of its key between dots empty")
     if len(parents) >= MAX_DEPTH:
         raise ConfigError(f"--set {override!r:.200}: no key is {len(parents) + 1} tables deep")
     node: Any = raw

@@ -29,6 +29,7 @@ from hdit.config.learning_rate import ConstantLR, LearningRate
 from hdit.config.overrides import apply, read_toml
 from hdit.data import DataSpec
 from hdit.diffusion.beta_schedules import AnyBetaSchedule, CosineSchedule, LinearSchedule
+from hdit.diffusion.brownian import too_close
 from hdit.diffusion.context import Context, DependentSpec, Problem, under
 from hdit.diffusion.densities import CosineInterpolated, Density
 from hdit.diffusion.parametrization import EDM, CNoise, Parametrization
@@ -104,7 +105,7 @@ class OptimizerSpec(DependentSpec):
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         (0.9, 0.95), description="decay of the first and the second moment"
     )
-    eps: float = Field(1e-8, gt=0, le=1, description="added to the root of the second moment")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the second moment")
     weight_decay: float = Field(1e-2, ge=0, le=1e3, description="decoupled from the gradient")
 
     def check(self, context: Context) -> Iterator[Problem]:
@@ -268,6 +269,15 @@ class SamplingSpec(DependentSpec):
             text = self.sigmas.misfit(self.steps, low, high, context.beta_schedule)
             if text:
                 yield "sigmas", text
+            elif self.sampler.draws_at_each_step and self.steps > MANY_STEPS:
+                levels = self.sigmas(self.steps, low, high, context.beta_schedule)
+                if close := too_close(levels):
+                    yield (
+                        "steps",
+                        f"{self.steps:,} are too many for the noise that {self.sampler.kind} "
+                        f"draws: the noise levels {close[0]:.9g} and {close[1]:.9g} are too close; "
+                        "take fewer steps",
+                    )
         start, end = self.guidance.interval or (0, high)
         if low < high and (start >= high or end < low):
             yield (
@@ -278,6 +288,7 @@ class SamplingSpec(DependentSpec):
 
 
 MAX_GRID_PIXELS = 2**30
+MANY_STEPS = 1000  # up to here, common sigma schedules have levels that are far from each other
 
 
 class RunConfig(Spec):

@@ -75,6 +75,16 @@ class BrownianPath:
         return at_left if tick == left else at_right
 
 
+def too_close(sigmas: Tensor) -> tuple[float, float] | None:
+    """The first noise levels beside each other in a sigma schedule that go to one tick, if any."""
+    ticks = ((sigmas / sigmas[0]) ** (1 / ROOT) * 2**DEPTH).round()
+    same = (ticks[1:] == ticks[:-1]).nonzero()
+    if not len(same):
+        return None
+    first = int(same[0])
+    return sigmas[first].item(), sigmas[first + 1].item()
+
+
 def time_of(tick: int) -> float:
     """The noise level of a tick, as a share of sigma_max."""
     return (tick / 2**DEPTH) ** ROOT

@@ -6,6 +6,7 @@ import csv
 import re
 import unicodedata
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,51 @@ def with_options(
         else:
             (settings["sampling"][table] if table else settings["sampling"])[last] = value
         for override in overrides:
-            if override.partition("=")[0].strip() == f"sampling.{key}":
+            changed = deepcopy(settings)
+            apply(changed, [override])
+            if _key(override) == f"sampling.{key}" or _at(changed, key) != value:
                 raise UserError(f"{option}: is set by --set {override!r} too; leave out one")
     apply(settings, overrides)
     config = parse(settings, str(source))
+    spec = config.sampling
     for override in overrides:
-        unguided = config.sampling.guidance.scale == 1 and not guided_by_model
-        if unguided and override.startswith("sampling.guidance."):
+        key = f"{_key(override)}."
+        if spec.guidance.scale == 1 and not guided_by_model and key.startswith(GUIDANCE):
             raise UserError(f"--set {override!r}: has no effect without --guidance or --guide")
-    if options["--steps"][1] is not None and config.sampling.sampler.kind == "dpm_adaptive":
-        raise UserError("--steps: dpm_adaptive chooses its steps; set sampling.sampler.rtol")
+        if key == "sampling.steps." and spec.sampler.kind == "dpm_adaptive":
+            raise UserError(f"--set {override!r}: {OWN_STEPS}")
+    if options["--steps"][1] is not None and spec.sampler.kind == "dpm_adaptive":
+        raise UserError(f"--steps: {OWN_STEPS}")
     return trained.configured(config)
 
 
+GUIDANCE = "sampling.guidance."
+OWN_STEPS = "dpm_adaptive chooses its steps; set sampling.sampler.rtol"
+
+
+def _key(override: str) -> str:
+    """The key of "a.b = value", without the blanks that `apply` allows in it."""
+    return ".".join(part.strip() for part in override.partition("=")[0].split("."))
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    """The value of a key of [sampling], None where there is none."""
+    value: Any = settings["sampling"]
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _only_sampling(override: str) -> None:
-    if not override.startswith(("sampling.", "space.vae", "space.tile")):
+    key = f"{_key(override)}."
+    if key == "sampling.grid.":
+        raise ConfigError(
+            f"--set {override!r}: has no effect: it is of the grids of training; give -n"
+        )
+    if not key.startswith(("sampling.", "space.vae.", "space.tile.")) or key == "sampling.":
         raise ConfigError(
             f"--set {override!r}: sampling can change [sampling] settings, space.vae and "
-            "space.tile only; the rest belongs to the trained model"
+            "space.tile only, by their own keys; the rest belongs to the trained model"
         )
 
 

@@ -92,7 +92,6 @@ def prepare(
     source = open_training_source(config, space)
     for text in warnings_of(source):
         warn(text)
-    first(source)  # raises DataError here, not in a worker, where nothing can be read
     shape = config.data_shape(len(source.classes))
     if config.sampling.grid:
         check_null_class(config, shape)
@@ -109,6 +108,9 @@ def prepare(
     torch.manual_seed(t.seed)
     compiled = compiles(t.compile, device, calls=t.images // t.batch_size)
     check_step(config, shape, device, accelerator.num_processes, compiled, warn)
+    # Raises DataError here, not in a worker, where nothing can be read; an image of a size that the
+    # model could not take may be large by itself.
+    first(source)
     backbone = make_network(config, shape).to(device)
     ema = deepcopy(backbone).eval().requires_grad_(False)
     if t.gradient_checkpointing:

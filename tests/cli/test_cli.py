@@ -224,6 +224,19 @@ def test_train_with_a_missing_config_names_it(hdit, tiny):
         (["--guide", "nowhere"], "nowhere: no such run or checkpoint"),
         (["--set", "sampling.sigma_min=200.0"], "sigma_min must be below sigma_max"),
         (["--steps", "3", "--set", "sampling.steps=4"], "--steps: is set by --set"),
+        (["--steps", "3", "--set", " sampling . steps = 3"], "--steps: is set by --set"),
+        (
+            ["--guidance", "2", "--set", "sampling.guidance={scale=3}"],
+            "--guidance: is set by --set",
+        ),
+        (["--sampler", "lms", "--set", "sampling.sampler={kind='heun'}"], "--sampler: is set by"),
+        (["--set", "sampling.guidance = {rescale=0.5}"], "has no effect without --guidance"),
+        (["--set", " sampling.guidance.rescale=0.5"], "has no effect without --guidance"),
+        (["--set", "sampling.grid=9"], "sampling.grid=9': has no effect"),
+        (
+            ["--sampler", "dpm_adaptive", "--set", "sampling.steps=3"],
+            "sampling.steps=3': dpm_adaptive chooses its steps",
+        ),
     ],
 )
 def test_sample_with_bad_input_is_one_message(run, hdit, tmp_path, arguments, wanted):
@@ -238,8 +251,17 @@ def test_sample_of_more_steps_than_the_path_of_noise_can_tell_apart_is_one_messa
     narrow = ["--set", "sampling.sigma_min=150.0"]
     status, _, err = hdit("sample", run, "-n", 1, "--steps", 100_000, *narrow)
     assert status == 1
-    assert err.strip().startswith("error: noise levels 160 and 1")
+    assert "sampling.steps: 100,000 are too many for the noise that " in err
+    assert "the noise levels 160 and 1" in err
     assert "take fewer steps" in err
+
+
+def test_sample_takes_a_table_of_guidance_beside_the_option_of_its_scale(run, hdit, tmp_path):
+    options = ["--guidance", 2, "--set", "sampling.guidance={rescale=0.5}"]
+    assert hdit("sample", run, "-n", 1, "--out", tmp_path / "out", *options)[0] == 0
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["sampling"]["guidance"]["scale"] == 2
+    assert record["sampling"]["guidance"]["rescale"] == 0.5
 
 
 def test_sample_refuses_a_guide_scale_without_a_guide_model(run, hdit):

@@ -8,6 +8,7 @@ import pytest
 from hdit import cli
 from hdit.cli import app as ENTRY
 from hdit.errors import UserError
+from hdit.plugins import no_exit
 
 EMPTY = [
     (["train", "digits-hdit", "--run", ""], "--run"),
@@ -43,7 +44,7 @@ def test_empty_argument_is_refused_and_named(hdit, arguments, named):
             UserError("first: a\n  second: \x1b[2J\udce9"),
             "error: first: a\n  second: \\x1b[2J\\xe9",
         ),
-        (OSError(28, "No space left on device", "a\nb"), "error: [Errno 28] No space left on"),
+        (OSError(28, "No space left on device", "a\nb"), "error: a\\nb: No space left on device\n"),
         (MemoryError("so much"), "error: out of memory: so much"),
         (RuntimeError("can't allocate memory: you tried"), "error: out of memory: can't allocate"),
     ],
@@ -121,6 +122,29 @@ def test_evaluate_with_features_that_exit_is_an_error_that_names_them(hdit, tmp_
     )
     assert status == 1
     assert "--features: 'hook_features:f' ended the program" in err
+
+
+def test_what_code_ended_the_program_with_is_told_on_a_short_line():
+    """sys.exit as the function of features would be given a batch of images."""
+    with pytest.raises(UserError, match="ended the program") as told, no_exit("here"):
+        sys.exit("a\n" * 5000)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("folder", ["n" * 300, "a/" + "n" * 300])
+@pytest.mark.parametrize("verb", ["train", "convert"])
+def test_name_too_long_for_a_file_is_one_message_that_begins_with_it(
+    hdit, tiny, tmp_path, monkeypatch, trained, verb, folder
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    arguments = {"train": [tiny, "--run"], "convert": [trained]}[verb]
+    status, _, err = hdit(verb, *arguments, folder)
+    assert status == 1
+    assert err.startswith(f"error: {folder}")
+    assert err.endswith("File name too long\n")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 TOO_LARGE = [

@@ -1070,6 +1070,47 @@ def test_set_without_key_and_value_shows_the_syntax(override):
     assert repr(override) in str(error.value)
 
 
+@pytest.mark.parametrize("override", [".a=1", "a.=1", "a..b=1", ".=1", "a. .b=1"])
+def test_set_of_a_key_that_is_empty_between_dots_is_refused(override):
+    with pytest.raises(ConfigError, match="has a part of its key between dots empty") as error:
+        set_key({}, override)
+    assert repr(override) in str(error.value)
+
+
+def test_set_allows_blanks_around_the_dots_of_a_key_as_toml_does():
+    raw = {}
+    set_key(raw, " a . b = 3 ")
+    assert raw == {"a": {"b": 3}}
+
+
+def test_link_to_nothing_is_not_offered_in_its_own_place(tmp_path):
+    (tmp_path / "a.toml").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"a\.toml: no such config file$"):
+        load(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "refused"),
+    [
+        ("{kind='dpmpp_3m_sde'}", True),
+        ("{kind='ddim', eta=1}", True),
+        ("{kind='ddim', eta=0}", False),
+        ("{kind='heun'}", False),
+        ("{kind='dpm_adaptive'}", False),
+        ("{kind='ddpm'}", True),
+    ],
+)
+def test_steps_closer_than_a_sampler_can_draw_noise_between_are_refused(sampler, refused):
+    """Rather than at the first grid of a run that trained for hours."""
+    sets = [f"sampling.sampler={sampler}", "sampling.steps=100000"]
+    if refused:
+        with pytest.raises(ConfigError, match=r"sampling\.steps: 100,000 are too many for the noi"):
+            changed(*sets)
+    else:
+        assert changed(*sets).sampling.steps == 100_000
+    assert changed(sets[0], "sampling.steps=4000").sampling.steps == 4000
+
+
 @pytest.mark.parametrize("index", ["2", "10", "-1", "x", "first", "0x0"])
 @pytest.mark.parametrize("rest", ["", ".depth"])
 def test_set_beyond_an_array_says_how_many_entries_there_are(index, rest):

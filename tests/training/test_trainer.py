@@ -20,6 +20,7 @@ from safetensors.torch import load, load_file
 
 from hdit import config
 from hdit.data.batches import Batch, Batches, Layout
+from hdit.data.sources.shapes import Shapes
 from hdit.errors import SolverError, UserError
 from hdit.protocols import Cond
 from hdit.runs import checkpoint
@@ -728,3 +729,11 @@ def test_two_processes_train_as_one(tiny, tmp_path):
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_image_is_read_only_where_the_model_could_take_it(tiny, tmp_path, monkeypatch):
+    """A large one takes long to draw, and what is told is that none fits."""
+    monkeypatch.setattr(Shapes, "__getitem__", lambda *_: pytest.fail("an image was drawn"))
+    settings = config.load(tiny, ["data.kind=shapes", "data.size=4096"])
+    with pytest.raises(UserError, match=r"training\.batch_size: a step with 16 images at once"):
+        Trainer(settings, tmp_path / "run")

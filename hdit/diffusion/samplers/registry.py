@@ -25,6 +25,12 @@ class SamplerSpec(DependentSpec):
 
     kind: str
 
+    @property
+    def draws_at_each_step(self) -> bool:
+        """Whether it draws noise from each level of a sigma schedule to the next."""
+        eta: float = getattr(self, "eta", float(self.kind == "ddpm"))
+        return eta > 0
+
     def __call__(
         self,
         denoise: Denoise,
