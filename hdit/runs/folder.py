@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
         self.saved = path / ".saved"  # what is known of checkpoints/ if that is lost
 
     def locked(self) -> AbstractContextManager[None]:
@@ -101,7 +103,7 @@ class RunFolder:
         write_text(self.path / "config.toml", config.dump())
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
-        self._keep_metrics(images, warn)
+        self.keep_metrics(images, warn)
         if images:
             self.note_saved(images)
         else:
@@ -127,7 +129,7 @@ class RunFolder:
             "it was opened; the same command goes on from there"
         )
 
-    def _keep_metrics(self, images: int, warn: Say) -> None:
+    def keep_metrics(self, images: int, warn: Say) -> None:
         """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside."""
         if not self.metrics.exists():
             return
@@ -143,6 +145,12 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def note(self, kind: str, images: int, **facts: Any) -> None:
+        """Appends to events.jsonl what happened at so many images, and when."""
+        line = {"kind": kind, "images": images, "time": time.time()} | facts
+        with self.events.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def grid(self, images: int) -> Path:

@@ -46,7 +46,9 @@ class Replicated:
         self.accelerator = accelerator
 
     def place(self, backbone: Backbone) -> None:
-        """Leaves it as it is."""
+        """Moves it to this process's device."""
+        assert isinstance(backbone, nn.Module), "a backbone is a module"
+        backbone.to(self.accelerator.device)
 
     def trained(self, backbone: Backbone) -> nn.Module:
         """The backbone itself, or with several processes torch's DistributedDataParallel of it."""
@@ -93,11 +95,13 @@ class Sharded:
         backbone.register_forward_hook(lambda module, inputs, output: output.clone())
         for block in backbone.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=self.in_blocks)
-        fully_shard(backbone, mesh=self.mesh)
+        # By default what no block has stays gathered after a forward pass, for the backward pass,
+        # which there is none of where an EMA is sampled.
+        fully_shard(backbone, mesh=self.mesh, reshard_after_forward=True)
 
     def trained(self, backbone: Backbone) -> nn.Module:
         """The backbone itself: its hooks gather and reduce."""
-        assert isinstance(backbone, FSDPModule), "it must be in place"
+        assert isinstance(backbone, nn.Module), "a backbone is a module"
         return backbone
 
     @contextmanager
@@ -119,29 +123,14 @@ def _mesh(device: torch.device, processes: int, replicate: int) -> DeviceMesh:
     )
 
 
-def clip_gradient(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
-    """Scales the gradient down to norm `largest`, if that is given -> its norm () before.
+def clip_gradient(parameters: list[nn.Parameter], largest: float) -> Tensor:
+    """Scales the gradient down to norm `largest` -> its norm () before.
 
     The norm is that of the whole gradient, also where parameters are sharded.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    norm = whole(norm)
-    if largest is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all processes; every process has to call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, cut as `target` is: the part of this process if that is sharded."""
-    if not isinstance(target, DTensor):
-        return tensor
-    parts = torch.distributed.tensor.distribute_tensor(
-        tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-    )
-    return parts

@@ -1,4 +1,4 @@
-"""Steps that must not be taken, of a loss or gradient that is not finite; and losses that stand out.
+"""Steps that are not taken, as loss or gradient is not finite; and losses that stand out.
 
 The optimizer is told on the device whether to take a step, so that a GPU is not waited for. The
 host learns of it when it reads: after each step on a CPU, at each line of metrics elsewhere.
@@ -43,14 +43,21 @@ class Guard:
         self._batches: deque[tuple[int, tuple[Batch, ...]]] = deque(maxlen=KEPT)
         self.in_a_row = self.skipped = 0  # steps that were not taken
 
-    def judge(self, images: int, loss: Tensor, norm: Tensor, batches: list[Batch]) -> Tensor:
-        """1.0 if loss or gradient norm is not finite in any process, else 0.0: () float32."""
-        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+    def judge(
+        self, images: int, loss: Tensor, norm: Tensor, batches: list[Batch]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of a step -> (bad, mean loss over all processes), () float32.
+
+        `bad` is 1 if the loss or the gradient is not finite in any process, else 0.
+        """
         if self.processes > 1:  # a loss can be infinite in one process, with a finite gradient
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+            loss = loss.clone()
+            dist.all_reduce(loss)
+            loss /= self.processes
+        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
         self._pending.append((images, loss, bad))
         self._batches.append((images, tuple(batches)))
-        return bad
+        return bad, loss
 
     def read(self) -> list[Step]:
         """The steps since the last reading; on a GPU, the host waits for them."""
