@@ -119,7 +119,7 @@ class Checkpoint:
     def _check_finite(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         check_finite(
             tensors,
-            f"{self.folder}: {name}",
+            str(self.folder / f"{name}.safetensors"),
             f"use another checkpoint; without {self.folder}, a run goes on from the one before",
         )
 

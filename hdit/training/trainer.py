@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class Trainer:
             before, self.images = self.images, self.images + t.batch_size
             self.step += 1
             if self._is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
-                self._go_back()
+                self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
                 continue
             if limit is not None and self.metrics.elapsed >= limit:
                 self.interrupts.is_time_up = True
@@ -160,7 +160,8 @@ class Trainer:
             self.bar.advance(self.images, self.metrics.elapsed)
             if save:
                 with self.metrics.paused():
-                    self._save(stream.state())
+                    if not self._save(stream.state()):
+                        continue
                     last |= self._sample_grid()
             if last:
                 self.saver.finish()
@@ -244,8 +245,8 @@ class Trainer:
             counters=counters,
         )
 
-    def _go_back(self) -> None:
-        """Goes back to the last checkpoint, and past the data since then.
+    def _go_back(self, reason: str) -> None:
+        """Goes back to the last checkpoint, and on with the images that come next.
 
         Raises TrainingError where there is none, or it went back too often.
         """
@@ -255,9 +256,9 @@ class Trainer:
         found = self.run.newest(self._warn) if self.rollbacks < spec.rollbacks else None
         if found is None:
             times = f", after going back {self.rollbacks} times" if self.rollbacks else ""
+            advice = what_to_do(self.run, self.config)
             raise TrainingError(
-                f"the loss or gradient of {self.guard.in_a_row} steps in a row is not finite"
-                f"{times}. {what_to_do(self.run, self.config)}"
+                f"training diverged before {self.images:,} images{times}: {reason}. {advice}"
             )
         drawn = self.images + self.passed_over
         self.setup.load(found)
@@ -269,7 +270,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
         if self.main:
             self.run.keep_metrics(self.images, self._warn)
-        self._tell("rollback", images=self.images, passed_over=self.passed_over)
+        self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
 
     def _tell(self, kind: str, images: int, **facts: Any) -> None:
         """Says that something happened that whoever comes later should know, and keeps it."""
@@ -278,23 +279,21 @@ class Trainer:
         if self.main:
             self.run.note(kind, images, **facts)
 
-    @contextmanager
-    def _advised(self) -> Iterator[None]:
-        """Adds what to do to the reason why a run diverged."""
-        try:
-            yield
-        except (TrainingError, NotFiniteError) as error:
-            raise TrainingError(f"{error}. {what_to_do(self.run, self.config)}") from None
-
-    def _save(self, stream: dict[str, Any] | None) -> None:
-        """Saves a checkpoint. Raises TrainingError, and saves none, where it would be ruined."""
+    def _save(self, stream: dict[str, Any] | None) -> bool:
+        """Saves a checkpoint; of a ruined model none: then it goes back, and returns False."""
         tensors = {
             "model": self.backbone.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        with self._advised():  # in each process, so that all of them end
+        reason = ""
+        try:
             check_sound(tensors, self._networks(tensors), self.config, self.shape, self.device)
+        except NotFiniteError as error:
+            reason = str(error)
+        if self.interrupts.any_of(bool(reason)):  # of sharded tensors one process may see it
+            self._go_back(reason or "weights of another process are not finite")
+            return False
         state = State(
             self.images,
             self.step,
@@ -308,6 +307,7 @@ class Trainer:
         )
         with self.bar.doing("saving"):
             self.saver.save(state, tensors, self.parallel.sharded)
+        return True
 
     def _networks(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Network]:
         """What gives the outputs of model and EMA, without a compiled graph of the model's own."""
