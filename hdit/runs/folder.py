@@ -60,7 +60,9 @@ class RunFolder:
 
         A run that was killed before its first one has lines of metrics too.
         """
-        if counts and (saved is not None or self._has_passed_a_checkpoint(counts)):
+        if saved is None:
+            saved = int(self._has_passed_a_checkpoint(counts))
+        if counts and saved:
             there = "has none any more" if self.checkpoints.exists() else "is gone"
             raise CheckpointError(
                 f"{self.path}: {self.metrics.name} tells of {counts[-1]:,} images, and checkpoints "
@@ -89,7 +91,7 @@ class RunFolder:
             return False
 
     def note_saved(self, images: int) -> None:
-        """Keeps in mind that there is a checkpoint after so many images."""
+        """Keeps in mind that there is a checkpoint after so many images; after 0, none yet."""
         write_text(self.saved, f"{images}\n")
 
     def prepare(self, config: RunConfig, images: int, classes: list[str], warn: Say) -> None:
@@ -104,10 +106,7 @@ class RunFolder:
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
         self.keep_metrics(images, warn)
-        if images:
-            self.note_saved(images)
-        else:
-            self.saved.unlink(missing_ok=True)
+        self.note_saved(images)  # 0 if there is none yet, however many lines come before one
         if not self.checkpoints.is_dir():
             return
         for part in self.checkpoints.glob(".*.part"):  # of a killed run
