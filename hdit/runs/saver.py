@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hdit.config import RunConfig
-from hdit.config.schema import KeepSpec
+from hdit.config.schema import KeepSpec, TrainingSpec
+from hdit.errors import UserError
 from hdit.runs import checkpoint, sharded
 from hdit.runs.checkpoint import CheckpointError, State
 from hdit.runs.folder import RunFolder
@@ -107,6 +108,42 @@ class Saver:
             self.config.training.keep,
         ):
             remove(saved.parent / checkpoint.folder_name(folder))
+
+
+COPIES = 4
+"""Of the weights in a checkpoint: model, EMA, and the two moments of the optimizer."""
+
+
+def need(parameters: int, training: TrainingSpec, images: int) -> tuple[int, int]:
+    """Bytes of one checkpoint, and of all that a run will have kept, from so many images on."""
+    each = 4 * COPIES * parameters
+    left = max(training.images - images, 0)
+    number = -(-left // training.checkpoint_every)
+    if training.keep.last is not None:
+        kept = training.keep.last + (left // training.keep.every if training.keep.every else 0)
+        number = min(number, kept) + 1  # one is written before another goes
+    return each, number * each
+
+
+def disk_need(folder: Path, parameters: int, training: TrainingSpec, images: int) -> str:
+    """What its checkpoints will take, in words, and how much is free where the run lies.
+
+    Raises UserError where not even one fits.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    each, total = need(parameters, training, images)
+    free = shutil.disk_usage(there).free
+    if each > free:
+        raise UserError(
+            f"--run: a checkpoint takes {_size(each)}, and the disk of {folder} has {_size(free)} "
+            "left; make room, or name a folder elsewhere"
+        )
+    text = f"checkpoints of {_size(each)}, {_size(total)} in all; {_size(free)} are free"
+    return text if total <= free else f"warning: {text}; set training.keep = {{ last = 3 }}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
 
 
 def dispensable(images: list[int], keep: KeepSpec) -> list[int]:

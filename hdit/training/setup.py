@@ -26,6 +26,7 @@ from hdit.protocols import DataShape, Space
 from hdit.runs.building import check_step, make_network
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
+from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_guidance, settle_sampling
 from hdit.training.distributed import Parallel, Replicated, Sharded
 from hdit.training.metrics import TrainingError
@@ -148,6 +149,8 @@ def prepare(
     setup = Setup(
         config, layout, space, source, shape, found, parallel, backbone, ema, optimizer, compiled
     )
+    parameters = sum(p.numel() for p in backbone.parameters())
+    say(disk_need(run.path, parameters, t, found.state.images if found else 0))
     if found:
         setup.load(found)
         say(f"resuming from {found.folder} at {found.state.images:,} images")
