@@ -1,4 +1,7 @@
-"""Signals that end a program: Ctrl-C, SIGTERM, and SIGHUP where its terminal closes."""
+"""Signals that end a program: Ctrl-C, SIGTERM, SIGHUP where its terminal closes, and SIGUSR1.
+
+SLURM sends SIGUSR1 some minutes before a job's time is up, if it is asked to.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 SAYING = "interrupted"
 AGAIN = 1.0  # seconds; torchrun, too, sends its processes the signal that Ctrl-C sent them

@@ -1,7 +1,7 @@
 """Counts and measures what HDiT and DiT cost on pixels, by the size of the image.
 
-    python scripts/scaling_cost.py --out scaling
-    python scripts/scaling_cost.py --out scaling --to 256 --dit-to 128
+    python scripts/scaling_cost.py --out cost
+    python scripts/scaling_cost.py --out cost --to 256 --dit-to 128
 
 HDiT is row E of the paper's ablation (Crowson et al., 2024, tables 1 and 5), to which each doubling
 of the size adds a level of width 384 and neighborhood attention; DiT is DiT-B/4 on pixels, row R4.
@@ -9,7 +9,7 @@ Both see 1,000 classes. MACs are multiply-accumulates of one forward pass of one
 the smallest of several forward passes of one image, each point in a process of its own. Memory is
 the peak of the process above what it held with the weights.
 
-Writes scaling.json, scaling.md and scaling.svg.
+Writes cost.json, cost.md and cost.svg.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def text(rows: Rows, facts: dict[str, Any]) -> str:
     for name, group in rows.items():
         failed = [f"{name} at {row['size']}: {row['failed']}" for row in group if "failed" in row]
         lines += [f"Not measured: {line}." for line in failed]
-    return "\n".join(lines) + "\n\n![Seconds by pixels](scaling.svg)\n"
+    return "\n".join(lines) + "\n\n![Seconds by pixels](cost.svg)\n"
 
 
 def _cell(row: dict[str, Any], key: str, form: str, unit: float = 1.0) -> str:

@@ -45,6 +45,9 @@ NOT_RUN = {
     ". .venv/bin/activate": "the tests run in an environment already",
     "git clone --depth 1 https://github.com/zalandoresearch/fashion-mnist": "network; a stand-in",
     "torchrun --nproc_per_node 8 -- $(which hdit) train CONFIG --run DIR": "eight GPUs",
+    "torchrun --nnodes 4 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 "
+    "-- $(which hdit) train CONFIG --run DIR": "four machines",
+    "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
     "zip -q -0 -r imagenet.zip imagenet": "no command of hdit",

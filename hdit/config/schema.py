@@ -141,6 +141,44 @@ class EMASpec(Spec):
         return self
 
 
+class GuardSpec(Spec):
+    """What a loss or gradient that is not finite leads to.
+
+    Its step changes nothing. After many in a row the run goes back to its last checkpoint, and on
+    with other images.
+    """
+
+    patience: int = Field(
+        10, gt=0, le=10_000, description="such steps in a row that end in going back"
+    )
+    rollbacks: int = Field(
+        3,
+        ge=0,
+        le=1000,
+        description="times that a session goes back to its last checkpoint before it ends",
+    )
+    spike: float = Field(
+        8.0, gt=1, le=1000, description="running deviations above the mean that a loss is named at"
+    )
+
+
+class KeepSpec(Spec):
+    """Which checkpoints stay; all of them if `last` is absent."""
+
+    last: int | None = Field(
+        None, gt=0, le=100_000, description="the newest so many; all if absent"
+    )
+    every: ImageCount | None = Field(
+        None, description="and the first one at or after each multiple of so many images"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.every is not None and self.last is None:
+            raise ValueError("every has no effect without last, as all checkpoints stay then")
+        return self
+
+
 class TrainingSpec(DependentSpec):
     """Time is counted in images drawn."""
 
@@ -153,6 +191,12 @@ class TrainingSpec(DependentSpec):
     accumulate: BatchSize = Field(1, description="parts that a process takes its batch in")
     workers: int = Field(
         0, ge=0, le=MAX_WORKERS, description="processes that load images; 0 loads in the trainer"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="the whole model in each process, or a shard of it (FSDP2)"
+    )
+    replicate: int = Field(
+        1, gt=0, le=65_536, description="groups of processes that shard it each (HSDP); for fsdp"
     )
     start_timeout: float = Field(
         600, gt=0, le=86_400, description="seconds to wait for the other processes of torchrun"
@@ -172,6 +216,11 @@ class TrainingSpec(DependentSpec):
     )
     gradient_noise_scale: bool = Field(False, description="in the metrics; needs accumulate > 1")
     label_dropout: Share = Field(0.1, description="share trained without their class")
+    keep: KeepSpec = Field(KeepSpec(), description="checkpoints that stay, as in { last = 3 }")
+    background_saves: bool = Field(
+        True, description="go on while a checkpoint is written; takes memory for a copy of it"
+    )
+    guard: GuardSpec = Field(GuardSpec(), description="against steps that are not finite")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
 
@@ -192,6 +241,13 @@ class TrainingSpec(DependentSpec):
                 "gradient_noise_scale",
                 "compares the gradients of parts of a batch: set training.accumulate above 1",
             )
+        if self.parallel == "fsdp" and self.gradient_noise_scale:
+            yield (
+                "gradient_noise_scale",
+                "needs training.parallel = 'ddp'",
+            )
+        if self.parallel == "ddp" and self.replicate > 1:
+            yield "replicate", "has no effect with training.parallel = 'ddp'"
         if self.batch_size % self.accumulate:
             yield (
                 "accumulate",

@@ -39,15 +39,17 @@ def check_training(
     *,
     checkpointing: bool,
     autocast: torch.dtype | None,
+    shards: int = 1,
 ) -> str | None:
     """What to tell of an eager step with `batch` images, or None if it fits on the device.
 
-    Raises UserError where what is kept of each parameter is too much already. A step that fits by
+    `shards` is the number of processes that share what is kept of each parameter. Raises UserError
+    where that is too much already. A step that fits by
     far is told from its cost alone, as the exact prediction takes seconds.
     """
     parts = cost(spec, shape, out_channels)
     parameters, macs = sum(part.params for part in parts), sum(part.macs for part in parts)
-    fixed, have = TRAINED * parameters, total_memory(device)
+    fixed, have = TRAINED * parameters // shards, total_memory(device)
     if fixed > have:
         raise UserError(
             f"model: the weights, EMA, gradients and moments of its {parameters:,} parameters take "
@@ -64,7 +66,7 @@ def check_training(
         checkpointing=checkpointing,
         autocast=autocast,
         device="cuda" if device.type == "cuda" else "cpu",
-    ).peak
+    ).peak - (TRAINED * parameters - fixed)
     if need <= have:
         return None
     fix = "" if checkpointing else "training.gradient_checkpointing, "

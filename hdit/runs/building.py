@@ -44,6 +44,7 @@ def check_step(
         batch,
         device,
         checkpointing=t.gradient_checkpointing,
+        shards=processes // t.replicate if t.parallel == "fsdp" else 1,
         autocast=autocast_dtype(precision),
     )
     if too_much and not compiled:

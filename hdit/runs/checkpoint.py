@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -32,7 +33,8 @@ from hdit.manifest import (
 )
 from hdit.protocols import DataShape
 from hdit.reading import ReadingError, parse_toml, read_object, read_text
-from hdit.tensors import check_finite, load_tensors, save_tensors
+from hdit.runs import sharded
+from hdit.tensors import check_finite, load_tensors, open_tensors, save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -61,6 +63,7 @@ class State:
     noise_scale: tuple[float, float, int] = (0.0, 0.0, 0)  # of the gradient, as it is averaged
     space: str = ""  # identity of the VAE, where there is one
     stream: dict[str, Any] | None = None  # where a stream of images stands
+    passed_over: Count = 0  # images that were drawn and not trained on, after going back
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -77,20 +80,61 @@ class Checkpoint:
     state: State
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of model, ema or optimizer, on the CPU. Raises NotFiniteError."""
+        """Those of model, ema or optimizer, whole and on the CPU. Raises NotFiniteError."""
         path = self.folder / f"{name}.safetensors"
         try:
-            tensors = load_tensors(path)
+            is_sharded = sharded.is_sharded(self.folder)
+            tensors = sharded.read(self.folder, name) if is_sharded else load_tensors(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing from the checkpoint") from None
         except SafetensorError as error:
             raise CheckpointError(f"{path}: damaged: {error}") from None
+        self._check_finite(name, tensors)
+        return tensors
+
+    def names(self, name: str) -> list[str]:
+        """The names of the tensors of model, ema or optimizer."""
+        if sharded.is_sharded(self.folder):
+            return list(sharded.shapes(self.folder, name))
+        with open_tensors(self.folder / f"{name}.safetensors") as file:
+            return list(file.keys())
+
+    def fill(self, name: str, targets: Mapping[str, Tensor]) -> None:
+        """Copies those of model, ema or optimizer into tensors of the same names, in place.
+
+        Of a sharded tensor each process reads its part. Raises CheckpointError where names or
+        shapes are not the same, and NotFiniteError.
+        """
+        if not sharded.is_sharded(self.folder):
+            found = self.tensors(name)
+            self._check_names(name, {key: t.shape for key, t in found.items()}, targets)
+            with torch.no_grad():
+                for key, target in targets.items():
+                    target.copy_(sharded.part_of(found[key], target))
+            return
+        self._check_names(name, sharded.shapes(self.folder, name), targets)
+        sharded.read_into(self.folder, name, targets)
+        self._check_finite(name, {key: sharded.local(t) for key, t in targets.items()})
+
+    def _check_finite(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         check_finite(
             tensors,
-            str(path),
+            str(self.folder / f"{name}.safetensors"),
             f"use another checkpoint; without {self.folder}, a run goes on from the one before",
         )
-        return tensors
+
+    def _check_names(
+        self, name: str, found: Mapping[str, torch.Size], targets: Mapping[str, Tensor]
+    ) -> None:
+        wanted = {key: t.shape for key, t in targets.items()}
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                have, want = (
+                    "none" if s is None else list(s) for s in (found.get(key), wanted.get(key))
+                )
+                raise CheckpointError(
+                    f"{self.folder}: {name}: {key} has shape {have}, and {want} is needed"
+                )
 
 
 def folder_name(images: int) -> str:
@@ -102,11 +146,20 @@ def save(
     root: Path, config: RunConfig, state: State, tensors: Mapping[str, dict[str, Tensor]]
 ) -> Path:
     """Writes root/<images> whole, or nothing. Returns the folder."""
+
+    def write(part: Path) -> None:
+        for name, values in tensors.items():
+            save_tensors(values, part / f"{name}.safetensors")
+
+    return publish(root, config, state, write)
+
+
+def publish(root: Path, config: RunConfig, state: State, write: Callable[[Path], None]) -> Path:
+    """Makes root/<images> of what `write` puts into its folder, whole or not at all."""
     final = root / folder_name(state.images)
     with whole(final) as part:
         part.mkdir()
-        for name, values in tensors.items():
-            save_tensors(values, part / f"{name}.safetensors")
+        write(part)
         (part / "config.toml").write_text(config.dump(), encoding="utf-8")
         told = to_json(asdict(state), str(final / "state.json"))
         (part / "state.json").write_text(told, encoding="utf-8")

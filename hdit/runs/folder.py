@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
         self.saved = path / ".saved"  # what is known of checkpoints/ if that is lost
 
     def locked(self) -> AbstractContextManager[None]:
@@ -59,6 +61,7 @@ class RunFolder:
         for name in ("config.toml", "classes.json", "checkpoints/latest"):
             check_writable(self.path / name)
         check_writable(self.metrics)
+        check_writable(self.events)
         check_writable(self.saved)
         held = [self.path, *checkpoint.checkpoint_folders(self.path)]
         if any(map(_is_checkpoint, held)):
@@ -83,7 +86,9 @@ class RunFolder:
 
         A run that was killed before its first one has lines of metrics too.
         """
-        if counts and (saved is not None or self._has_passed_a_checkpoint(counts)):
+        if saved is None:
+            saved = int(self._has_passed_a_checkpoint(counts))
+        if counts and saved:
             there = "has none any more" if self.checkpoints.exists() else "is gone"
             raise CheckpointError(
                 f"{self.path}: {self.metrics.name} tells of {counts[-1]:,} images, and checkpoints "
@@ -112,7 +117,7 @@ class RunFolder:
             return False
 
     def note_saved(self, images: int) -> None:
-        """Keeps in mind that there is a checkpoint after so many images."""
+        """Keeps in mind that there is a checkpoint after so many images; after 0, none yet."""
         write_text(self.saved, f"{images}\n")
 
     def prepare(self, config: RunConfig, images: int, classes: list[str], warn: Say) -> None:
@@ -126,11 +131,8 @@ class RunFolder:
         write_text(self.path / "config.toml", config.dump())
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
-        self._keep_metrics(images, warn)
-        if images:
-            self.note_saved(images)
-        else:
-            self.saved.unlink(missing_ok=True)
+        self.keep_metrics(images, warn)
+        self.note_saved(images)  # 0 if there is none yet, however many lines come before one
         if not self.checkpoints.is_dir():
             return
         for part in self.checkpoints.glob(".*.part"):  # of a killed run
@@ -152,7 +154,7 @@ class RunFolder:
             "it was opened; the same command goes on from there"
         )
 
-    def _keep_metrics(self, images: int, warn: Say) -> None:
+    def keep_metrics(self, images: int, warn: Say) -> None:
         """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside."""
         if not self.metrics.exists():
             return
@@ -169,6 +171,12 @@ class RunFolder:
         """Appends a line of metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(to_json(line, str(self.metrics), indent=None) + "\n")
+
+    def note(self, kind: str, images: int, **facts: Any) -> None:
+        """Appends to events.jsonl what happened at so many images, and when."""
+        line = {"kind": kind, "images": images, "time": time.time()} | facts
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(to_json(line, str(self.events), indent=None) + "\n")
 
     def grid(self, images: int) -> Path:
         """The file of the grid of samples after so many images."""

@@ -48,6 +48,14 @@ class Interrupts:
         with signals.handled(note) as before:
             yield
 
+    def any_of(self, mine: bool) -> bool:
+        """Whether it holds in any process: the same answer for all, which have to ask together."""
+        if self.hosts is None:
+            return mine
+        said = torch.tensor(float(mine))
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.hosts)
+        return bool(said)
+
     def agreed(self, step: int) -> bool:
         """Whether some process was told to end: the same answer, at the same step, for all."""
         if self.hosts is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from hdit.data.source import Skipped
 from hdit.device import peak_memory
 from hdit.errors import UserError
 from hdit.training.optim import ema_decay
+
+USUAL = 5  # lines before a speed is usual
+WAITING = 0.2  # share of the time spent waiting for data that is told of
 
 
 class TrainingError(UserError):
@@ -39,10 +44,12 @@ class Metrics:
     def start(self) -> None:
         """Begins a session: its seconds are counted from here."""
         self.seconds = 0.0  # of training, to the last line
+        self.speeds: deque[float] = deque(maxlen=50)
+        self.going_on: set[str] = set()
         self._begin_line()
 
     def _begin_line(self) -> None:
-        self.loss = torch.zeros((), device=self.accelerator.device)
+        self.loss, self.taken = torch.zeros(2, device=self.accelerator.device).unbind()
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
 
     @property
@@ -50,9 +57,10 @@ class Metrics:
         """Seconds of training in this session; pauses are not counted."""
         return self.seconds + time.monotonic() - self.started
 
-    def add(self, loss: Tensor) -> None:
-        """The mean loss () of a step."""
-        self.loss += loss
+    def add(self, loss: Tensor, bad: Tensor) -> None:
+        """The mean loss () of a step over all processes; `bad` () is 1 if it was not taken."""
+        self.loss += torch.where(bad > 0, 0.0, loss)
+        self.taken += 1 - bad
         self.steps += 1
 
     @contextmanager
@@ -79,7 +87,7 @@ class Metrics:
     def line(self, images: int, step: int, norm: Tensor) -> dict[str, Any]:
         """The metrics after `step` steps and `images` images; `norm` is the last gradient's.
 
-        Raises TrainingError if loss or gradient is not finite, before anything of it is saved.
+        Loss and norm are left out where they are not finite, as of steps that were not taken.
         """
         device, t = self.accelerator.device, self.spec
         if device.type == "cuda":
@@ -90,7 +98,7 @@ class Metrics:
         line = {
             "images": images,
             "step": step,
-            "loss": float(self.accelerator.reduce(self.loss / self.steps, reduction="mean")),
+            "loss": float(self.loss / self.taken),
             "grad_norm": float(norm),
             "lr": t.optimizer.schedule(step - 1, t.optimizer.lr),
             "ema_decay": ema_decay(step - 1, t.ema),
@@ -99,8 +107,20 @@ class Metrics:
             "peak_memory": peak_memory(device),  # bytes, of this process and session
             "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
         }
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(line[name]):
-                raise TrainingError(f"the {name} became {line[name]} before {images:,} images")
         self._begin_line()
-        return line
+        return {key: n for key, n in line.items() if math.isfinite(n)}
+
+    def events(self, line: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What in a line whoever comes later should know: each once, until it is over."""
+        speed, share = line["images_per_second"], line["data_wait_share"]
+        usual = median(self.speeds) if len(self.speeds) >= USUAL else 0.0
+        self.speeds.append(speed)
+        found = {"slow": speed < usual / 2, "waiting for data": share > WAITING}
+        facts = {
+            "slow": {"images_per_second": speed, "usual": usual},
+            "waiting for data": {"data_wait_share": share},
+        }
+        for kind, holds in found.items():
+            if holds and kind not in self.going_on:
+                yield {"kind": kind, "images": line["images"]} | facts[kind]
+        self.going_on = {kind for kind, holds in found.items() if holds}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
 from hdit.config.schema import EMASpec, OptimizerSpec
 from hdit.protocols import Backbone, Group
+from hdit.runs.sharded import local
 
 
 def parameter_groups(backbone: Backbone) -> dict[Group, list[str]]:
@@ -57,20 +60,31 @@ def optimizer_tensors(backbone: nn.Module, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def load_optimizer_tensors(
-    backbone: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+def load_optimizer(
+    backbone: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[str],
+    fill: Callable[[dict[str, Tensor]], None],
 ) -> None:
-    """Puts back what `optimizer_tensors` gave; lr and the like stay as they were constructed."""
+    """Puts back what `optimizer_tensors` gave under these names; `fill` fills tensors by name.
+
+    lr and the like stay as they were constructed.
+    """
     parameters = dict(backbone.named_parameters())
     fused = {p: bool(g["fused"]) for g in optimizer.param_groups for p in g["params"]}
-    for key, value in tensors.items():
+    optimizer.state.clear()
+    tensors: dict[str, Tensor] = {}
+    for key in names:
         kind, _, name = key.partition("/")
         parameter = parameters[name]
-        # The moments lie with the parameter, and so does the step counter of a fused optimizer;
-        # any other counts on the CPU. A copy, for the tensors of a file are a view of it.
-        on_cpu = kind == "step" and not fused[parameter]
-        device = torch.device("cpu") if on_cpu else parameter.device
-        optimizer.state[parameter][kind] = value.to(device, copy=True)
+        if kind == "step":
+            # It lies with the parameter for a fused optimizer; any other counts on the CPU.
+            device = parameter.device if fused[parameter] else torch.device("cpu")
+            tensors[key] = torch.zeros((), device=device)
+        else:
+            tensors[key] = torch.zeros_like(parameter, requires_grad=False)
+        optimizer.state[parameter][kind] = tensors[key]
+    fill(tensors)
 
 
 def ema_decay(step: int, spec: EMASpec) -> float:
@@ -81,11 +95,31 @@ def ema_decay(step: int, spec: EMASpec) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, bad: Tensor | None = None) -> None:
     """Moves each parameter of `ema` to `model` by 1 - decay, and copies the buffers.
 
-    Each in one call over all tensors, which on CUDA is a few kernels for the whole model.
+    Where `bad` () is 1 it leaves `ema` as it is. Each is one call over all tensors, or over some,
+    which on CUDA is a few kernels for the whole model; of sharded ones each process moves its part.
     """
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    own, others = ([local(p) for p in module.parameters()] for module in (ema, model))
+    if bad is None or bad.device.type == "cpu":
+        if bad is None or not bad:
+            torch._foreach_lerp_(own, others, 1 - decay)
+    else:
+        lerp_unless(own, others, 1 - decay, bad)
     if buffers := list(ema.buffers()):
         torch._foreach_copy_(buffers, list(model.buffers()))
+
+
+def lerp_unless(own: list[Tensor], others: list[Tensor], weight: float, bad: Tensor) -> None:
+    """Moves `own` to `others` by `weight`, or by 0 where `bad` () is 1: no host waits for it."""
+    moved = weight * (1 - bad)
+    for first in range(0, len(own), TOGETHER):
+        some = slice(first, first + TOGETHER)
+        change = torch._foreach_sub(others[some], own[some])
+        torch._foreach_mul_(change, moved)
+        torch._foreach_add_(own[some], change)
+
+
+TOGETHER = 64
+"""Tensors whose difference is held at once."""

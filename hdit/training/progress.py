@@ -91,14 +91,15 @@ class Progress:
         speed = (images - before) / (seconds - began) if seconds > began else None
         self.bar.update(self.task, completed=images, speed=speed)
 
-    def describe(self, loss: float) -> None:
+    def describe(self, loss: float | None) -> None:
         """Shows the loss; without a terminal, in a line of text every 30 seconds at most."""
-        self.bar.update(self.task, loss=f"{loss:.4f}")
+        shown = "none" if loss is None else f"{loss:.4f}"
+        self.bar.update(self.task, loss=shown)
         if self.lines and time.monotonic() - self.said >= QUIET:
             task = self.bar.tasks[self.task]
             say(
                 self.console,
-                f"{int(task.completed):,} of {int(task.total or 0):,} images, loss {loss:.4f}, "
+                f"{int(task.completed):,} of {int(task.total or 0):,} images, loss {shown}, "
                 f"{speed_text(task.fields['speed'])}",
             )
             self.said = time.monotonic()

@@ -17,19 +17,22 @@ from torch import nn
 from hdit.config import RunConfig, differences
 from hdit.data.batches import Layout
 from hdit.data.source import Source, Stream, first, size_of, warnings_of
-from hdit.device import default_device
+from hdit.device import default_device, precision_on
 from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
+from hdit.models import BackboneModule
 from hdit.nn.compiling import compiles
 from hdit.processes import ProcessError, host_group, join, read_world
 from hdit.protocols import DataShape, Space
 from hdit.runs.building import check_step, make_network
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
+from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_null_class, settle_sampling
+from hdit.training.distributed import Parallel, Replicated, Sharded
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
-from hdit.training.optim import adamw, load_optimizer_tensors
+from hdit.training.optim import adamw, load_optimizer
 from hdit.training.resume import check_resume, keep_precision
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
@@ -67,11 +70,35 @@ class Setup:
     source: Source | Stream
     shape: DataShape
     found: Checkpoint | None
-    backbone: nn.Module
-    network: nn.Module  # the backbone, with its gradients averaged over processes
-    ema: nn.Module
+    parallel: Parallel
+    backbone: BackboneModule
+    ema: BackboneModule
     optimizer: torch.optim.Optimizer
-    objective: Objective
+    compiled: bool
+
+    def load(self, found: Checkpoint) -> None:
+        """Takes model, EMA and optimizer from a checkpoint."""
+        found.fill("model", self.backbone.state_dict())
+        found.fill("ema", self.ema.state_dict())
+        load_optimizer(
+            self.backbone,
+            self.optimizer,
+            found.names("optimizer"),
+            lambda tensors: found.fill("optimizer", tensors),
+        )
+
+    def objective(self, network: nn.Module, device: torch.device) -> Objective:
+        """The loss of batches by this network, which is the backbone or has it within."""
+        stored = isinstance(self.source, Latents)
+        return Objective(
+            network,
+            self.config,
+            self.shape,
+            self.space,
+            device,
+            stored=stored,
+            compiled=self.compiled,
+        )
 
 
 def prepare(
@@ -111,29 +138,34 @@ def prepare(
     # Raises DataError here, not in a worker, where nothing can be read; an image of a size that the
     # model could not take may be large by itself.
     first(source)
-    backbone = make_network(config, shape).to(device)
+    backbone = make_network(config, shape)
     ema = deepcopy(backbone).eval().requires_grad_(False)
     if t.gradient_checkpointing:
         backbone.checkpoint_blocks()
     if compiled:
         backbone.compile_blocks()
+    parallel: Parallel = Replicated(accelerator)
+    if t.parallel == "fsdp" and layout.processes == 1:
+        warn("training.parallel: 'fsdp' has nothing to share in a single process")
+    elif t.parallel == "fsdp":
+        parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
+    for module in (backbone, ema):
+        parallel.place(module)
     optimizer = adamw(backbone, t.optimizer)
     if isinstance(source, Latents):
         told, used = origin_of(config.data), source.manifest.origin
         if told != used:
             warn(f"space.stored was encoded from {used}; [data] now is {told}")
     say(_introduction(config, layout, source, shape, backbone, device, compiled))
-    if found:
-        backbone.load_state_dict(found.tensors("model"))
-        ema.load_state_dict(found.tensors("ema"))
-        load_optimizer_tensors(backbone, optimizer, found.tensors("optimizer"))
-        say(f"resuming from {found.folder} at {found.state.images:,} images")
-    network = accelerator.prepare_model(backbone)
-    stored = isinstance(source, Latents)
-    objective = Objective(network, config, shape, space, device, stored=stored, compiled=compiled)
-    return Setup(
-        config, layout, space, source, shape, found, backbone, network, ema, optimizer, objective
+    setup = Setup(
+        config, layout, space, source, shape, found, parallel, backbone, ema, optimizer, compiled
     )
+    parameters = sum(p.numel() for p in backbone.parameters())
+    say(disk_need(run.path, parameters, t, found.state.images if found else 0))
+    if found:
+        setup.load(found)
+        say(f"resuming from {found.folder} at {found.state.images:,} images")
+    return setup
 
 
 def _check_alike(

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hdit import randomness
 from hdit.config import RunConfig
 from hdit.device import precision_on
-from hdit.protocols import Cond, DataShape
+from hdit.protocols import Cond, DataShape, Network
 from hdit.runs.building import make_denoiser
 from hdit.runs.checkpoint import checkpoint_folders
 from hdit.runs.folder import RunFolder, read_metrics
+from hdit.runs.sharded import local
 from hdit.tensors import NotFiniteError, check_finite, is_finite
 
 RUINED = 10.0
@@ -23,32 +24,27 @@ RUINED = 10.0
 
 def check_sound(
     sets: Mapping[str, dict[str, Tensor]],
-    network: nn.Module,
+    networks: Mapping[str, Network],
     config: RunConfig,
     shape: DataShape,
     device: torch.device,
 ) -> None:
-    """Raises NotFiniteError where sets of tensors, or what the models among them give, are not.
+    """Raises NotFiniteError where sets of tensors, or what networks give, are not finite.
 
-    `network` is one for their weights, in eval mode, and keeps its own. Finite weights may be so
-    large that no output is: a call at both ends of the noise levels shows it.
+    Finite weights may be so large that no output is: a call at both ends of the noise levels shows
+    it. Of sharded tensors each process looks at its parts.
     """
     for name, tensors in sets.items():
-        check_finite(tensors, name)
+        check_finite({key: local(t) for key, t in tensors.items()}, name)
     sigma = torch.tensor(config.sigma_range(), device=device)
     keys = randomness.keys(0, "soundness", np.arange(len(sigma)), device)
     x = sigma[:, None, None, None] * randomness.normal(keys, shape.chw)
     labels = torch.zeros(len(sigma), dtype=torch.int64, device=device)
     cond = Cond(labels if shape.num_classes else None)
     precision = precision_on(device, config.training.precision)
-    for name in ("model", "ema"):
-
-        def call(x: Tensor, c_noise: Tensor, cond: Cond, name: str = name) -> Tensor:
-            found: Tensor = torch.func.functional_call(network, sets[name], (x, c_noise, cond))
-            return found
-
+    for name, network in networks.items():
         with torch.no_grad():
-            denoised = make_denoiser(call, config, shape, precision)(x, sigma, cond)
+            denoised = make_denoiser(network, config, shape, precision)(x, sigma, cond)
         if not is_finite(denoised):
             raise NotFiniteError(f"{name}: its weights are finite, but what they give is not")
 

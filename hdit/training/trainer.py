@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.func import functional_call
 
 from hdit.config import RunConfig
 from hdit.data.batches import Batch, Batches
@@ -18,23 +21,32 @@ from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
 from hdit.messages import say
 from hdit.names import printable
+from hdit.processes import host_group
+from hdit.protocols import Network
 from hdit.report.grids import save_grid
-from hdit.runs import checkpoint
 from hdit.runs.checkpoint import State
 from hdit.runs.folder import RunFolder
+from hdit.runs.saver import Saver
 from hdit.sampling.sample import sample
 from hdit.tensors import NotFiniteError
+from hdit.training.distributed import clip_gradient
+from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_step
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate, update_ema
 from hdit.training.progress import Progress
-from hdit.training.setup import open_processes, prepare
+from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_sound, what_to_do
 
 
 class _Stopped(Exception):
     """Ends the sampling of a grid."""
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Trainer:
@@ -50,19 +62,31 @@ class Trainer:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
             setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
-        self.config, self.layout, self.shape = setup.config, setup.layout, setup.shape
-        self.source, self.space, self.objective = setup.source, setup.space, setup.objective
-        self.backbone, self.network, self.ema = setup.backbone, setup.network, setup.ema
-        self.optimizer = setup.optimizer
-        self.images, self.step = 0, 0
+        self.setup, self.config, self.layout = setup, setup.config, setup.layout
+        self.shape, self.source, self.space = setup.shape, setup.source, setup.space
+        self.backbone, self.ema, self.optimizer = setup.backbone, setup.ema, setup.optimizer
+        self.parallel = setup.parallel
+        self.network = self.parallel.trained(self.backbone)
+        self.objective = setup.objective(self.network, self.device)
+        self.images, self.step, self.passed_over = 0, 0, 0
         self.noise_scale = GradientNoiseScale()
         self.stream: dict[str, Any] | None = None
         if setup.found:
-            state = setup.found.state
-            self.images, self.step, self.stream = state.images, state.step, state.stream
-            self.noise_scale = GradientNoiseScale(*state.noise_scale)
+            self._stand_at(setup.found.state)
         self.interrupts = Interrupts(hosts)
         self.metrics = Metrics(self.accelerator, self.config.training, self._name_skipped)
+        t = self.config.training
+        self.guard = Guard(self.layout.processes)
+        self.spikes, self.rollbacks = Spikes(t.guard.spike), 0
+        # Another thread talks in this group, whose words must not mix with those of `hosts`.
+        shards = host_group(PATIENCE) if self.parallel.sharded else None
+        self.saver = Saver(self.run, self.config, self.main, shards, self._say)
+
+    def _stand_at(self, state: State) -> None:
+        """Takes the counts of a checkpoint's state."""
+        self.images, self.step, self.stream = state.images, state.step, state.stream
+        self.passed_over = state.passed_over
+        self.noise_scale = GradientNoiseScale(*state.noise_scale)
 
     def _alone(self) -> AbstractContextManager[None]:
         """Refuses another trainer of this run. The main process speaks for all of its own."""
@@ -92,7 +116,7 @@ class Trainer:
             # The stream before the bar, or its workers would inherit that.
             stream = None if finished else self._open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
-            with self.bar:
+            with self.bar, closing(self.saver):
                 stopped = self.images > 0 and self._sample_grid()  # that it may lack since its end
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
@@ -110,7 +134,7 @@ class Trainer:
         return Batches(
             self.source,
             seed=t.seed,
-            start=self.images,
+            start=self.images + self.passed_over,
             layout=self.layout,
             workers=t.workers,
             state=self.stream,
@@ -123,10 +147,12 @@ class Trainer:
         assert t.log_every is not None, "the config must be resolved"
         self.metrics.start()
         while True:
-            loss, norm = self._step(stream)
-            self.metrics.add(loss)
+            norm = self._step(stream)
             before, self.images = self.images, self.images + t.batch_size
             self.step += 1
+            if self._is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
+                self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+                continue
             if limit is not None and self.metrics.elapsed >= limit:
                 self.interrupts.is_time_up = True
             last = self.interrupts.agreed(self.step) or self.images >= t.images
@@ -136,35 +162,40 @@ class Trainer:
             self.bar.advance(self.images, self.metrics.elapsed)
             if save:
                 with self.metrics.paused():
-                    self._save(stream.state())
+                    if not self._save(stream.state()):
+                        continue
                     last |= self._sample_grid()
             if last:
+                self.saver.finish()
                 return self.images >= t.images
 
-    def _step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step -> (mean loss over the batch of this process, gradient norm)."""
+    def _step(self, stream: Iterator[Batch]) -> Tensor:
+        """One optimizer step, unless the guard is against it -> gradient norm ()."""
         t = self.config.training
         total = torch.zeros((), device=self.device)
+        batches = []
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(t.accumulate):
             last = micro == t.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.network):
+            with nullcontext() if last else self.parallel.keeping_gradients(self.network):
                 with self.metrics.waiting():
-                    batch = next(stream)
+                    batches.append(batch := next(stream))
                 self.metrics.note_skipped(batch.skipped)
                 loss = self.objective(batch).mean() / t.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
             if t.gradient_noise_scale and micro == 0:
                 small = self._square_of_gradient() * t.accumulate**2
-        norm = self.accelerator.clip_grad_norm_(self.backbone.parameters(), t.largest_grad_norm)
+        norm = clip_gradient(list(self.backbone.parameters()), t.largest_grad_norm)
+        bad, loss = self.guard.judge(self.images, total, norm, batches)
+        self.metrics.add(loss, bad)
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
             self.noise_scale.update(small, squared(norm), part, t.batch_size)
         set_learning_rate(self.optimizer, t.optimizer, self.step)
-        self.optimizer.step()
-        update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema))
-        return total, norm
+        take_step(self.optimizer, bad)
+        update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema), bad)
+        return norm
 
     def _square_of_gradient(self) -> Tensor:
         """Squared norm () of the gradient that each process has by itself, averaged over them."""
@@ -174,38 +205,97 @@ class Trainer:
 
     # ---- what a session writes -------------------------------------------------------------------
 
-    def _log(self, norm: Tensor) -> float:
-        """Writes a line of metrics, and returns its loss: the mean since the line before.
-
-        Raises TrainingError if loss or gradient is not finite.
-        """
-        with self._advised():
-            line = self.metrics.line(self.images, self.step, norm)
+    def _log(self, norm: Tensor) -> float | None:
+        """Writes a line of metrics, and returns its loss, if any: the mean since the last."""
+        line = self.metrics.line(self.images, self.step, norm)
+        line["skipped_steps"], line["rollbacks"] = self.guard.skipped, self.rollbacks
         if self.config.training.gradient_noise_scale:
             line["gradient_noise_scale"] = self.noise_scale.scale
         if self.main:
             self.run.log(line)
-        return line["loss"]
+            for event in self.metrics.events(line):
+                self._tell(**event)
+        return line.get("loss")
 
-    @contextmanager
-    def _advised(self) -> Iterator[None]:
-        """Adds what to do to the reason why a run diverged."""
-        try:
-            yield
-        except (TrainingError, NotFiniteError) as error:
-            raise TrainingError(f"{error}. {what_to_do(self.run, self.config)}") from None
+    # ---- steps that are not finite ---------------------------------------------------------------
 
-    def _save(self, stream: dict[str, Any] | None) -> None:
-        """Saves a checkpoint. Raises TrainingError, and saves none, where it would be ruined."""
+    def _is_lost(self, at_a_line: bool) -> bool:
+        """Tells of the steps since the last look, and returns whether to go back.
+
+        On a CPU it looks after each step; a GPU would be waited for, so that it looks at each line.
+        """
+        if self.device.type != "cpu" and not at_a_line:
+            return False
+        for step in self.guard.read():
+            if not step.taken:
+                self._tell_skipped(step)
+            elif (deviations := self.spikes.spike(step.loss)) is not None:
+                self._tell("loss spike", images=step.images, loss=step.loss, deviations=deviations)
+        return self.guard.in_a_row >= self.config.training.guard.patience
+
+    def _tell_skipped(self, step: Step) -> None:
+        """Finds the first module that gave what is not finite, and tells of the step."""
+        module = None
+        for batch in step.batches:  # each process calls it, as the network may be sharded
+            module = module or first_bad_module(self.backbone, partial(self.objective, batch))
+        counters = [int(n) for batch in step.batches for n in batch.counters]
+        self._tell(
+            "step skipped",
+            images=step.images,
+            loss=step.loss if math.isfinite(step.loss) else str(step.loss),
+            module=module or ("not known" if not step.batches else "none: loss or gradient"),
+            counters=counters,
+        )
+
+    def _go_back(self, reason: str) -> None:
+        """Goes back to the last checkpoint, and on with the images that come next.
+
+        Raises TrainingError where there is none, or it went back too often.
+        """
+        spec = self.config.training.guard
+        self.saver.finish()
+        self.accelerator.wait_for_everyone()
+        found = self.run.newest(self._warn) if self.rollbacks < spec.rollbacks else None
+        if found is None:
+            times = f", after going back {self.rollbacks} times" if self.rollbacks else ""
+            advice = what_to_do(self.run, self.config)
+            raise TrainingError(
+                f"training diverged before {self.images:,} images{times}: {reason}. {advice}"
+            )
+        drawn = self.images + self.passed_over
+        self.setup.load(found)
+        stream = self.stream
+        self._stand_at(found.state)
+        self.stream, self.passed_over = stream, drawn - self.images
+        self.guard.forget()
+        self.rollbacks += 1
+        self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
+        if self.main:
+            self.run.keep_metrics(self.images, self._warn)
+        self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
+
+    def _tell(self, kind: str, images: int, **facts: Any) -> None:
+        """Says that something happened that whoever comes later should know, and keeps it."""
+        shown = ", ".join(f"{key} {_short(value)}" for key, value in facts.items())
+        self._warn(f"{kind} at {images:,} images: {shown}")
+        if self.main:
+            self.run.note(kind, images, **facts)
+
+    def _save(self, stream: dict[str, Any] | None) -> bool:
+        """Saves a checkpoint; of a ruined model none: then it goes back, and returns False."""
         tensors = {
             "model": self.backbone.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        with self._advised():  # in each process, so that all of them end
-            check_sound(tensors, self.ema, self.config, self.shape, self.device)
-        if not self.main:
-            return
+        reason = ""
+        try:
+            check_sound(tensors, self._networks(tensors), self.config, self.shape, self.device)
+        except NotFiniteError as error:
+            reason = str(error)
+        if self.interrupts.any_of(bool(reason)):  # of sharded tensors one process may see it
+            self._go_back(reason or "weights of another process are not finite")
+            return False
         state = State(
             self.images,
             self.step,
@@ -215,22 +305,41 @@ class Trainer:
             self.noise_scale.state(),
             self.space.identity,
             stream,
+            self.passed_over,
         )
         with self.bar.doing("saving"):
-            saved = checkpoint.save(self.run.checkpoints, self.config, state, tensors)
-            self.run.note_saved(self.images)
-        self._say(f"{self.images:,} images: {saved}")
+            self.saver.save(state, tensors, self.parallel.sharded)
+        return True
+
+    def _networks(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Network]:
+        """What gives the outputs of model and EMA, without a compiled graph of the model's own."""
+        if self.parallel.sharded:
+            return {"model": self.backbone, "ema": self.ema}
+
+        def of(name: str) -> Network:
+            return lambda x, c_noise, cond: functional_call(
+                self.ema, tensors[name], (x, c_noise, cond)
+            )
+
+        return {name: of(name) for name in ("model", "ema")}
 
     def _sample_grid(self) -> bool:
         """Makes the grid of the present checkpoint, and returns whether to end the session here.
 
         That is so after a signal: the next session makes the grid, if no step was done in between.
         """
-        if self._lacks_grid() and not self.signalled:
+        if self._all_agree(self._lacks_grid() and not self.signalled):
             self._make_grid()
         self.accelerator.wait_for_everyone()
         asked = self.config.sampling.grid > 0
         return asked and self.interrupts.agreed(0)  # at once, not only every few steps
+
+    def _all_agree(self, mine: bool) -> bool:
+        """Whether this process is to do what the main one would by itself.
+
+        A sharded network runs in all processes or in none.
+        """
+        return self.interrupts.any_of(mine) if self.parallel.sharded else mine
 
     def _lacks_grid(self) -> bool:
         """Whether the config asks this process for a grid that is not there yet."""
@@ -245,7 +354,7 @@ class Trainer:
         n, path = self.config.sampling.grid, self.run.grid(self.images)
 
         def stop_if_signalled() -> None:
-            if self.signalled:
+            if self._all_agree(bool(self.signalled)):
                 raise _Stopped
 
         classes = self.shape.num_classes
@@ -263,6 +372,8 @@ class Trainer:
                     space=self.space,
                 )
                 images = torch.cat([part.images for part in parts])
+            if not self.main:
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
         except _Stopped:

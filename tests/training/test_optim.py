@@ -16,11 +16,20 @@ from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import (
     adamw,
     ema_decay,
-    load_optimizer_tensors,
+    lerp_unless,
+    load_optimizer,
     optimizer_tensors,
     set_learning_rate,
     update_ema,
 )
+
+
+def restore(model, optimizer, tensors):
+    def fill(targets):
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+    load_optimizer(model, optimizer, tensors, fill)
 
 
 @pytest.mark.parametrize("power", [0.6667, 0.75, 1.0])
@@ -70,7 +79,7 @@ def test_optimizer_state_restored_by_name_continues_bitwise(fused):
     tensors = {name: t.clone() for name, t in optimizer_tensors(model, optimizer).items()}
     assert "exp_avg/blocks.0.mlp.fc1.weight" in tensors
     restored = adamw(twin, OptimizerSpec(lr=0.1), fused)
-    load_optimizer_tensors(twin, restored, tensors)
+    restore(twin, restored, tensors)
     step(model, optimizer)
     step(twin, restored)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
@@ -85,7 +94,7 @@ def test_fused_and_plain_optimizers_read_each_other(fused):
     first, both = adamw(model, spec, fused), adamw(plain, spec)
     step(model, first)
     second = adamw(model, spec, not fused)
-    load_optimizer_tensors(model, second, optimizer_tensors(model, first))
+    restore(model, second, optimizer_tensors(model, first))
     step(model, second)
     for _ in range(2):
         step(plain, both)
@@ -104,7 +113,7 @@ def test_step_counters_lie_where_the_optimizer_looks_for_them():
         restored = adamw(on_device, OptimizerSpec(), fused=False)
         for group in restored.param_groups:
             group["fused"] = fused  # torch makes no fused optimizer of meta tensors
-        load_optimizer_tensors(on_device, restored, tensors)
+        restore(on_device, restored, tensors)
         devices = {kind: set() for kind in ("step", "exp_avg", "exp_avg_sq")}
         for state in restored.state.values():
             for kind, value in state.items():
@@ -206,3 +215,15 @@ def test_noise_scale_of_large_gradients_is_theirs_and_that_of_ruined_ones_is_lef
     before = scale.state()[:2]
     scale.update(torch.tensor(math.inf), torch.tensor(math.nan), 8, 32)
     assert scale.state()[:2] == before
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0])
+def test_average_moves_on_the_device_unless_the_step_was_bad(bad):
+    own = [torch.randn(3, 4, dtype=torch.float64) for _ in range(100)]
+    others = [torch.randn_like(t) for t in own]
+    expected = [t + 0.3 * (1 - bad) * (o - t) for t, o in zip(own, others, strict=True)]
+    moved = [t.clone() for t in own]
+    lerp_unless(moved, others, 0.3, torch.tensor(bad, dtype=torch.float64))
+    for a, b, before in zip(moved, expected, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+        assert not bad or torch.equal(a, before)

@@ -167,7 +167,8 @@ def test_run_that_was_killed_before_its_first_checkpoint_starts_again(
     def kill(*arguments):
         raise SystemExit("killed")
 
-    settings = config.load(tiny, [f"training.checkpoint_every={every}", "sampling.grid=0"])
+    overrides = [f"training.checkpoint_every={every}", "training.background_saves=false"]
+    settings = config.load(tiny, [*overrides, "sampling.grid=0"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # noqa: PT012
         patch.setattr(checkpoint, "save", kill)
         Trainer(settings, tmp_path / "run").fit()

@@ -473,10 +473,12 @@ def test_run_goes_on_with_another_loss_scale_and_says_so(tiny, tmp_path, capfd):
 
 
 def test_loss_that_is_not_finite_ends_the_run_with_its_reason(tiny, tmp_path):
-    trainer = Trainer(config.load(tiny), tmp_path / "run")
+    settings = config.load(tiny, ["training.guard.patience=2", "training.checkpoint_every=96"])
+    trainer = Trainer(settings, tmp_path / "run")
     with torch.no_grad():
         trainer.backbone.patch_out.proj.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the loss became nan"):
+    words = "diverged before 32 images: 2 steps in a row are of no finite loss"
+    with pytest.raises(TrainingError, match=words):
         trainer.fit()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -484,7 +486,8 @@ def test_loss_that_is_not_finite_ends_the_run_with_its_reason(tiny, tmp_path):
 @pytest.mark.parametrize("log_every", [16, 1000])
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, log_every):
     """NaN between a checkpoint and the next one, whether or not a line of metrics falls between."""
-    trainer = Trainer(config.load(tiny, [f"training.log_every={log_every}"]), tmp_path)
+    overrides = [f"training.log_every={log_every}", "training.guard.rollbacks=0"]
+    trainer = Trainer(config.load(tiny, overrides), tmp_path)
     step = trainer._step
 
     def poisoned(stream):
@@ -494,7 +497,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, log_every):
         return step(stream)
 
     trainer._step = poisoned
-    with pytest.raises(TrainingError, match="became nan"):
+    with pytest.raises(TrainingError, match="diverged before 64 images: model: the tensor"):
         trainer.fit()
     assert checkpoint.find(tmp_path, print).state.images == 32
     assert (tmp_path / "checkpoints" / "latest").read_text() == "000000000032\n"

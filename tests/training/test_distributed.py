@@ -1,0 +1,201 @@
+"""One run, whole or sharded, by one process or two: the same losses, and the same weights again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hdit import config
+from hdit.config import ConfigError
+from hdit.errors import UserError
+from hdit.models import build
+from hdit.protocols import Cond
+from hdit.runs import checkpoint
+from hdit.runs.conversion import convert
+from hdit.runs.trained import Trained
+from hdit.training.trainer import Trainer
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}",
+    "OMP_NUM_THREADS": "1",
+}
+
+WORKER = """
+import json, math, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from hdit import config
+from hdit.processes import closing
+from hdit.training.trainer import Trainer
+
+def poison(trainer):
+    objective = trainer.objective
+    def changed(batch):
+        loss = objective(batch)
+        return loss * math.nan if 32 <= batch.counters[0] < 48 else loss
+    if trainer.accelerator.process_index == 1:
+        trainer.objective = changed
+
+torch.set_num_threads(1)
+with closing():
+    for folder, toml, overrides, poisoned in json.loads(Path(sys.argv[1]).read_text()):
+        trainer = Trainer(config.load(toml, overrides), Path(folder))
+        if poisoned:
+            poison(trainer)
+        assert trainer.fit()
+        dist.barrier()
+"""
+
+STEPS, BATCH = 30, 16
+FSDP = "training.parallel=fsdp"
+
+
+def together(tmp_path, *runs):
+    """Trains runs (folder, config, overrides, poisoned), one after the other, by two processes."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "runs.json").write_text(json.dumps(runs, default=str))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(tmp_path / "worker.py"), str(tmp_path / "runs.json")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(trained, tmp_path_factory):
+    """The folder of runs by their names, and the config that all are of."""
+    folder = tmp_path_factory.mktemp("distributed")
+    text = (trained.parent / "tiny.toml").read_text().replace("dropout = 0.1", "")
+    text = text.replace("images = 96", f"images = {STEPS * BATCH}")
+    text = text.replace("checkpoint_every = 32", f"checkpoint_every = {STEPS * BATCH // 2}")
+    toml = folder / "tiny.toml"
+    toml.write_text(text)
+    assert Trainer(config.load(toml), folder / "one").fit()
+    few = ["training.images=48", "sampling.grid=0"]
+    together(
+        folder,
+        (folder / "ddp", toml, [], False),
+        (folder / "fsdp", toml, [FSDP], False),
+        (folder / "ddp-bf16", toml, [*few, "training.precision=bf16"], False),
+        (folder / "fsdp-bf16", toml, [*few, FSDP, "training.precision=bf16"], False),
+        (folder / "hsdp", toml, [*few, FSDP, "training.replicate=2"], False),
+        (folder / "bad", toml, [*few, FSDP, "training.images=80"], True),
+        (folder / "accumulated", toml, [*few, FSDP, "training.accumulate=4"], False),
+    )
+    half = checkpoint.folder_name(STEPS * BATCH // 2)
+    for name, source in (("again", "fsdp"), ("from-one", "one"), ("to-one", "fsdp")):
+        shutil.copytree(folder / source, folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / checkpoint.folder_name(STEPS * BATCH))
+        (folder / name / "checkpoints" / "latest").write_text(f"{half}\n")
+    together(
+        folder, (folder / "again", toml, [FSDP], False), (folder / "from-one", toml, [FSDP], False)
+    )
+    assert Trainer(config.load(toml), folder / "to-one").fit()
+    return folder
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run):
+    found = checkpoint.find(run, print)
+    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "again", "from-one", "to-one"])
+def test_loss_is_that_of_one_process_whole_or_sharded_resumed_or_not(runs, name):
+    """1e-6 is what float32 sums in another order leave after 30 steps."""
+    expected, found = lines(runs / "one"), lines(runs / name)
+    assert len(expected) == STEPS
+    for a, b in zip(expected, found, strict=True):
+        assert b["images"] == a["images"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+
+
+def test_run_resumed_by_as_many_processes_is_bitwise_the_uninterrupted_one(runs):
+    for name, expected in tensors(runs / "fsdp").items():
+        found = tensors(runs / "again")[name]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "rel"),
+    [("hsdp", "one", 1e-6), ("accumulated", "one", 1e-6), ("fsdp-bf16", "ddp-bf16", 1e-2)],
+)
+def test_other_ways_to_share_have_the_same_loss(runs, name, like, rel):
+    found = lines(runs / name)
+    for a, b in zip(lines(runs / like)[: len(found)], found, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=rel)
+
+
+def test_loss_that_is_not_finite_in_one_process_is_passed_over_by_both(runs):
+    assert [line["skipped_steps"] for line in lines(runs / "bad")] == [0, 0, 1, 1, 1]
+    text = (runs / "bad" / "events.jsonl").read_text()
+    [event] = [json.loads(line) for line in text.splitlines()]
+    assert (event["kind"], event["images"]) == ("step skipped", 32)
+
+
+def test_sharded_checkpoint_is_opened_and_converted_by_one_process(runs, tmp_path):
+    sharded, whole = Trained.open(runs / "fsdp"), Trained.open(runs / "ddp")
+    convert(runs / "fsdp", tmp_path / "out")
+    x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    cond = Cond(torch.tensor([3]))
+    outputs = [
+        model.network()(x, torch.zeros(1), cond)
+        for model in (sharded, whole, Trained.open(tmp_path / "out"))
+    ]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-4)
+    assert (runs / "fsdp" / "samples" / f"{checkpoint.folder_name(480)}.png").exists()
+
+
+def test_damaged_shard_is_found(runs, tmp_path):
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    shard = next((tmp_path / "run" / "checkpoints" / "000000000480").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    told = []
+    assert checkpoint.find(tmp_path / "run", told.append).state.images == 240
+    assert shard.name in told[0]
+
+
+def test_checkpoint_of_other_tensors_is_refused(runs):
+    found = checkpoint.find(runs / "fsdp", print)
+    settings = config.load(runs / "tiny.toml", ["model.levels.0.width=48"])
+    other = build(settings.model, found.state.shape)
+    with pytest.raises(UserError, match=r"model: .* has shape .*, and .* is needed"):
+        found.fill("model", other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.replicate=2"], "training.replicate: has no effect with training.parallel"),
+        (
+            [FSDP, "training.gradient_noise_scale=true", "training.accumulate=2"],
+            "training.gradient_noise_scale: needs training.parallel = 'ddp'",
+        ),
+        (["training.parallel=zero"], "training.parallel: must be 'ddp' or 'fsdp', got 'zero'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(runs, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load(runs / "tiny.toml", overrides)
+
+
+def test_single_process_has_nothing_to_shard_and_says_so(runs, tmp_path, capfd):
+    few = [FSDP, "training.images=16", "sampling.grid=0"]
+    assert Trainer(config.load(runs / "tiny.toml", few), tmp_path).fit()
+    assert "training.parallel: 'fsdp' has nothing to share in a single process" in (
+        capfd.readouterr().err
+    )
