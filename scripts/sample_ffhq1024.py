@@ -42,7 +42,7 @@ from hdit.protocols import DataShape
 from hdit.report.grids import save_png
 from hdit.runs.building import make_network
 from hdit.runs.trained import Trained
-from hdit.sampling.sample import check_guidance, sample
+from hdit.sampling.sample import check_null_class, sample
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hdit-ffhq1024.toml"
 
@@ -200,7 +200,7 @@ def main() -> None:
     raw["sampling"] |= update | {"compile": a.compile}
     config = parse(raw, "sampling")
     backbone = model.configured(config, shape).network().to(device)
-    check_guidance(config, shape)
+    check_null_class(config, shape)
     del model
     if a.compile:
         warnings.simplefilter("ignore")  # of torch.compile itself

@@ -93,9 +93,10 @@ def ruined(trained, tmp_path):
 
 @pytest.fixture(autouse=True)
 def forgotten_modules(tmp_path_factory):
-    """Forgets modules that a test made: another one's may have the same name."""
-    known, made = set(sys.modules), tmp_path_factory.getbasetemp()
+    """Forgets modules that a test made, and where they lay: another one's may have their names."""
+    known, made, path = set(sys.modules), tmp_path_factory.getbasetemp(), sys.path.copy()
     yield
+    sys.path[:] = path
     for name in set(sys.modules) - known:
         file = getattr(sys.modules[name], "__file__", None)
         if file and Path(file).is_relative_to(made):
