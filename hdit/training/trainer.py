@@ -69,6 +69,7 @@ class Trainer:
         self.network = self.parallel.trained(self.backbone)
         self.objective = setup.objective(self.network, self.device)
         self.images, self.step, self.passed_over = 0, 0, 0
+        self.saved = 0  # the step of the last checkpoint
         self.noise_scale = GradientNoiseScale()
         self.stream: dict[str, Any] | None = None
         if setup.found:
@@ -85,7 +86,7 @@ class Trainer:
     def _stand_at(self, state: State) -> None:
         """Takes the counts of a checkpoint's state."""
         self.images, self.step, self.stream = state.images, state.step, state.stream
-        self.passed_over = state.passed_over
+        self.passed_over, self.saved = state.passed_over, state.step
         self.noise_scale = GradientNoiseScale(*state.noise_scale)
 
     def _alone(self) -> AbstractContextManager[None]:
@@ -282,13 +283,20 @@ class Trainer:
             self.run.note(kind, images, **facts)
 
     def _save(self, stream: dict[str, Any] | None) -> bool:
-        """Saves a checkpoint; of a ruined model none: then it goes back, and returns False."""
+        """Saves a checkpoint; of a ruined model none: then it goes back, and returns False.
+
+        Nor where most of the steps since the last one were not taken, up to now: it is no model of
+        so many images.
+        """
         tensors = {
             "model": self.backbone.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
         reason = ""
+        self._is_lost(at_a_line=True)
+        if 2 * self.guard.in_a_row > self.step - self.saved:
+            reason = f"{self.guard.in_a_row} steps in a row are of no finite loss"
         try:
             check_sound(tensors, self._networks(tensors), self.config, self.shape, self.device)
         except NotFiniteError as error:
@@ -309,6 +317,7 @@ class Trainer:
         )
         with self.bar.doing("saving"):
             self.saver.save(state, tensors, self.parallel.sharded)
+        self.saved = self.step
         return True
 
     def _networks(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Network]:

@@ -69,7 +69,8 @@ def test_messages_do_not_break_the_bar(width, tiny, tmp_path, loggers):
 
 
 def test_bar_says_what_is_done_in_place_of_training(tiny, tmp_path, monkeypatch):
-    trainer = Trainer(config.load(tiny), tmp_path / "run", terminal(80))
+    settings = config.load(tiny, ["training.background_saves=false"])
+    trainer = Trainer(settings, tmp_path / "run", terminal(80))
     seen = []
 
     for owner, name in ((checkpoint, "save"), (trainer_module, "sample")):
