@@ -22,20 +22,22 @@ RUINED = 10.0
 """A loss of so many times the lowest of a run tells that its checkpoint is of no use."""
 
 
-def check_sound(
-    sets: Mapping[str, dict[str, Tensor]],
-    networks: Mapping[str, Network],
-    config: RunConfig,
-    shape: DataShape,
-    device: torch.device,
-) -> None:
-    """Raises NotFiniteError where sets of tensors, or what networks give, are not finite.
+def check_tensors(sets: Mapping[str, dict[str, Tensor]]) -> None:
+    """Raises NotFiniteError where one of the tensors is not finite.
 
-    Finite weights may be so large that no output is: a call at both ends of the noise levels shows
-    it. Of sharded tensors each process looks at its parts.
+    Of sharded ones each process looks at its parts.
     """
     for name, tensors in sets.items():
         check_finite({key: local(t) for key, t in tensors.items()}, name)
+
+
+def check_outputs(
+    networks: Mapping[str, Network], config: RunConfig, shape: DataShape, device: torch.device
+) -> None:
+    """Raises NotFiniteError where what a network gives is not finite, as of weights too large.
+
+    It is called at both ends of the noise levels.
+    """
     sigma = torch.tensor(config.sigma_range(), device=device)
     keys = randomness.keys(0, "soundness", np.arange(len(sigma)), device)
     x = sigma[:, None, None, None] * randomness.normal(keys, shape.chw)

@@ -37,7 +37,7 @@ from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate, update_ema
 from hdit.training.progress import Progress
 from hdit.training.setup import PATIENCE, open_processes, prepare
-from hdit.training.soundness import check_sound, what_to_do
+from hdit.training.soundness import check_outputs, check_tensors, what_to_do
 
 
 class _Stopped(Exception):
@@ -236,15 +236,17 @@ class Trainer:
 
     def _tell_skipped(self, step: Step) -> None:
         """Finds the first module that gave what is not finite, and tells of the step."""
-        module = None
-        for batch in step.batches:  # each process calls it, as the network may be sharded
-            module = module or first_bad_module(self.backbone, partial(self.objective, batch))
+        # Each process calls it for each batch, as the network may be sharded. A compiled one, whose
+        # graphs know no hooks, is not looked into.
+        batches = () if self.setup.compiled else step.batches
+        found = [first_bad_module(self.backbone, partial(self.objective, b)) for b in batches]
+        module = next(filter(None, found), "none: loss or gradient" if found else "not known")
         counters = [int(n) for batch in step.batches for n in batch.counters]
         self._tell(
             "step skipped",
             images=step.images,
             loss=step.loss if math.isfinite(step.loss) else str(step.loss),
-            module=module or ("not known" if not step.batches else "none: loss or gradient"),
+            module=module,
             counters=counters,
         )
 
@@ -293,16 +295,12 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        reason = ""
         self._is_lost(at_a_line=True)
         if 2 * self.guard.in_a_row > self.step - self.saved:
-            reason = f"{self.guard.in_a_row} steps in a row are of no finite loss"
-        try:
-            check_sound(tensors, self._networks(tensors), self.config, self.shape, self.device)
-        except NotFiniteError as error:
-            reason = str(error)
-        if self.interrupts.any_of(bool(reason)):  # of sharded tensors one process may see it
-            self._go_back(reason or "weights of another process are not finite")
+            self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+            return False
+        if reason := self._why_ruined(tensors):
+            self._go_back(reason)
             return False
         state = State(
             self.images,
@@ -319,6 +317,23 @@ class Trainer:
             self.saver.save(state, tensors, self.parallel.sharded)
         self.saved = self.step
         return True
+
+    def _why_ruined(self, tensors: dict[str, dict[str, Tensor]]) -> str:
+        """Why they must not be saved, or nothing: in all processes, if in one."""
+        s = self.config, self.shape, self.device
+        for check in (
+            lambda: check_tensors(tensors),
+            lambda: check_outputs(self._networks(tensors), *s),
+        ):
+            reason = ""
+            try:
+                check()
+            except NotFiniteError as error:
+                reason = str(error)
+            # Before the next check, in which a sharded network runs in all processes or in none.
+            if self.interrupts.any_of(bool(reason)):
+                return reason or "its part in another process is not finite"
+        return ""
 
     def _networks(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Network]:
         """What gives the outputs of model and EMA, without a compiled graph of the model's own."""

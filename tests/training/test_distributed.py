@@ -39,25 +39,38 @@ def poison(trainer):
     def changed(batch):
         loss = objective(batch)
         return loss * math.nan if 32 <= batch.counters[0] < 48 else loss
-    if trainer.accelerator.process_index == 1:
-        trainer.objective = changed
+    trainer.objective = changed
+
+def ruin(trainer):
+    step = trainer._step
+    def changed(stream):
+        norm = step(stream)
+        if trainer.images == 48 and not trainer.passed_over:
+            moment = trainer.optimizer.state[trainer.backbone.out_norm.scale]["exp_avg"]
+            moment.to_local().fill_(math.nan)
+        return norm
+    trainer._step = changed
 
 torch.set_num_threads(1)
 with closing():
-    for folder, toml, overrides, poisoned in json.loads(Path(sys.argv[1]).read_text()):
+    for folder, toml, overrides, fault in json.loads(Path(sys.argv[1]).read_text()):
         trainer = Trainer(config.load(toml, overrides), Path(folder))
-        if poisoned:
-            poison(trainer)
+        if fault and trainer.accelerator.process_index == 1:
+            {"loss": poison, "shard": ruin}[fault](trainer)
         assert trainer.fit()
         dist.barrier()
 """
 
 STEPS, BATCH = 30, 16
 FSDP = "training.parallel=fsdp"
+SHORT = ["training.images=96", "training.checkpoint_every=32"]
 
 
 def together(tmp_path, *runs):
-    """Trains runs (folder, config, overrides, poisoned), one after the other, by two processes."""
+    """Trains runs (folder, config, overrides, fault), one after the other, by two processes.
+
+    The fault is one of the second process alone.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "runs.json").write_text(json.dumps(runs, default=str))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -80,22 +93,21 @@ def runs(trained, tmp_path_factory):
     few = ["training.images=48", "sampling.grid=0"]
     together(
         folder,
-        (folder / "ddp", toml, [], False),
-        (folder / "fsdp", toml, [FSDP], False),
-        (folder / "ddp-bf16", toml, [*few, "training.precision=bf16"], False),
-        (folder / "fsdp-bf16", toml, [*few, FSDP, "training.precision=bf16"], False),
-        (folder / "hsdp", toml, [*few, FSDP, "training.replicate=2"], False),
-        (folder / "bad", toml, [*few, FSDP, "training.images=80"], True),
-        (folder / "accumulated", toml, [*few, FSDP, "training.accumulate=4"], False),
+        (folder / "ddp", toml, [], ""),
+        (folder / "fsdp", toml, [FSDP], ""),
+        (folder / "ddp-bf16", toml, [*few, "training.precision=bf16"], ""),
+        (folder / "fsdp-bf16", toml, [*few, FSDP, "training.precision=bf16"], ""),
+        (folder / "hsdp", toml, [*few, FSDP, "training.replicate=2"], ""),
+        (folder / "bad", toml, [*few, FSDP, "training.images=80"], "loss"),
+        (folder / "ruined", toml, [*few, FSDP, *SHORT], "shard"),
+        (folder / "accumulated", toml, [*few, FSDP, "training.accumulate=4"], ""),
     )
     half = checkpoint.folder_name(STEPS * BATCH // 2)
     for name, source in (("again", "fsdp"), ("from-one", "one"), ("to-one", "fsdp")):
         shutil.copytree(folder / source, folder / name)
         shutil.rmtree(folder / name / "checkpoints" / checkpoint.folder_name(STEPS * BATCH))
         (folder / name / "checkpoints" / "latest").write_text(f"{half}\n")
-    together(
-        folder, (folder / "again", toml, [FSDP], False), (folder / "from-one", toml, [FSDP], False)
-    )
+    together(folder, (folder / "again", toml, [FSDP], ""), (folder / "from-one", toml, [FSDP], ""))
     assert Trainer(config.load(toml), folder / "to-one").fit()
     return folder
 
@@ -142,6 +154,15 @@ def test_loss_that_is_not_finite_in_one_process_is_passed_over_by_both(runs):
     text = (runs / "bad" / "events.jsonl").read_text()
     [event] = [json.loads(line) for line in text.splitlines()]
     assert (event["kind"], event["images"]) == ("step skipped", 32)
+
+
+def test_shard_that_is_ruined_in_one_process_sends_both_back(runs):
+    """Before the checkpoint at 64 images, to the one at 32."""
+    state = checkpoint.find(runs / "ruined", print).state
+    assert (state.images, state.passed_over) == (96, 32)
+    text = (runs / "ruined" / "events.jsonl").read_text()
+    [event] = [json.loads(line) for line in text.splitlines()]
+    assert (event["kind"], event["images"]) == ("rollback", 32)
 
 
 def test_sharded_checkpoint_is_opened_and_converted_by_one_process(runs, tmp_path):
