@@ -142,10 +142,12 @@ def noise_kernel(
     stream = (tl.program_id(0) // pieces).to(tl.int64)
     first = (tl.program_id(0) % pieces).to(tl.int64) * BLOCKS
     block = first_block + first + tl.arange(0, BLOCKS)
+    # Not a scalar, whose lower word Triton's interpreter takes wrongly where it is 2^31 or more.
+    draws = tl.zeros([BLOCKS], tl.int64) + draw
     a, b, c, d = tl.philox(
         tl.load(keys + stream),
         block.to(tl.uint32), (block >> 32).to(tl.uint32),
-        draw.to(tl.uint32), (draw >> 32).to(tl.uint32),
+        draws.to(tl.uint32), (draws >> 32).to(tl.uint32),
     )  # fmt: skip
     if NORMAL:
         a, b = box_muller(a, b, TURN)

@@ -140,6 +140,7 @@ def test_the_definition_in_python_gives_the_known_answers_and_can_be_inverted(na
 @settings(max_examples=12, deadline=None, database=None)
 @example(keys=KEYS, count=67, draw=2**63 - 1, first=0)
 @example(keys=[1], count=131, draw=0, first=2**32 - 5)  # the block's number outgrows a word
+@example(keys=[0], count=1, draw=2**31, first=0)  # a sign in a word of 32 bits
 @given(
     keys=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=3),
     count=st.integers(1, 140),
