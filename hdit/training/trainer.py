@@ -413,8 +413,10 @@ class Trainer:
             self._print(text)
 
     def _name_skipped(self, file: Skipped) -> None:
-        """Each process names the files that it met."""
+        """Each process names the files that it met; the main one keeps its own as events."""
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
+        if self.main:
+            self.run.note("file skipped", self.images, path=file.path, reason=file.reason)
 
     def _print(self, text: str) -> None:
         say(self.console, text)

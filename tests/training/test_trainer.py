@@ -710,6 +710,9 @@ def test_unlabelled_folder_trains_and_samples(tiny, tmp_path):
     run = tmp_path / "run"
     assert Trainer(config.load(tiny, overrides), run).fit()
     assert metrics(run)[-1]["skipped_files"] == 1
+    [event] = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    assert event["kind"] == "file skipped"
+    assert event["path"] == str(folder / "broken.png")
     assert checkpoint.find(run, print).state.shape.num_classes == 0
 
 
