@@ -47,6 +47,8 @@ NOT_RUN = {
     "torchrun --nproc_per_node 8 -- $(which hdit) train CONFIG --run DIR": "eight GPUs",
     "torchrun --nnodes 4 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 "
     "-- $(which hdit) train CONFIG --run DIR": "four machines",
+    "python scripts/profile_trainer.py hdit-oxford-flowers --batch-size 4 --steps 10 "
+    "--set training.workers=0": "a minute, on a quiet machine",
     "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
