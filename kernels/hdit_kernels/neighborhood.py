@@ -110,7 +110,13 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=256)
 def _log_once(problem: Problem, name: str) -> None:
     grid = f"{problem.height} x {problem.width}"
-    log.info("neighborhood attention on %s: backend %r (%s)", grid, name, problem.device)
+    _say_once(f"neighborhood attention on {grid}: backend {name!r} ({problem.device})")
+
+
+@lru_cache(maxsize=256)
+def _say_once(text: str) -> None:
+    """Problems that differ in what is not told, as in their batch, are told of once."""
+    log.info(text)
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, kernel_size: int) -> None:

@@ -1,3 +1,4 @@
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -438,3 +439,12 @@ def test_neighborhood_keeps_its_dtype_under_autocast(backend):
     grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
     for actual, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_choice_is_told_once_for_problems_that_differ_in_what_is_not_told(caplog):
+    with caplog.at_level(logging.INFO, "hdit_kernels"):
+        for kernel_size, grad in ((3, False), (3, True), (5, True)):
+            q = torch.randn(1, 11, 13, 1, 8, requires_grad=grad)
+            neighborhood_attention(q, q, q, kernel_size, scale=1)
+    [record] = [r for r in caplog.records if "attention on 11 x 13: backend" in r.message]
+    assert record.message.endswith("(cpu)")
