@@ -37,7 +37,7 @@ UNREADABLE = (
     zlib.error,
     lzma.LZMAError,
 )
-"""What reading a zip, or a member of one, raises where it is damaged."""
+"""Exceptions that a damaged zip, or a damaged member of one, leads to."""
 
 
 class ArraysError(UserError):

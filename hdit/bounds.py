@@ -18,16 +18,16 @@ def _no_zero_byte(text: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_zero_byte)]
 """A path or another name, which are never empty. 4096 bytes are the longest path of Linux."""
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
-"""Of an image or a part of one, in pixels or tokens."""
+"""A side of an image or of a part of one, in pixels or tokens."""
 Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
-"""Of a layer, in channels."""
+"""The width of a layer, in channels."""
 WidthOrZero = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 HiddenWidth = Annotated[int, Field(gt=0, le=16 * MAX_WIDTH)]
-"""Of a feed-forward layer."""
+"""The width within a feed-forward layer, in channels."""
 Depth = Annotated[int, Field(gt=0, le=1000)]
-"""In layers."""
+"""A number of layers."""
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
-"""Of a sampler."""
+"""Steps of a sampler."""
 BatchSize = Annotated[int, Field(gt=0, le=MAX_BATCH)]
 """Images at once."""
 ImageCount = Annotated[int, Field(gt=0, le=MAX_IMAGES)]
@@ -41,7 +41,7 @@ SigmaOrZero = Annotated[float, Field(ge=0, le=1e12)]
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 """A factor, or a standard deviation of data."""
 Share = Annotated[float, Field(ge=0, lt=1)]
-"""Of something, or the probability of it."""
+"""A share of something, or the probability of it."""
 LR = Annotated[float, Field(gt=0, le=MAX_LR)]
 """A learning rate."""
 StepCount = Annotated[float, Field(gt=0, le=1e12)]
