@@ -52,6 +52,7 @@ NOT_RUN = {
     "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
+    "tensorboard --logdir runs/tracked/tensorboard": "a server that does not end",
     "zip -q -0 -r imagenet.zip imagenet": "no command of hdit",
     "python scripts/bench_attention.py": "minutes, on a quiet machine",
     "python scripts/bench_models.py --only flowers --only ffhq --only dit": "minutes, likewise",

@@ -179,6 +179,19 @@ class KeepSpec(Spec):
         return self
 
 
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("names a tracker twice")
+    return names
+
+
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "trackio"], ...],
+    Field(strict=False),
+    AfterValidator(_each_once),
+]
+
+
 class TrainingSpec(DependentSpec):
     """Time is counted in images drawn."""
 
@@ -221,6 +234,9 @@ class TrainingSpec(DependentSpec):
         True, description="go on while a checkpoint is written; takes memory for a copy of it"
     )
     guard: GuardSpec = Field(GuardSpec(), description="against steps that are not finite")
+    track: Trackers = Field(
+        (), description='trackers that are told of the run, as in ["tensorboard"]'
+    )
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EMASpec = EMASpec()
 

@@ -29,6 +29,9 @@ PACKAGES = {
     "diffusers": ("latents of VAEs", 'pip install "hdit[latent]"'),
     "datasets": ("images of Hugging Face", 'pip install "hdit[data]"'),
     "matplotlib": ("plots", 'pip install "hdit[plots]"'),
+    "tensorboard": ("a tracker of runs", "pip install tensorboard"),
+    "wandb": ("a tracker of runs", "pip install wandb"),
+    "trackio": ("a tracker of runs", "pip install trackio"),
 }
 """What each optional package is for, and how to install it."""
 

@@ -38,6 +38,7 @@ from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate,
 from hdit.training.progress import Progress
 from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_outputs, check_tensors, what_to_do
+from hdit.training.tracking import Tracking
 
 
 class _Stopped(Exception):
@@ -60,6 +61,8 @@ class Trainer:
         limit = config.training.start_timeout
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        track = config.training.track if self.main else ()
+        self.tracking = Tracking(track, self.run, self._warn)
         with self._alone():
             setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
@@ -117,7 +120,8 @@ class Trainer:
             # The stream before the bar, or its workers would inherit that.
             stream = None if finished else self._open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
-            with self.bar, closing(self.saver):
+            with self.bar, closing(self.saver), closing(self.tracking):
+                self.tracking.start(self.config, self.images, self._say)
                 stopped = self.images > 0 and self._sample_grid()  # that it may lack since its end
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
@@ -214,6 +218,7 @@ class Trainer:
             line["gradient_noise_scale"] = self.noise_scale.scale
         if self.main:
             self.run.log(line)
+            self.tracking.line(line)
             for event in self.metrics.events(line):
                 self._tell(**event)
         return line.get("loss")
@@ -275,14 +280,19 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
         if self.main:
             self.run.keep_metrics(self.images, self._warn)
+            self.tracking.go_back(self.images)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
 
     def _tell(self, kind: str, images: int, **facts: Any) -> None:
         """Says that something happened that whoever comes later should know, and keeps it."""
         shown = ", ".join(f"{key} {_short(value)}" for key, value in facts.items())
         self._warn(f"{kind} at {images:,} images: {shown}")
+        self._note(kind, images, **facts)
+
+    def _note(self, kind: str, images: int, **facts: Any) -> None:
         if self.main:
             self.run.note(kind, images, **facts)
+            self.tracking.event({"kind": kind, "images": images} | facts)
 
     def _save(self, stream: dict[str, Any] | None) -> bool:
         """Saves a checkpoint; of a ruined model none: then it goes back, and returns False.
@@ -400,6 +410,7 @@ class Trainer:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
+            self.tracking.grid(self.images, path)
         except _Stopped:
             return
         except (UserError, OSError, torch.OutOfMemoryError) as error:
@@ -415,8 +426,7 @@ class Trainer:
     def _name_skipped(self, file: Skipped) -> None:
         """Each process names the files that it met; the main one keeps its own as events."""
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
-        if self.main:
-            self.run.note("file skipped", self.images, path=file.path, reason=file.reason)
+        self._note("file skipped", self.images, path=file.path, reason=file.reason)
 
     def _print(self, text: str) -> None:
         say(self.console, text)
