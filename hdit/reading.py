@@ -74,8 +74,12 @@ def parse_json(text: str | bytes, name: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ReadingError(f"{name}: not valid JSON: {error}") from None
-    _check_depth(value, name)
+    if max(map(text.count, _OPENING[type(text)])) > MAX_DEPTH // 2:  # or it cannot be deep
+        _check_depth(value, name)
     return value
+
+
+_OPENING: dict[type, Any] = {str: ("[", "{"), bytes: (b"[", b"{")}
 
 
 def read_json(path: Path, limit: int = MAX_BYTES) -> Any:

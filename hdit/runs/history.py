@@ -10,17 +10,20 @@ import math
 import os
 import re
 import socket
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hdit.errors import UserError
 from hdit.locks import LOCK
 from hdit.reading import ReadingError, open_regular, parse_json, parse_toml, read_text
 
 Values = dict[str, Any]
+Numbers = NDArray[np.float64]
 
 NUMBERS = ("step", "loss", "images_per_second", "peak_memory")
 """What is read of a line of metrics again, besides its images."""
@@ -139,60 +142,67 @@ def _values(text: bytes, sound: Callable[[Values], bool]) -> Values | None:
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-class Columns:
-    """Numbers of the lines of metrics, by key: nan where a line lacks one.
+KEYS = (
+    "images", "seconds", "macs", "loss", "grad_norm", "lr", "images_per_second", "data_wait_share",
+    "mfu", "peak_memory", "skipped_steps", "skipped_files", "rollbacks", "gradient_noise_scale",
+)  # fmt: skip
+"""The numbers of a line of metrics that are kept, besides the loss in BINS bins of sigma."""
 
-    An array of numbers is a column for each place, as `loss_by_sigma.3`.
-    """
+BINS = 8
+CHUNK = 2**14  # lines
+
+
+class Columns:
+    """Numbers of lines of metrics, by their keys: nan where a line has none that is finite."""
 
     def __init__(self) -> None:
-        self.images = array("d")
-        self.values: dict[str, array[float]] = {}
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self._rows: list[list[Any]] = []
+        self._parts: list[Numbers] = []
+        self.count = 0  # of lines
 
     def append(self, line: Values) -> None:
         """Takes the numbers of a line."""
-        n = len(self.images)
-        for key, value in line.items():
-            if type(value) is list:
-                for i, part in enumerate(value[:MAX_PARTS]):
-                    self._put(n, f"{key}.{i}", part)
-            else:
-                self._put(n, key, value)
-        self.images.append(line["images"])
+        row = list(map(line.get, KEYS))
+        losses = line.get("loss_by_sigma")
+        row += losses if type(losses) is list and len(losses) == BINS else _NO_LOSSES
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == CHUNK:
+            self._pack()
 
-    def _put(self, n: int, key: str, value: Any) -> None:
-        if type(value) not in (int, float) or not _fits(value):
-            return
-        column = self.values.get(key)
-        if column is None:
-            if len(self.values) == MAX_COLUMNS:
-                return
-            column = self.values[key] = array("d")
-        if len(column) < n:
-            column.extend([math.nan] * (n - len(column)))
-        if len(column) == n:  # or a list and a key of its part's name would both be in it
-            column.append(value)
+    def _pack(self) -> None:
+        self._parts.append(_numbers(self._rows))
+        self._rows = []
 
-    def column(self, key: str) -> array[float]:
-        """The numbers of a key, one a line; none where no line has it."""
-        column = self.values.get(key, array("d"))
-        if column and len(column) < len(self.images):
-            column.extend([math.nan] * (len(self.images) - len(column)))
-        return column
+    def table(self) -> dict[str, Numbers]:
+        """The columns (n,) that have a number, by key; loss_by_sigma.0, .1, ... are of the bins."""
+        self._pack()
+        self._parts = [np.concatenate(self._parts)]
+        names = [*KEYS, *(f"loss_by_sigma.{i}" for i in range(BINS))]
+        columns = dict(zip(names, self._parts[0].T, strict=True))
+        return {k: v for k, v in columns.items() if k == "images" or not np.isnan(v).all()}
 
 
-MAX_PARTS, MAX_COLUMNS = 64, 256
-"""Of what a line may hold, so that a strange file takes no memory without end."""
+_NO_LOSSES = [None] * BINS
 
 
-def _fits(value: float) -> bool:
+def _numbers(rows: list[list[Any]]) -> Numbers:
+    """Rows of what may be anything as numbers; nan for what is none."""
+    if not rows:
+        return np.zeros((0, len(KEYS) + BINS))
     try:
-        return math.isfinite(value)
+        made = np.array(rows, dtype=np.float64)  # None becomes nan
+    except (TypeError, ValueError, OverflowError):
+        made = np.array([[_number(value) for value in row] for row in rows])
+    made[~np.isfinite(made)] = np.nan
+    return made
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
     except OverflowError:  # a whole number beyond all floats
-        return False
+        return math.nan
 
 
 class History:
@@ -357,8 +367,8 @@ def _weights(path: Path) -> int | None:
     try:
         with open(open_regular(path), "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            head = parse_json(file.read(size), str(path)) if size <= MAX_HEAD else None
+            head = parse_json(file.read(size), str(path)) if size <= MAX_HEAD else {}
         tensors = [t["shape"] for name, t in head.items() if name != "__metadata__"]
-        return sum(math.prod(shape) for shape in tensors)
+        return sum(math.prod(shape) for shape in tensors) or None
     except (OSError, ReadingError, AttributeError, KeyError, TypeError):
         return None

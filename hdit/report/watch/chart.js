@@ -27,8 +27,9 @@ const charts = new Map(); // by figure: the chart that is drawn in it
 /**
  * Draws a chart into a figure of `parent`, which is kept by `id` for the next time.
  *
- * lines: [{label, colour, dash, x, y, lo, hi, smoothed, faint, dots}]; x ascend.
- * axis: {kind: "time" or "sigma", label, format, range}; marks: [{x, label, colour, title}].
+ * lines: [{label, colour, dash, x, y, lo, hi, smoothed, faint, dots, edges}]; x ascend.
+ * axis: {kind: "time" or "sigma", label, format, read, range, unit}; marks: [{x, label, colour, title}];
+ * at: [{x, colour}], the moment that the scrubber is at.
  */
 function draw(parent, id, chart) {
   let figure = [...parent.children].find((f) => f.dataset.id === id);
@@ -67,7 +68,7 @@ function render(figure) {
   const ys = lines.flatMap((l) => [l.shown.y, l.shown.lo || [], l.shown.hi || []]);
   const log = chart.log && extent(ys, true) !== null;
   const yRange = padded(extent(ys, log) || [0, 1], log), xLog = chart.axis.kind === "sigma";
-  const yTicks = log ? logTicks(...yRange, height / 38) : ticks(...yRange, height / 45);
+  const yTicks = log ? logTicks(...yRange, height / 38) : scaled(yRange, height / 45, chart.unit);
   const labels = yTicks.map((t) => chart.format(t));
   const left = 12 + 6.6 * Math.max(2, ...labels.map((l) => l.length)), right = 10, bottom = 34;
   const top = chart.marks && chart.marks.length ? 20 : 8;
@@ -81,7 +82,7 @@ function render(figure) {
   yTicks.forEach((t, i) => svg.append(
     make("line", { class: "grid", x1: left, x2: width - right, y1: fy(t), y2: fy(t) }),
     make("text", { x: left - 6, y: fy(t) + 4, "text-anchor": "end" }, labels[i])));
-  const space = width - left - right, xTicks = xLog ? logTicks(x0, x1, space / 70) : ticks(x0, x1, space / 85);
+  const space = width - left - right, xTicks = xLog ? logTicks(x0, x1, space / 70) : scaled([x0, x1], space / 85, chart.axis.unit);
   svg.append(make("line", { class: "base", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
   xTicks.forEach((t) => svg.append(
     make("text", { x: Math.min(fx(t), width - right - 12), y: height - bottom + 15, "text-anchor": "middle" }, chart.axis.format(t))));
@@ -89,12 +90,20 @@ function render(figure) {
   const clip = `clip-${chart.id}`, inner = make("g", { "clip-path": `url(#${clip})` });
   svg.append(make("defs", {}, make("clipPath", { id: clip }, make("rect", { x: left, y: top - 2, width: space, height: Math.max(1, height - bottom - top + 4) }))));
   for (const line of lines) inner.append(...paths(line, chart));
-  if (chart.at !== undefined && chart.at >= x0 && chart.at <= x1) inner.append(make("line", { class: "at", x1: fx(chart.at), x2: fx(chart.at), y1: top, y2: height - bottom }));
+  for (const { x, colour } of chart.at || []) {
+    if (x >= x0 && x <= x1) inner.append(make("line", { class: "at", x1: fx(x), x2: fx(x), y1: top, y2: height - bottom, style: `stroke:${colour}` }));
+  }
   svg.append(inner, ...markers(chart));
   svg.append(make("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" }));
   if (!lines.some((l) => l.shown.x.length)) svg.append(make("text", { x: left + space / 2, y: height / 2 - 10, "text-anchor": "middle" }, chart.none || "nothing here yet"));
   listen(svg, chart);
   figure.replaceChildren(make("figcaption", {}, make("span", {}, chart.title), make("small", {}, chart.note || "")), svg, ...(chart.key ? [key(chart.key)] : []));
+}
+
+/** Round numbers of `unit`, which is a number or a function of the greatest value. */
+function scaled([low, high], count, unit = 1) {
+  const one = typeof unit === "function" ? unit(high) : unit;
+  return ticks(low / one, high / one, count).map((t) => t * one);
 }
 
 /** The points of a line in a range of x, with one on each side of it. */
@@ -124,6 +133,7 @@ function paths(line, chart) {
   const stroke = { "stroke-dasharray": line.dash, style: `stroke:${line.colour}` };
   if (smoothed) found.push(make("path", { class: "raw", d: trace(y), style: `stroke:${line.colour}` }));
   found.push(make("path", { class: line.faint ? "first" : "", d: trace(smoothed || y), ...stroke }));
+  if (line.edges) y.forEach((v, i) => usable(v) && found.push(make("path", { class: "bin", d: `M${chart.fx(line.edges[i])} ${chart.fy(v)}H${chart.fx(line.edges[i + 1])}`, style: `stroke:${line.colour}` })));
   if (line.dots || x.length === 1) {
     x.forEach((v, i) => usable(y[i]) && found.push(make("circle", { cx: chart.fx(v), cy: chart.fy(y[i]), r: 2.6, style: `fill:${line.colour};opacity:${line.faint ? 0.4 : 1}` })));
   }

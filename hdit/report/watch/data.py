@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from hdit.names import printable
-from hdit.report.watch.series import Numbers, hours, short, some, thin, whole
-from hdit.runs.history import History, Values
+from hdit.report.watch.series import hours, short, some, thin, whole
+from hdit.runs.history import BINS, History, Numbers, Values
 
 CURVES = (
     "loss", "grad_norm", "lr", "images_per_second", "data_wait_share", "mfu", "peak_memory",
-    "skipped_steps", "skipped_files", "rollbacks", "gradient_noise_scale", "ema_decay",
+    "skipped_steps", "skipped_files", "rollbacks", "gradient_noise_scale",
 )  # fmt: skip
 """Keys of metrics that the page has a chart of, where a run has them."""
 
@@ -49,8 +49,8 @@ def distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def _run(history: History, name: str, now: float) -> Values:
-    images = np.array(history.metrics.images)
-    columns = {key: np.array(history.metrics.column(key)) for key in history.metrics.values}
+    columns = history.metrics.table()
+    images = columns["images"]
     axes, notes = _axes(images, columns)
     validation, left_out = _validation(history.validation)
     events, counts = _events(history.events)
@@ -62,7 +62,7 @@ def _run(history: History, name: str, now: float) -> Values:
         "state": _state(history, columns, now),
         "axes": axes,
         "curves": {key: thin(images, columns[key]) for key in CURVES if key in columns},
-        "sigma": _by_sigma(images, columns),
+        "sigma": _by_sigma(columns, history.last),
         "validation": validation,
         "events": events,
         "event_counts": counts,
@@ -89,7 +89,7 @@ def _state(history: History, columns: dict[str, Numbers], now: float) -> Values:
         "images": images,
         "total": total,
         "step": last.get("step"),
-        "is": _going(history, images, total, speed, now),
+        "is": _going(history, images, total, columns["images"], speed, now),
         "written": history.written(),
         "speed": speed,
         "seconds_left": left,
@@ -100,15 +100,20 @@ def _state(history: History, columns: dict[str, Numbers], now: float) -> Values:
 
 
 def _going(
-    history: History, images: int, total: int | None, speed: float | None, now: float
+    history: History,
+    reached: int,
+    total: int | None,
+    images: Numbers,
+    speed: float | None,
+    now: float,
 ) -> str:
     """finished, training, starting, stalled, stopped or not begun."""
     owner, written = history.owner(), history.written()
-    if total is not None and images >= total:
+    if total is not None and reached >= total:
         return "finished"
-    if not len(history.metrics):
+    if not history.metrics.count:
         return "not begun" if owner is None else "starting"
-    counts = np.array(history.metrics.images[-RECENT:])
+    counts = images[-RECENT:]
     usual = float(np.median(np.diff(counts))) / speed if speed and len(counts) > 1 else 60.0
     silent = now - (written or now)
     if owner is None:
@@ -141,24 +146,14 @@ def _axes(images: Numbers, columns: dict[str, Numbers]) -> tuple[Values, list[st
     return table, notes
 
 
-def _by_sigma(images: Numbers, columns: dict[str, Numbers]) -> Values | None:
+def _by_sigma(columns: dict[str, Numbers], last: Values) -> Values | None:
     """The training loss in each bin of sigma, and the bins' edges in the last line; or None."""
-    edges = _numbered(columns, "sigma_edges")
-    losses = _numbered(columns, "loss_by_sigma")
-    if not losses or len(edges) != len(losses) + 1:
+    images, edges = columns["images"], [_finite(n) for n in _list(last.get("sigma_edges"))]
+    absent = np.full(len(images), math.nan)  # of a bin that no image ever fell in
+    losses = [columns.get(f"loss_by_sigma.{i}", absent) for i in range(BINS)]
+    if all(loss is absent for loss in losses) or len(edges) != BINS + 1 or not _ascending(edges):
         return None
-    last = [float(column[-1]) if len(column) else math.nan for column in edges]
-    if not _ascending(last):
-        return None
-    return {"edges": short(np.array(last)), "bins": [thin(images, loss) for loss in losses]}
-
-
-def _numbered(columns: dict[str, Numbers], key: str) -> list[Numbers]:
-    """The columns key.0, key.1, ...; one that is missing, as of an empty bin, is all nan."""
-    places = [int(name.rpartition(".")[2]) for name in columns if name.startswith(f"{key}.")]
-    n = max((len(column) for column in columns.values()), default=0)
-    absent = np.full(n, math.nan)
-    return [columns.get(f"{key}.{i}", absent) for i in range(max(places, default=-1) + 1)]
+    return {"edges": edges, "bins": [thin(images, loss) for loss in losses]}
 
 
 def _validation(lines: Sequence[Values]) -> tuple[list[Values], int]:

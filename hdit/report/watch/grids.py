@@ -1,4 +1,4 @@
-"""Grids of samples within a page: as they are, or fewer and smaller where they would be too much."""
+"""Grids of samples within a page: as they are, or fewer and smaller where there are many."""
 
 from __future__ import annotations
 

@@ -6,12 +6,11 @@ const SI = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3,
 /** A number in at most `digits` digits, with k, M, G, ... from a thousand on. */
 function brief(value, digits = 4) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
+  const rounded = Number(value.toPrecision(digits)), size = Math.abs(rounded);
   for (const [unit, letter] of SI) {
-    if (size >= unit) return `${Number((value / unit).toPrecision(digits))}${letter}`;
+    if (size >= unit) return `${Number((rounded / unit).toPrecision(digits))}${letter}`;
   }
-  if (size !== 0 && size < 1e-3) return Number(value.toPrecision(digits)).toExponential().replace("e-", "e−");
-  return String(Number(value.toPrecision(digits)));
+  return size !== 0 && size < 1e-3 ? rounded.toExponential().replace("e-", "e−") : String(rounded);
 }
 
 /** A whole number with commas. */
@@ -55,16 +54,24 @@ function interpolate(xs, ys, x) {
   return width > 0 ? ys[i] + ((x - xs[i]) / width) * (ys[i + 1] - ys[i]) : ys[i + 1];
 }
 
-/** Means of all values up to each x, which weigh e times less for each `reach` that they lie back. */
+/**
+ * Means of all values around each x, which weigh e times less for each `reach` that they lie away.
+ * Those on both sides count, so that the curve does not lag behind.
+ */
 function smooth(xs, ys, reach) {
   if (!(reach > 0)) return ys;
-  let sum = 0, weight = 0;
-  return ys.map((y, i) => {
-    const keep = i ? Math.exp((xs[i - 1] - xs[i]) / reach) : 0;
-    sum = keep * sum + y;
-    weight = keep * weight + 1;
-    return sum / weight;
-  });
+  const n = ys.length, sums = ys.slice(), weights = new Array(n).fill(1);
+  for (const step of [1, -1]) {
+    let sum = 0, weight = 0;
+    for (let i = step > 0 ? 0 : n - 1; i >= 0 && i < n; i += step) {
+      sums[i] += sum;
+      weights[i] += weight;
+      const next = xs[i + step], keep = next === undefined ? 0 : Math.exp(-Math.abs(next - xs[i]) / reach);
+      sum = (sum + ys[i]) * keep;
+      weight = (weight + 1) * keep;
+    }
+  }
+  return sums.map((s, i) => s / weights[i]);
 }
 
 /** Round numbers within low..high, about `count` of them. */

@@ -10,6 +10,8 @@ const later = (i) => DASHES[Math.floor(i / COLOURS) % DASHES.length]; // runs be
 const shown = () => data.runs.map((run, i) => ({ run, i })).filter(({ run }) => !view.hidden.has(run.name));
 
 const share = (v, digits = 3) => (v === null ? "–" : `${Number((100 * v).toPrecision(digits))} %`);
+const rate = (v, digits = 3) => (v === 0 ? "0" : Number(v.toPrecision(digits)).toExponential().replace("e-", "e−").replace("e+", "e"));
+const binary = (v) => [2 ** 30, 2 ** 20, 2 ** 10].find((size) => v >= size) || 1;
 const bytes = (v, digits = 3) => {
   for (const [size, name] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) if (v >= size) return `${Number((v / size).toPrecision(digits))} ${name}`;
   return `${brief(v)} B`;
@@ -17,13 +19,12 @@ const bytes = (v, digits = 3) => {
 const CURVES = [
   { key: "loss", title: "training loss", wide: true, log: true, smooth: true },
   { key: "grad_norm", title: "gradient norm", log: true, smooth: true },
-  { key: "lr", title: "learning rate" },
+  { key: "lr", title: "learning rate", format: rate },
   { key: "images_per_second", title: "images/s", smooth: true },
   { key: "data_wait_share", title: "waiting for data", format: share, smooth: true },
   { key: "mfu", title: "MFU", note: "share of the peak", format: share, smooth: true },
-  { key: "peak_memory", title: "peak memory", format: bytes },
+  { key: "peak_memory", title: "peak memory", format: bytes, unit: binary },
   { key: "gradient_noise_scale", title: "gradient noise scale", note: "images", log: true, smooth: true },
-  { key: "ema_decay", title: "EMA decay", format: (v, d = 6) => brief(v, d) },
   { key: "skipped_steps", title: "skipped steps", quiet: true },
   { key: "rollbacks", title: "rollbacks", quiet: true },
   { key: "skipped_files", title: "skipped files", quiet: true },
@@ -36,13 +37,15 @@ const AXES = {
   macs: { label: "MACs of training", format: (v) => brief(v, 4), read: (v) => `${brief(v, 4)} MACs` },
   hours: { label: "hours of training", format: (v) => brief(v, 4), read: (v) => duration(v * 3600) },
 };
+const MINUTES = { label: "minutes of training", unit: 1 / 60, format: (v) => brief(v * 60, 4) };
 const convert = (run, images) => (view.axis === "images" ? images : interpolate(run.axes.images, run.axes[view.axis], images));
 const drawable = (run) => Array.isArray(run.axes[view.axis]);
 
 function timeAxis() {
   const ends = shown().filter(({ run }) => drawable(run)).map(({ run }) => convert(run, lastImages(run)));
   const range = view.zoom || [0, Math.max(0, ...ends) || 1];
-  return { kind: "time", range, ...AXES[view.axis] };
+  const axis = { kind: "time", range, ...AXES[view.axis] };
+  return view.axis === "hours" && range[1] < 2 ? { ...axis, ...MINUTES } : axis;
 }
 const lastImages = (run) => Math.max(run.state.images, run.axes.images[run.axes.images.length - 1] || 0);
 
@@ -72,7 +75,8 @@ function line(run, i, curve, smoothing, more = {}) {
 function drawTime() {
   const axis = timeAxis(), found = marks(axis), log = $("log").checked, at = position();
   const here = shown().filter(({ run }) => drawable(run));
-  const common = { axis, onzoom, at: here.length ? convert(here[0].run, at) : undefined };
+  const there = view.at === Infinity ? [] : here.map(({ run, i }) => ({ x: convert(run, at), colour: colour(i) }));
+  const common = { axis, onzoom, at: new Set(there.map((m) => m.x)).size > 1 ? there : there.slice(0, 1).map((m) => ({ ...m, colour: "var(--accent)" })) };
   const ids = [];
   CURVES.forEach((c, n) => {
     const held = here.filter(({ run }) => run.curves[c.key]);
@@ -81,7 +85,7 @@ function drawTime() {
     const each = Math.max(1, ...held.map(({ run }) => (run.curves[c.key].each || [1])[0]));
     const note = each > 1 ? `mean of up to ${whole(each)} lines, shaded from least to greatest` : c.note;
     ids.push(c.key);
-    draw($("curves"), c.key, { ...common, id: `t${n}`, title: c.title, wide: c.wide, note, log: log && c.log, format: c.format || brief,
+    draw($("curves"), c.key, { ...common, id: `t${n}`, title: c.title, wide: c.wide, note, log: log && c.log, format: c.format || brief, unit: c.unit,
       lines: held.map(({ run, i }) => line(run, i, run.curves[c.key], c.smooth)), marks: c.wide || c.key === "grad_norm" ? found : [] });
   });
   keepOnly($("curves"), ids);
@@ -104,10 +108,11 @@ function drawValidation(common, found, log) {
   const dash = (name) => DASHES[names.indexOf(name) % DASHES.length];
   const using = names.filter((n) => !view.weights.has(n));
   $("weights").replaceChildren(...names.map((name) => toggle(weightTitle(name), !view.weights.has(name), "var(--text)", dash(name), () => flip(view.weights, name))));
+  const few = data.runs.every((run) => run.validation.length < 30);
   const lines = (quantity) => shown().filter(({ run }) => drawable(run)).flatMap(({ run, i }) => using.map((name) => {
     const held = run.validation.filter((v) => v.weights[name] && v.weights[name][quantity] !== null);
     const curve = { x: held.map((v) => v.images), y: held.map((v) => v.weights[name][quantity]) };
-    return line(run, i, curve, false, { label: `${run.name}, ${weightTitle(name)}`, dash: dash(name), dots: held.length < 40 });
+    return line(run, i, curve, false, { label: `${run.name}, ${weightTitle(name)}`, dash: dash(name), dots: few });
   }));
   const counts = [...new Set(data.runs.flatMap((run) => run.validation.map((v) => v.count)).filter(Boolean))];
   const note = counts.length ? `${counts.map(whole).join(" or ")} held-out images` : "";
@@ -156,7 +161,7 @@ function drawLevels() {
   const at = position(), held = shown().map(({ run, i }) => ({ run, i, now: levels(run, at), first: levels(run, firstLevel(run)) })).filter((h) => h.now);
   const range = extent(held.map((h) => h.now.edges), true) || [0.01, 100];
   const axis = { kind: "sigma", label: "sigma (log scale)", range, format: (v) => brief(v, 3), read: (v) => `sigma ${brief(v, 3)}` };
-  const line = ({ run, i }, level, faint) => ({ label: faint ? `${run.name}, first` : run.name, colour: colour(i), dash: later(i), faint, dots: true, x: middles(level.edges), y: level.values });
+  const line = ({ run, i }, level, faint) => ({ label: faint ? `${run.name}, first` : run.name, colour: colour(i), dash: later(i), faint, dots: true, edges: faint ? null : level.edges, x: middles(level.edges), y: level.values });
   const lines = held.flatMap((h) => (h.first && h.first.images < h.now.images ? [line(h, h.first, true)] : []).concat([line(h, h.now, false)]));
   const of = view.quantity === "training" ? "" : `, ${weightTitle(view.which)}`;
   draw($("sigma"), "levels", { axis, id: "s0", wide: true, title: `${kinds.find(([k]) => k === view.quantity)[1]}${of}`, note: "faint: the first", log: $("log").checked, format: brief, lines });
@@ -265,9 +270,9 @@ function drawEvents() {
   const rows = all.slice(0, 500).map(({ e, run, i }) => make("tr", { class: "go", title: "move the scrubber here", onclick: () => { view.at = e.images; moved(); } },
     make("td", {}, make("span", { class: "dot", colour: colour(i) }), run.name), make("td", { class: "n" }, whole(e.images)),
     make("td", { class: "n" }, e.time ? clock(e.time) : ""), make("td", {}, e.kind), make("td", {}, e.text)));
-  const head = make("tr", {}, ...["run", "images", "time", "kind", "what"].map((t) => make("th", {}, t)));
+  const head = make("tr", {}, ...["run", "images", "time", "kind", "what"].map((t, n) => make("th", { class: n === 1 || n === 2 ? "n" : null }, t)));
   const total = Object.values(counts).reduce((a, b) => a + b, 0), kept = data.runs.reduce((a, run) => a + run.events.length, 0);
-  $("events").replaceChildren(total ? make("div", { class: "scroll list" }, make("table", { class: "wide" }, make("thead", {}, head), make("tbody", {}, ...rows)))
+  $("events").replaceChildren(total ? make("div", { class: "scroll list" }, make("table", { class: "wide stack" }, make("thead", {}, head), make("tbody", {}, ...rows)))
     : make("p", { class: "empty" }, "Nothing out of the ordinary has happened."),
   ...(kept < total || all.length > 500 ? [make("p", { class: "note" }, `Of ${whole(total)} events the page holds ${whole(kept)}, the first and the last of each kind, and lists 500 at most; all are in events.jsonl of each run.`)] : []));
 }
@@ -293,7 +298,7 @@ function drawRuns() {
     const name = names.includes("ema") ? "ema" : names[0];
     const facts = [
       ["loss", "loss" in last ? brief(last.loss) : null], [`validation, ${name ? weightTitle(name) : ""}`, name ? brief(validated.weights[name].loss) : null],
-      ["speed", s.speed ? `${brief(s.speed, 3)} images/s` : null], ["MFU", "mfu" in last ? share(last.mfu) : null],
+      ["images/s", s.speed ? brief(s.speed, 3) : null], ["MFU", "mfu" in last ? share(last.mfu) : null],
       ["memory", last.peak_memory ? bytes(last.peak_memory) : null], ["weights", s.weights ? brief(s.weights, 3) : null],
       ["MACs an image", s.macs ? brief(s.macs, 3) : null],
     ].filter(([, value]) => value !== null);

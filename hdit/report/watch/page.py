@@ -31,7 +31,7 @@ def write_page(folders: Sequence[Path]) -> str:
 
 
 def live(histories: Sequence[History], now: float, every: float) -> Values:
-    """What a page that is served draws: grids are links, and it asks again after `every` seconds."""
+    """What a served page draws: grids are links, and it asks again after `every` seconds."""
     told = describe(histories, now) | {"live": every}
     for number, (run, history) in enumerate(zip(told["runs"], histories, strict=True)):
         run["grids"] = links(number, list(history.grids()))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
+from hdit.runs.history import Numbers
 
 POINTS = 800
 """Of a curve: more than most charts have pixels."""
