@@ -15,6 +15,7 @@ from hdit.report.watch.series import some
 PAGE_BYTES = 24 * 10**6
 """Of all grids in a page, in base64."""
 
+HEAD = 32  # bytes of a data URI before and after the image, at most
 ENOUGH = 60  # grids of a run, which are thinned to no fewer before they are made smaller
 SIDE = 1024  # pixels of a grid that was made smaller
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,20 +32,21 @@ def embed(grids: dict[int, Path], budget: float) -> tuple[list[dict[str, Any]], 
     counts, total = list(grids), len(grids)
     if not total:
         return [], []
-    largest = max(_size(path) for path in grids.values()) * 4 / 3
-    fit = int(budget / largest) if largest else total
+    largest = max(_size(path) for path in grids.values())
+    fit = int(budget / (largest * 4 / 3 + HEAD))
     smaller = fit < min(total, ENOUGH)
     if smaller:
-        fit = int(0.8 * budget / max(len(_shrunk(grids[n])) for n in (counts[0], counts[-1])))
+        sizes = [len(_shrunk(grids[n])) for n in (counts[0], counts[-1])]
+        fit = int(0.8 * budget / max(*sizes, 1))
     picked = [counts[i] for i in some(total, max(2, fit))]
     found, spent, damaged = [], 0, 0
-    for images in picked:
+    for images in reversed(picked):  # the newest are there, whatever else has no room
         uri = _shrunk(grids[images]) if smaller else _as_is(grids[images])
         damaged += not uri
         if uri and spent + len(uri) <= budget:
             spent += len(uri)
             found.append({"images": images, "src": uri})
-    return found, _notes(total, len(found), damaged, smaller, grids[counts[0]].parent)
+    return found[::-1], _notes(total, len(found), damaged, smaller, grids[counts[0]].parent)
 
 
 def _notes(total: int, shown: int, damaged: int, smaller: bool, folder: Path) -> list[str]:
