@@ -189,7 +189,7 @@ def test_differences_are_the_keys_that_are_not_the_same():
         {"key": "only", "values": [None, '"b"']},
         {"key": "t.lr", "values": ["0.1", "0.2"]},
     ]
-    assert differences([a, a]) == []
+    assert differences([a, a, {}]) == []
     assert differences([]) == []
 
 

@@ -69,7 +69,7 @@ function render(figure) {
   const log = chart.log && extent(ys, true) !== null;
   const yRange = padded(extent(ys, log) || [0, 1], log), xLog = chart.axis.kind === "sigma";
   const yTicks = log ? logTicks(...yRange, height / 38) : scaled(yRange, height / 45, chart.unit);
-  const labels = yTicks.map((t) => chart.format(t));
+  const labels = labelled(yTicks, chart.format);
   const left = 12 + 6.6 * Math.max(2, ...labels.map((l) => l.length)), right = 10, bottom = 34;
   const top = chart.marks && chart.marks.length ? 20 : 8;
   const [x0, x1] = chart.axis.range;
@@ -84,8 +84,8 @@ function render(figure) {
     make("text", { x: left - 6, y: fy(t) + 4, "text-anchor": "end" }, labels[i])));
   const space = width - left - right, xTicks = xLog ? logTicks(x0, x1, space / 70) : scaled([x0, x1], space / 85, chart.axis.unit);
   svg.append(make("line", { class: "base", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
-  xTicks.forEach((t) => svg.append(
-    make("text", { x: Math.min(fx(t), width - right - 12), y: height - bottom + 15, "text-anchor": "middle" }, chart.axis.format(t))));
+  labelled(xTicks, chart.axis.format).forEach((label, i) => svg.append(
+    make("text", { x: Math.min(fx(xTicks[i]), width - right - 12), y: height - bottom + 15, "text-anchor": "middle" }, label)));
   svg.append(make("text", { x: left + space / 2, y: height - 4, "text-anchor": "middle" }, chart.axis.label));
   const clip = `clip-${chart.id}`, inner = make("g", { "clip-path": `url(#${clip})` });
   svg.append(make("defs", {}, make("clipPath", { id: clip }, make("rect", { x: left, y: top - 2, width: space, height: Math.max(1, height - bottom - top + 4) }))));
@@ -104,6 +104,15 @@ function render(figure) {
 function scaled([low, high], count, unit = 1) {
   const one = typeof unit === "function" ? unit(high) : unit;
   return ticks(low / one, high / one, count).map((t) => t * one);
+}
+
+/** The labels of ticks, with as many digits as tell them apart. */
+function labelled(values, format) {
+  for (const digits of [3, 4, 5, 6, 8, 10]) {
+    const labels = values.map((v) => format(v, digits));
+    if (new Set(labels).size === labels.length) return labels;
+  }
+  return values.map((v) => format(v, 12));
 }
 
 /** The points of a line in a range of x, with one on each side of it. */

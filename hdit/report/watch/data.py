@@ -218,13 +218,16 @@ def _briefly(value: Any) -> str:
 
 
 def differences(configs: Sequence[Values]) -> list[Values]:
-    """The settings that are not the same in all configs: key, and the values as text or None."""
-    flat = [dict(_flat(config, "")) for config in configs]
+    """The settings that are not the same in all configs: key, and the values as text or None.
+
+    A config that is empty, as of a run that has just begun, differs in nothing.
+    """
+    flat = [dict(_flat(config, "")) if config else {} for config in configs]
     keys = sorted(set().union(*flat))
     return [
         {"key": printable(key), "values": [held.get(key) for held in flat]}
         for key in keys
-        if len({held.get(key) for held in flat}) > 1
+        if len({held.get(key) for held in flat if held}) > 1
     ]
 
 

@@ -33,11 +33,11 @@ const CURVES = [
 // ---- axes -------------------------------------------------------------------------------------
 
 const AXES = {
-  images: { label: "images", format: (v) => brief(v, 4), read: (v) => `${whole(v)} images` },
-  macs: { label: "MACs of training", format: (v) => brief(v, 4), read: (v) => `${brief(v, 4)} MACs` },
-  hours: { label: "hours of training", format: (v) => brief(v, 4), read: (v) => duration(v * 3600) },
+  images: { label: "images", format: brief, read: (v) => `${whole(v)} images` },
+  macs: { label: "MACs of training", format: brief, read: (v) => `${brief(v, 4)} MACs` },
+  hours: { label: "hours of training", format: brief, read: (v) => duration(v * 3600) },
 };
-const MINUTES = { label: "minutes of training", unit: 1 / 60, format: (v) => brief(v * 60, 4) };
+const MINUTES = { label: "minutes of training", unit: 1 / 60, format: (v, digits) => brief(v * 60, digits) };
 const convert = (run, images) => (view.axis === "images" ? images : interpolate(run.axes.images, run.axes[view.axis], images));
 const drawable = (run) => Array.isArray(run.axes[view.axis]);
 
@@ -83,7 +83,7 @@ function drawTime() {
     if (c.quiet && !held.some(({ run }) => run.curves[c.key].y.some((v) => v > 0))) return;
     if (c.key !== "loss" && !held.length) return;
     const each = Math.max(1, ...held.map(({ run }) => (run.curves[c.key].each || [1])[0]));
-    const note = each > 1 ? `mean of up to ${whole(each)} lines, shaded from least to greatest` : c.note;
+    const note = c.wide && each > 1 ? `means of up to ${whole(each)} lines; shaded: from the least to the greatest` : c.note;
     ids.push(c.key);
     draw($("curves"), c.key, { ...common, id: `t${n}`, title: c.title, wide: c.wide, note, log: log && c.log, format: c.format || brief, unit: c.unit,
       lines: held.map(({ run, i }) => line(run, i, run.curves[c.key], c.smooth)), marks: c.wide || c.key === "grad_norm" ? found : [] });
@@ -160,7 +160,7 @@ function drawLevels() {
   $("whose").hidden = view.quantity === "training" || names.length < 2;
   const at = position(), held = shown().map(({ run, i }) => ({ run, i, now: levels(run, at), first: levels(run, firstLevel(run)) })).filter((h) => h.now);
   const range = extent(held.map((h) => h.now.edges), true) || [0.01, 100];
-  const axis = { kind: "sigma", label: "sigma (log scale)", range, format: (v) => brief(v, 3), read: (v) => `sigma ${brief(v, 3)}` };
+  const axis = { kind: "sigma", label: "sigma (log scale)", range, format: brief, read: (v) => `sigma ${brief(v, 3)}` };
   const line = ({ run, i }, level, faint) => ({ label: faint ? `${run.name}, first` : run.name, colour: colour(i), dash: later(i), faint, dots: true, edges: faint ? null : level.edges, x: middles(level.edges), y: level.values });
   const lines = held.flatMap((h) => (h.first && h.first.images < h.now.images ? [line(h, h.first, true)] : []).concat([line(h, h.now, false)]));
   const of = view.quantity === "training" ? "" : `, ${weightTitle(view.which)}`;
@@ -180,7 +180,7 @@ function drawBins(common, log) {
       return line(run, i, { x: held.map((v) => v.images), y: held.map((v) => v.weights[view.which][view.quantity][n]) }, false, { dots: held.length < 25 });
     });
     ids.push(`bin${n}`);
-    draw($("bins"), `bin${n}`, { ...common, id: `b${n}`, height: 150, title: `sigma ${brief(first.edges[n], 3)} to ${brief(first.edges[n + 1], 3)}`, log, format: (v, d = 3) => brief(v, d), lines: lines.filter(Boolean) });
+    draw($("bins"), `bin${n}`, { ...common, id: `b${n}`, height: 150, title: `sigma ${brief(first.edges[n], 3)} to ${brief(first.edges[n + 1], 3)}`, log, format: brief, lines: lines.filter(Boolean) });
   });
   keepOnly($("bins"), ids);
 }
@@ -235,7 +235,7 @@ function play() {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.closest("input, select, textarea, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!(event.target instanceof Element) || event.target.closest("input, select, textarea, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
   const steps = { ArrowLeft: -1, ArrowRight: 1, Home: -1e9, End: 1e9 }[event.key];
   if (steps === undefined) return;
   event.preventDefault();
@@ -267,8 +267,8 @@ function drawEvents() {
   $("kinds").replaceChildren(...Object.entries(counts).map(([kind, n]) => toggle(`${kind} (${whole(n)})`, !view.kinds.has(kind), null, null, () => flip(view.kinds, kind))));
   const all = shown().flatMap(({ run, i }) => run.events.filter((e) => !view.kinds.has(e.kind)).map((e) => ({ e, run, i })));
   all.sort((a, b) => (b.e.time || 0) - (a.e.time || 0) || b.e.images - a.e.images);
-  const rows = all.slice(0, 500).map(({ e, run, i }) => make("tr", { class: "go", title: "move the scrubber here", onclick: () => { view.at = e.images; moved(); } },
-    make("td", {}, make("span", { class: "dot", colour: colour(i) }), run.name), make("td", { class: "n" }, whole(e.images)),
+  const rows = all.slice(0, 500).map(({ e, run, i }) => make("tr", { class: "go", onclick: () => { view.at = e.images; moved(); } },
+    make("td", { class: "name", title: run.name }, make("span", { class: "dot", colour: colour(i) }), run.name), make("td", { class: "n" }, whole(e.images)),
     make("td", { class: "n" }, e.time ? clock(e.time) : ""), make("td", {}, e.kind), make("td", {}, e.text)));
   const head = make("tr", {}, ...["run", "images", "time", "kind", "what"].map((t, n) => make("th", { class: n === 1 || n === 2 ? "n" : null }, t)));
   const total = Object.values(counts).reduce((a, b) => a + b, 0), kept = data.runs.reduce((a, run) => a + run.events.length, 0);
@@ -279,7 +279,7 @@ function drawEvents() {
 
 function drawSettings() {
   const same = "The settings of the runs are the same.";
-  const rows = data.differences.map(({ key, values }) => make("tr", {}, make("td", {}, make("code", {}, key)), ...values.map((v) => make("td", {}, v === null ? "not set" : make("code", {}, v)))));
+  const rows = data.differences.map(({ key, values }) => make("tr", {}, make("td", {}, make("code", {}, key)), ...values.map((v, i) => make("td", {}, v !== null ? make("code", {}, v) : data.runs[i].config ? "not set" : "–"))));
   const head = make("tr", {}, make("th", {}, "setting"), ...data.runs.map((run, i) => make("th", {}, make("span", { class: "dot", colour: colour(i) }), run.name)));
   $("differences").replaceChildren(...(data.runs.length < 2 ? [] : !rows.length ? [make("p", { class: "empty" }, same)]
     : [make("h3", {}, "What differs"), make("div", { class: "scroll" }, make("table", { class: "wide" }, make("thead", {}, head), make("tbody", {}, ...rows)))]));
@@ -306,7 +306,7 @@ function drawRuns() {
     const left = s.seconds_left !== null && s.is === "training" ? `${duration(s.seconds_left)} left` : "";
     return make("article", { class: "run", colour: colour(i) },
       make("h2", {}, make("span", {}, run.name), make("span", { class: `pill ${s.is.split(" ")[0]}` }, STATES[s.is])),
-      make("div", { class: "path" }, run.folder),
+      run.folder === run.name ? null : make("div", { class: "path" }, run.folder),
       part === null ? null : make("div", { class: "meter", role: "progressbar", "aria-label": "images trained on", "aria-valuenow": Math.round(100 * part), "aria-valuemin": 0, "aria-valuemax": 100 }, make("div", { style: `width:${(100 * part).toFixed(2)}%` })),
       make("div", { class: "progress" }, make("span", {}, make("b", {}, whole(s.images)), s.total ? ` of ${whole(s.total)} images` : " images"), left ? make("b", {}, left) : null, make("span", {}, ago)),
       make("dl", { class: "facts" }, ...facts.map(([title, value]) => make("div", {}, make("dt", {}, title), make("dd", {}, value)))),
