@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hdit.messages import echo, message
+from hdit.messages import echo
 
 PORT = 8765
 
@@ -41,6 +41,7 @@ def watch(
     """
     from hdit.errors import UserError
     from hdit.files import check_writable, write_text
+    from hdit.names import printable
     from hdit.report.watch.page import write_page
     from hdit.runs.history import check_run
 
@@ -52,16 +53,18 @@ def watch(
         check_run(run)
     for i, run in enumerate(runs):
         if any(run.samefile(other) for other in runs[:i]):
-            raise UserError(f"RUN: {run} is named twice")
+            raise UserError(f"RUN: {printable(str(run))} is named twice")
     if serve:
         _serve(runs, PORT if port is None else port)
         return
     page = runs[0] / "watch.html" if out is None else out
     if page.is_dir():
-        raise UserError(f"--out: {page} is a folder; name a file in it, such as watch.html")
+        raise UserError(
+            f"--out: {printable(str(page))} is a folder; name a file in it, such as watch.html"
+        )
     check_writable(page)
     write_text(page, write_page(runs))
-    typer.echo(message(str(page)))
+    typer.echo(printable(str(page)))
 
 
 def _serve(runs: list[Path], port: int) -> None:

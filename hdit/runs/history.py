@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hdit.errors import UserError
 from hdit.locks import LOCK
+from hdit.names import printable
 from hdit.reading import ReadingError, open_regular, parse_json, parse_toml, read_text
 
 Values = dict[str, Any]
@@ -333,16 +334,17 @@ def is_event(values: Values) -> bool:
 
 def check_run(path: Path) -> None:
     """Raises UserError where a folder is not of a run, not even of one that has just begun."""
+    name = printable(str(path))
     if not path.is_dir():
         what = "is a file" if path.exists() else "there is no such folder"
-        raise UserError(f"{path}: {what}; name the folder of a run, which `hdit train` makes")
+        raise UserError(f"{name}: {what}; name the folder of a run, which `hdit train` makes")
     if (path / "manifest.json").exists():
         raise UserError(
-            f"{path}: is a checkpoint or a converted model; name the folder of the run that "
+            f"{name}: is a checkpoint or a converted model; name the folder of the run that "
             "trained it"
         )
-    if not any((path / name).exists() for name in ("config.toml", "metrics.jsonl", LOCK)):
-        raise UserError(f"{path}: is no run: it has neither config.toml nor metrics.jsonl")
+    if not any((path / file).exists() for file in ("config.toml", "metrics.jsonl", LOCK)):
+        raise UserError(f"{name}: is no run: it has neither config.toml nor metrics.jsonl")
 
 
 def _written(path: Path) -> float | None:

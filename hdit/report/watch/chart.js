@@ -82,7 +82,7 @@ function render(figure) {
   yTicks.forEach((t, i) => svg.append(
     make("line", { class: "grid", x1: left, x2: width - right, y1: fy(t), y2: fy(t) }),
     make("text", { x: left - 6, y: fy(t) + 4, "text-anchor": "end" }, labels[i])));
-  const space = width - left - right, xTicks = xLog ? logTicks(x0, x1, space / 70) : scaled([x0, x1], space / 85, chart.axis.unit);
+  const space = width - left - right, xTicks = xLog ? logTicks(x0, x1, space / 70) : scaled([x0, x1], Math.max(2, space / 85), chart.axis.unit);
   svg.append(make("line", { class: "base", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
   labelled(xTicks, chart.axis.format).forEach((label, i) => svg.append(
     make("text", { x: Math.min(fx(xTicks[i]), width - right - 12), y: height - bottom + 15, "text-anchor": "middle" }, label)));

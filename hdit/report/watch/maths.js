@@ -84,12 +84,11 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** Round numbers within low..high of a logarithmic axis: powers of ten, with 2 and 5 if few. */
+/** Round numbers within low..high of a logarithmic axis: powers of ten, and more between if few. */
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low), found = [];
-  if (decades < 0.7) return ticks(low, high, count).filter((t) => t > 0);
   const every = Math.max(1, Math.ceil(decades / count));
-  const steps = decades * 3 <= count + 2 ? [1, 2, 5] : [1];
+  const steps = decades < 0.8 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : decades * 3 <= count + 2 ? [1, 2, 5] : [1];
   for (let k = Math.floor(Math.log10(low)); k <= Math.ceil(Math.log10(high)); k++) {
     if (steps.length === 1 && k % every) continue;
     for (const m of steps) {
@@ -97,7 +96,7 @@ function logTicks(low, high, count) {
       if (t >= low * 0.999999 && t <= high * 1.000001) found.push(t);
     }
   }
-  return found.length > 1 ? found : ticks(low, high, count).filter((t) => t > 0);
+  return found.length > 2 ? found : ticks(low, high, count).filter((t) => t > 0);
 }
 
 /** The least and the greatest of the finite numbers of several lists, above 0 if `log`; or null. */

@@ -287,7 +287,7 @@ function drawSettings() {
   $("configs").replaceChildren(...data.runs.map((run) => make("details", { "data-run": run.name, open: open.has(run.name) }, make("summary", {}, `config.toml of ${run.name}`), make("pre", {}, run.config || "not there yet"))));
 }
 
-const clock = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const clock = (seconds, year) => new Date(seconds * 1000).toLocaleString("en-GB", { day: "numeric", month: "short", year, hour: "2-digit", minute: "2-digit" });
 const STATES = { finished: "✓ finished", training: "● going on", starting: "● starting", stalled: "! stalled", stopped: "◼ stopped", "not begun": "○ not begun" };
 
 function drawRuns() {
@@ -338,7 +338,7 @@ $("which").addEventListener("change", (e) => { view.which = e.target.value; draw
 
 function drawMade(lost) {
   $("made").classList.toggle("lost", Boolean(lost));
-  $("made").textContent = lost ? `not connected: as of ${clock(data.made)}` : data.live ? "live" : `as of ${clock(data.made)}`;
+  $("made").textContent = lost ? `not connected: as of ${clock(data.made, "numeric")}` : data.live ? "live" : `as of ${clock(data.made, "numeric")}`;
 }
 
 async function refresh() {
