@@ -114,7 +114,10 @@ class Tail:
                 raise ReadingError(
                     f"{self.path}: has more than {MAX_METRICS:,} bytes, which no such file has"
                 )
-            self.identity = found.st_dev, found.st_ino
+            identity = found.st_dev, found.st_ino
+            if self.identity not in (None, identity) or found.st_size < self.offset:
+                return  # written anew since `is_other` was asked, which will tell of it
+            self.identity = identity
             file.seek(max(self.offset - 1, 0))
             if self.offset and file.read(1) != b"\n" and file.read(1) == b"\n":
                 self.offset += 1  # the end of a line that was whole without it

@@ -210,3 +210,15 @@ def test_check_run_tells_what_a_path_is_instead(tmp_path):
             check_run(tmp_path / name)
     (tmp_path / "empty" / ".lock").touch()
     check_run(tmp_path / "empty")
+
+
+def test_tail_of_a_file_that_is_replaced_between_look_and_reading_reads_nothing_yet(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, at(1))
+    tail = Tail(path)
+    assert len(list(tail.read())) == 1
+    assert not tail.is_other()
+    write(tmp_path / "new", at(1), at(2), at(3))
+    os.replace(tmp_path / "new", path)
+    assert list(tail.read()) == []
+    assert tail.is_other()

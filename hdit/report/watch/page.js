@@ -55,7 +55,7 @@ function reach() {
   return part * Math.max(1, ...shown().map(({ run }) => lastImages(run)));
 }
 
-function marks(axis) {
+function marks() {
   if (!$("marks").checked) return [];
   const found = shown().filter(({ run }) => drawable(run)).flatMap(({ run, i }) => run.events.filter((e) => !view.kinds.has(e.kind)).map((e) => ({
     x: convert(run, e.images), colour: colour(i), label: e.kind, title: `${run.name}, ${whole(e.images)} images: ${e.kind}${e.text ? `: ${e.text}` : ""}` })));
@@ -73,7 +73,7 @@ function line(run, i, curve, smoothing, more = {}) {
 }
 
 function drawTime() {
-  const axis = timeAxis(), found = marks(axis), log = $("log").checked, at = position();
+  const axis = timeAxis(), found = marks(), log = $("log").checked, at = position();
   const here = shown().filter(({ run }) => drawable(run));
   const there = view.at === Infinity ? [] : here.map(({ run, i }) => ({ x: convert(run, at), colour: colour(i) }));
   const common = { axis, onzoom, at: new Set(there.map((m) => m.x)).size > 1 ? there : there.slice(0, 1).map((m) => ({ ...m, colour: "var(--accent)" })) };
@@ -144,9 +144,12 @@ function levels(run, images) {
   return last ? { edges: last.edges, values: last.weights[view.which][view.quantity], images: last.images } : null;
 }
 
+/** Fills a menu, but not one that is open and has these entries already. */
 function options(select, entries, chosen) {
-  select.replaceChildren(...entries.map(([value, text]) => make("option", { value, selected: value === chosen }, text)));
-  return chosen;
+  if ([...select.options].map((o) => o.value).join("\n") !== entries.map(([value]) => value).join("\n")) {
+    select.replaceChildren(...entries.map(([value, text]) => make("option", { value }, text)));
+  }
+  select.value = chosen;
 }
 
 function drawLevels() {
@@ -267,7 +270,8 @@ function drawEvents() {
   $("kinds").replaceChildren(...Object.entries(counts).map(([kind, n]) => toggle(`${kind} (${whole(n)})`, !view.kinds.has(kind), null, null, () => flip(view.kinds, kind))));
   const all = shown().flatMap(({ run, i }) => run.events.filter((e) => !view.kinds.has(e.kind)).map((e) => ({ e, run, i })));
   all.sort((a, b) => (b.e.time || 0) - (a.e.time || 0) || b.e.images - a.e.images);
-  const rows = all.slice(0, 500).map(({ e, run, i }) => make("tr", { class: "go", onclick: () => { view.at = e.images; moved(); } },
+  const to = (e) => { view.at = e.images; moved(); };
+  const rows = all.slice(0, 500).map(({ e, run, i }) => make("tr", { class: "go", tabindex: 0, onclick: () => to(e), onkeydown: (key) => key.key === "Enter" && to(e) },
     make("td", { class: "name", title: run.name }, make("span", { class: "dot", colour: colour(i) }), run.name), make("td", { class: "n" }, whole(e.images)),
     make("td", { class: "n" }, e.time ? clock(e.time) : ""), make("td", {}, e.kind), make("td", {}, e.text)));
   const head = make("tr", {}, ...["run", "images", "time", "kind", "what"].map((t, n) => make("th", { class: n === 1 || n === 2 ? "n" : null }, t)));
@@ -319,14 +323,22 @@ function toggle(text, pressed, stroke, dash, onclick) {
 }
 function flip(set, name) { if (!set.delete(name)) set.add(name); drawAll(); }
 
-function drawAll() {
+/** Draws anew, and leaves the focus of the keyboard on the same button. */
+function keepingFocus(draw) {
+  const held = document.activeElement, place = held && held.closest("[id]");
+  const at = place ? [...place.querySelectorAll("button")].indexOf(held) : -1;
+  draw();
+  if (at >= 0 && place.querySelectorAll("button")[at]) place.querySelectorAll("button")[at].focus();
+}
+
+const drawAll = () => keepingFocus(() => {
   $("legend").replaceChildren(...data.runs.map((run, i) => toggle(run.name, !view.hidden.has(run.name), colour(i), later(i), () => flip(view.hidden, run.name))));
   for (const input of document.querySelectorAll("#axis input")) {
     input.disabled = !data.runs.some((run) => Array.isArray(run.axes[input.value]));
     input.title = input.disabled ? "No run has it in its metrics." : "";
   }
   drawRuns(); drawScrubbers(); drawGrids(); drawTime(); drawEvents(); drawSettings();
-}
+});
 
 // ---- controls, and a run that goes on ---------------------------------------------------------
 
