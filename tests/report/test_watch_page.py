@@ -134,10 +134,11 @@ def test_many_grids_are_thinned_between_the_first_and_the_last(tmp_path):
     assert str(tmp_path) in notes[0]
 
 
-def test_large_grids_are_made_smaller_within_the_budget(tmp_path):
+def test_large_grids_are_made_smaller_within_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "SIDE", 64)
     paths = {n: tmp_path / f"{n}.png" for n in range(6)}
     for n, path in paths.items():
-        png(path, side=1200, seed=n)  # of noise: no grid is larger
+        png(path, side=120, seed=n)  # of noise: no grid is larger
     [one], _ = grids.embed({0: paths[0]}, paths[0].stat().st_size)
     budget = 4.5 * len(one["src"])
     found, notes = grids.embed(paths, budget)
@@ -146,8 +147,8 @@ def test_large_grids_are_made_smaller_within_the_budget(tmp_path):
     assert {found[0]["images"], found[-1]["images"]} == {0, 5}
     content = base64.b64decode(found[0]["src"].partition(",")[2])
     with Image.open(io.BytesIO(content)) as image:
-        assert (image.format, image.size) == ("WEBP", (1024, 1024))
-    assert any("1024 pixels" in note for note in notes)
+        assert (image.format, image.size) == ("WEBP", (64, 64))
+    assert any("64 pixels" in note for note in notes)
 
 
 def test_damaged_grid_is_left_out_and_told_of(tmp_path):
@@ -224,4 +225,6 @@ def test_search_and_interpolation_find_what_lies_at_x():
         "interpolate([0, 10, 20], [0, 1, 5], 15)", "interpolate([0, 10, 20], [0, 1, 5], 30)",
         "interpolate([0], [0], 7)", "extent([[3, null, -1], [7]], false)",
         "extent([[3, null, -1], [7]], true)", "extent([[]], false)", "middles([1, 4, 16])",
-    ) == [-1, 1, 2, 1, 2, -1, 3, 9, 0, [-1, 7], [3, 7], None, [2, 8]]  # fmt: skip
+        "nearer([0.001, 1, 2, 3, 1000])", "nearer([0.5, 1, 2, 3, 4])", "nearer([1, 100])",
+    ) == [-1, 1, 2, 1, 2, -1, 3, 9, 0, [-1, 7], [3, 7], None, [2, 8],
+          [0.125, 1, 2, 3, 24], [0.5, 1, 2, 3, 4], [1, 100]]  # fmt: skip

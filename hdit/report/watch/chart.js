@@ -220,7 +220,7 @@ function cross(origin, x) {
 function tell(chart, x, event) {
   const tip = document.getElementById("tip"), rows = [];
   for (const line of chart.lines.filter((l) => !l.faint)) {
-    const i = nearest(line.x, x);
+    const i = line.edges ? Math.min(Math.max(before(line.edges, x), 0), line.x.length - 1) : nearest(line.x, x);
     const reach = (chart.axis.range[1] - chart.axis.range[0]) * 0.05;
     if (i < 0 || (chart.axis.kind === "time" && (x > line.x[line.x.length - 1] + reach || x < line.x[0] - reach))) continue;
     const cells = [make("td", {}, sample(line.colour, line.dash)), make("td", {}, line.label), make("td", { class: "n" }, chart.format(line.smoothed ? line.smoothed[i] : line.y[i], 5))];

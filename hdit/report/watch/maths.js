@@ -122,5 +122,17 @@ function padded([low, high], log) {
   return [low >= 0 ? Math.max(0, low - pad) : low - pad, high + pad];
 }
 
+/**
+ * The edges with the outermost bins no wider than a factor of `most`: the ends of a density lie far
+ * out, where there is hardly an image.
+ */
+function nearer(edges, most = 8) {
+  const n = edges.length - 1, found = edges.slice();
+  if (n < 3) return found;
+  found[0] = Math.max(edges[0], edges[1] / most);
+  found[n] = Math.min(edges[n], edges[n - 1] * most);
+  return found;
+}
+
 /** The middle of each bin on a logarithmic axis. */
 const middles = (edges) => edges.slice(1).map((e, i) => Math.sqrt(e * edges[i]));

@@ -162,12 +162,13 @@ function drawLevels() {
   options($("which"), names.map((n) => [n, weightTitle(n)]), view.which);
   $("whose").hidden = view.quantity === "training" || names.length < 2;
   const at = position(), held = shown().map(({ run, i }) => ({ run, i, now: levels(run, at), first: levels(run, firstLevel(run)) })).filter((h) => h.now);
-  const range = extent(held.map((h) => h.now.edges), true) || [0.01, 100];
+  const range = extent(held.map((h) => nearer(h.now.edges)), true) || [0.01, 100], ends = extent(held.map((h) => h.now.edges), true);
+  const cut = ends && (ends[0] < range[0] || ends[1] > range[1]) ? `; the outermost bins go on to ${brief(ends[0], 3)} and ${brief(ends[1], 3)}` : "";
   const axis = { kind: "sigma", label: "sigma (log scale)", range, format: brief, read: (v) => `sigma ${brief(v, 3)}` };
-  const line = ({ run, i }, level, faint) => ({ label: faint ? `${run.name}, first` : run.name, colour: colour(i), dash: later(i), faint, dots: true, edges: faint ? null : level.edges, x: middles(level.edges), y: level.values });
+  const line = ({ run, i }, level, faint) => ({ label: faint ? `${run.name}, first` : run.name, colour: colour(i), dash: later(i), faint, dots: true, edges: faint ? null : nearer(level.edges), x: middles(nearer(level.edges)), y: level.values });
   const lines = held.flatMap((h) => (h.first && h.first.images < h.now.images ? [line(h, h.first, true)] : []).concat([line(h, h.now, false)]));
   const of = view.quantity === "training" ? "" : `, ${weightTitle(view.which)}`;
-  draw($("sigma"), "levels", { axis, id: "s0", wide: true, title: `${kinds.find(([k]) => k === view.quantity)[1]}${of}`, note: "faint: the first", log: $("log").checked, format: brief, lines });
+  draw($("sigma"), "levels", { axis, id: "s0", wide: true, title: `${kinds.find(([k]) => k === view.quantity)[1]}${of}`, note: `faint: the first${cut}`, log: $("log").checked, format: brief, lines });
 }
 const firstLevel = (run) => (view.quantity === "training" ? Math.min(...run.sigma ? run.sigma.bins.map((b) => b.x[0] ?? Infinity) : [0]) : (run.validation[0] || { images: 0 }).images);
 
