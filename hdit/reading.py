@@ -22,8 +22,8 @@ class ReadingError(UserError):
     """A file that cannot be read as what it is meant to be: names the file, and why."""
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file by.
 
     Raises FileNotFoundError where there is none, and ReadingError for all else.
     """
@@ -38,7 +38,15 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         os.close(handle)
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
         raise ReadingError(f"{path}: is {kind}, where a regular file is needed")
-    with open(handle, "rb") as file:
+    return handle
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises FileNotFoundError where there is none, and ReadingError for all else.
+    """
+    with open(open_regular(path), "rb") as file:
         try:
             content = file.read(limit + 1)
         except OSError as error:
@@ -66,8 +74,12 @@ def parse_json(text: str | bytes, name: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ReadingError(f"{name}: not valid JSON: {error}") from None
-    _check_depth(value, name)
+    if max(map(text.count, _OPENING[type(text)])) > MAX_DEPTH // 2:  # or it cannot be deep
+        _check_depth(value, name)
     return value
+
+
+_OPENING: dict[type, Any] = {str: ("[", "{"), bytes: (b"[", b"{")}
 
 
 def read_json(path: Path, limit: int = MAX_BYTES) -> Any:

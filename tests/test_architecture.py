@@ -18,11 +18,12 @@ LAYERS = (
     {"locks"},
     {"device", "manifest", "processes"},
     {"randomness"},
-    {"diffusion", "nn", "spaces", "data", "report"},
+    {"diffusion", "nn", "spaces", "data"},
     {"models"},
     {"config"},
     {"interop"},
     {"runs"},
+    {"report"},
     {"latents", "sampling"},
     {"training"},
     {"evaluation"},
@@ -90,7 +91,8 @@ def test_kernels_is_a_source_root_and_no_package():
 
 
 VERBS = (
-    "train", "sample", "evaluate", "encode", "convert", "info", "configs", "doctor", "data check",
+    "train", "watch", "sample", "evaluate", "encode", "convert", "info", "configs", "doctor",
+    "data check",
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ NOT_RUN = {
     "python scripts/profile_trainer.py hdit-oxford-flowers --batch-size 4 --steps 10 "
     "--set training.workers=0": "a minute, on a quiet machine",
     "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
+    "hdit watch runs/a runs/b --serve": "goes on until Ctrl-C; tests/cli/test_watch.py serves",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
     "tensorboard --logdir runs/tracked/tensorboard": "a server that does not end",

@@ -286,7 +286,7 @@ def wrong_command(rng, run):
     model = rng.choice([run, run / "checkpoints"])
     good = {
         "train": ["tiny.toml"], "info": ["tiny.toml"], "encode": ["tiny.toml"],
-        "doctor": ["--fast"],
+        "doctor": ["--fast"], "watch": [run],
         "sample": [model, "-n", 1], "convert": [run, "out"], "evaluate": ["digits-hdit", "empty"],
         "configs": ["digits-hdit"], "data check": ["empty"],
     }[verb]  # fmt: skip

@@ -47,6 +47,14 @@ def test_wheel_carries_every_config(wheel):
     }
 
 
+def test_wheel_carries_the_page_of_watch(wheel):
+    page = "hdit/report/watch"
+    held = {name for name in ZipFile(wheel).namelist() if name.startswith(f"{page}/")}
+    files = [path for path in (REPOSITORY / page).iterdir() if path.is_file()]
+    assert held == {f"{page}/{path.name}" for path in files}
+    assert f"{page}/page.html" in held
+
+
 def test_wheel_alone_trains_a_preset_from_an_empty_folder(wheel, tmp_path):
     target, empty = tmp_path / "target", tmp_path / "empty"
     pip("install", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)

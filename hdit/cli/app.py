@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import hdit
-from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
+from hdit.cli import (
+    configs,
+    convert,
+    data_check,
+    doctor,
+    encode,
+    evaluate,
+    info,
+    sample,
+    train,
+    watch,
+)
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
 from hdit.messages import echo
@@ -43,6 +54,7 @@ app = typer.Typer(
 app.callback()(_root)
 for verb in (
     train.train,
+    watch.watch,
     sample.sample,
     evaluate.evaluate,
     encode.encode,

@@ -29,7 +29,7 @@ from hdit.locks import locked
 from hdit.models.cost import cost
 from hdit.reading import ReadingError, read_object
 from hdit.report.grids import to_png
-from hdit.runs.folder import read_metrics
+from hdit.runs.history import read_metrics
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import check_null_class, sample, settle_sampling
 from hdit.signals import Signalled

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hdit.config import RunConfig, parse
 from hdit.errors import UserError
 from hdit.files import check_writable, to_json, whole, write_json, write_text
 from hdit.locks import LOCK, locked
-from hdit.reading import ReadingError, parse_json, parse_toml, read_bytes, read_text
+from hdit.reading import ReadingError, parse_toml, read_text
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint
+from hdit.runs.history import Line, read_lines
 
 Say = Callable[[str], None]
 
@@ -42,7 +43,7 @@ class RunFolder:
         can be used, or where the run has saved some and all are gone.
         """
         self._check_place()
-        counts = [line.images for line in _read(self.metrics).good if line.images]
+        counts = [line.images for line in read_lines(self.metrics).good if line.images]
         found, saved = checkpoint.newest(self.checkpoints, warn), self._last_saved()
         if found is None:
             self._check_begun(counts, saved)
@@ -158,7 +159,7 @@ class RunFolder:
         """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside."""
         if not self.metrics.exists():
             return
-        lines = _read(self.metrics)
+        lines = read_lines(self.metrics)
         if lines.damaged:
             aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
             _write_lines(aside, lines.damaged)
@@ -205,75 +206,9 @@ def _is_dump(path: Path) -> bool:
     return set(lines) <= set(dump) and 2 * len(lines) > len(dump)
 
 
-# ---- metrics -------------------------------------------------------------------------------------
-
-
-class _Line(NamedTuple):
-    """A line of metrics; without `values` if it is damaged."""
-
-    number: int
-    text: bytes
-    values: dict[str, Any]
-
-    @property
-    def images(self) -> int:
-        images: int = self.values["images"]
-        return images
-
-
-class _Lines(NamedTuple):
-    good: list[_Line]
-    damaged: list[_Line]
-
-
-def read_metrics(path: Path, images: int) -> list[dict[str, Any]]:
-    """The sound lines up to the checkpoint at `images`; a killed run leaves later ones.
-
-    Each has `images`, and numbers in those of NUMBERS that it has.
-    """
-    return [line.values for line in _read(path).good if line.images <= images]
-
-
-def _read(path: Path) -> _Lines:
-    """The lines of metrics. The last may be cut, by a kill or a full disk, and is no damage."""
-    try:
-        content = read_bytes(path, MAX_METRICS)
-    except FileNotFoundError:
-        content = b""
-    lines = _Lines([], [])
-    texts = content.split(b"\n")
-    for number, text in enumerate(texts, 1):
-        values = _values(text)
-        if values is not None:
-            lines.good.append(_Line(number, text, values))
-        elif number < len(texts):
-            lines.damaged.append(_Line(number, text, {}))
-    return lines
-
-
-def _write_lines(path: Path, lines: list[_Line]) -> None:
+def _write_lines(path: Path, lines: list[Line]) -> None:
     with whole(path) as part:
         part.write_bytes(b"".join(line.text + b"\n" for line in lines))
-
-
-def _values(text: bytes) -> dict[str, Any] | None:
-    """The values of a line, or None if it is not what training writes."""
-    try:
-        values = parse_json(text.decode("utf-8"), "line")
-    except (UnicodeDecodeError, ReadingError):
-        return None
-    if not isinstance(values, dict) or type(values.get("images")) is not int:
-        return None
-    numbers = (values.get(name, 0) for name in NUMBERS)
-    sound = values["images"] >= 0 and all(type(n) in (int, float) for n in numbers)
-    return values if sound else None
-
-
-NUMBERS = ("step", "loss", "images_per_second", "peak_memory")
-"""What is read of a line again, besides its images."""
-
-MAX_METRICS = 2**30
-"""Bytes: millions of lines."""
 
 
 def _unused(path: Path) -> Path:

@@ -14,7 +14,8 @@ from hdit.device import precision_on
 from hdit.protocols import Cond, DataShape, Network
 from hdit.runs.building import make_denoiser
 from hdit.runs.checkpoint import checkpoint_folders
-from hdit.runs.folder import RunFolder, read_metrics
+from hdit.runs.folder import RunFolder
+from hdit.runs.history import read_metrics
 from hdit.runs.sharded import local
 from hdit.tensors import NotFiniteError, check_finite, is_finite
 

@@ -54,10 +54,11 @@ VERBS = {
     "convert": (["convert", "run"], "out", 4000, "out/model.safetensors"),
     "evaluate": ([*EVALUATE, "--out"], "out", 300, "out"),
     "data check": ([*CHECK, "--sheet"], "out.png", 8000, "out.png"),
+    "watch": (["watch", "run", "--out"], "out.html", 8000, "out.html"),
 }
 
 
-@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check"])
+@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check", "watch"])
 def test_full_disk_is_one_message_with_the_path_and_leaves_nothing_half_written(
     here, hdit, full_disk, verb
 ):
@@ -122,7 +123,7 @@ def link_to_nothing(path):
 
 
 @pytest.mark.parametrize("make", [pipe, link, link_to_nothing])
-@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check"])
+@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check", "watch"])
 def test_output_that_is_no_regular_file_is_refused_and_left(here, hdit, verb, make):
     arguments, out, *_ = VERBS[verb]
     make(here / out)
@@ -136,7 +137,7 @@ def test_output_that_is_no_regular_file_is_refused_and_left(here, hdit, verb, ma
     assert after == before
 
 
-@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check"])
+@pytest.mark.parametrize("verb", ["sample", "convert", "evaluate", "data check", "watch"])
 @pytest.mark.parametrize("folder", ["tiny.toml", "n" * 300, "/proc/nothing"])
 def test_output_in_what_is_no_folder_is_refused(here, hdit, verb, folder):
     arguments, out, *_ = VERBS[verb]

@@ -1,0 +1,1 @@
+"""The page of `hdit watch`: what runs tell, drawn in a browser."""
