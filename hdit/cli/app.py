@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import hdit
-from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
+from hdit.cli import (
+    configs,
+    convert,
+    data_check,
+    doctor,
+    ema,
+    encode,
+    evaluate,
+    info,
+    sample,
+    train,
+)
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
 from hdit.messages import echo
@@ -52,6 +63,8 @@ for verb in (
     doctor.doctor,
 ):
     app.command()(verb)
+
+app.command(cls=ema.ManyNumbers)(ema.ema)
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."
