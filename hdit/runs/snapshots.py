@@ -89,8 +89,10 @@ def combine(
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
+    buffers: set[str] | None = None
     for snapshot, name, weight in parts:
-        buffers = expected_buffers(snapshot.config, snapshot.state.shape)
+        if buffers is None:
+            buffers = expected_buffers(snapshot.config, snapshot.state.shape)
         for key, tensor in snapshot.each(name):
             dtypes[key] = tensor.dtype
             if key in buffers:
