@@ -40,7 +40,8 @@ class ManyNumbers(TyperCommand):
             if option and _is_number(argument) and spread[-1] != option:
                 spread.append(option)
             elif not _is_number(argument):
-                option = argument if argument in ("--width", "--decay") else None
+                name = argument.partition("=")[0]
+                option = name if name in ("--width", "--decay") else None
             spread.append(argument)
         return super().parse_args(ctx, spread)
 

@@ -102,4 +102,6 @@ def combine(
             else:
                 total[key] = weight * tensor.double()
         on_set()
-    return {key: tensor.to(dtypes[key]) for key, tensor in total.items()}
+    for key, tensor in total.items():  # one after the other, or both would be in memory
+        total[key] = tensor.to(dtypes[key])
+    return total

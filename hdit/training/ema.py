@@ -40,7 +40,7 @@ def ema_decay(step: int, spec: EMASpec) -> float:
 
 
 def power_decay(t: Tensor, gamma: float) -> Tensor:
-    """beta_gamma(t) = (1 - 1/t)^(gamma + 1) (EDM2, eq. 2) of the t-th update, counted from 1.
+    """beta_gamma(t) = (1 - 1/t)^(gamma + 1) (EDM2, section 3.1) of the t-th update, counted from 1.
 
     t: () float64 -> () float64
     """
@@ -50,7 +50,7 @@ def power_decay(t: Tensor, gamma: float) -> Tensor:
 def gamma_of(width: float) -> float:
     """The exponent gamma > 0 of a relative width below 12^-0.5, which is that of gamma 0.
 
-    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) as a polynomial in gamma (EDM2, eq. 126 and
+    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) as a polynomial in gamma (EDM2, eq. 123 and
     algorithm 2) has one root above 0.
     """
     inverse = width**-2
@@ -201,7 +201,7 @@ class PowerProfile:
     """Of a power-function average of steps begun + 1 to end.
 
     Step k of t has weight (k^(gamma+1) - (k-1)^(gamma+1)) / t^(gamma+1). That is what the recursion
-    with `power_decay` comes to, and the integral of EDM2's profile (eq. 121) over the step.
+    with `power_decay` comes to, and the integral of EDM2's profile (section 3.1) over the step.
     """
 
     gamma: float
@@ -238,7 +238,7 @@ class DecayProfile:
 def reconstruct(tracked: Sequence[PowerProfile], wanted: Profile) -> tuple[Vector, float]:
     """The weights of `tracked` averages whose sum is nearest to the `wanted` one -> (n,), error.
 
-    The profiles' least squares (EDM2, appendix C.3 and algorithm 3), with the smallest weights
+    The profiles' least squares (EDM2, appendix C and algorithm 3), with the smallest weights
     where several are best; they add up to 1. The error is the L2 distance between the profile that
     they give and the wanted one, relative to the latter's norm. Inner products are sums over steps
     where EDM2 has integrals, so that a snapshot at each step leaves no error.

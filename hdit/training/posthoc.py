@@ -68,8 +68,9 @@ def make(
     each that was read. Raises UserError where the run has no snapshots to make them of, or a model
     is there already and `overwrite` was not asked for.
     """
-    if twice := [one.name for i, one in enumerate(wanted) if one in wanted[:i]]:
-        raise UserError(f"{twice[0]}: is asked for twice; name it once")
+    for i, one in enumerate(wanted):
+        if one in wanted[:i]:
+            raise UserError(f"--{one.kind} {one.value:g}: is asked for twice; name it once")
     snapshots = open_snapshots(run, at, warn)
     parts = _parts(snapshots)
     last = snapshots[-1]

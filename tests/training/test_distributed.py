@@ -19,6 +19,7 @@ from hdit.runs import checkpoint
 from hdit.runs.conversion import convert
 from hdit.runs.snapshots import open_snapshots
 from hdit.runs.trained import Trained
+from hdit.training.posthoc import Wanted, make
 from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -152,6 +153,17 @@ def test_averages_and_snapshots_are_the_same_whole_or_sharded(runs, name):
         for average in ("ema-width-0.1", *({"ema-0.9"} & b.keys())):
             for key, tensor in b[average].items():
                 torch.testing.assert_close(a[average][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_width_is_made_of_shards_as_of_whole_snapshots(runs):
+    made = [
+        make(runs / name, [Wanted("width", 0.15)], None, True, print) for name in ("ddp", "fsdp")
+    ]
+    (whole,), (sharded,) = made
+    assert (whole.snapshots, whole.error) == (sharded.snapshots, sharded.error)
+    expected = Trained.open(whole.path).tensors()
+    for key, tensor in Trained.open(sharded.path).tensors().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5)
 
 
 def snapshots(run):

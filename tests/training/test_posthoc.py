@@ -254,7 +254,7 @@ def test_decay_that_was_averaged_too_is_met(averaged):
 
 
 def test_command_makes_models_of_widths(averaged, copied, hdit, tmp_path):
-    status, out, err = hdit("ema", copied, "--width", 0.05, "0.07", 0.2, "--decay", 0.95)
+    status, out, err = hdit("ema", copied, "--width=0.05", "0.07", 0.2, "--decay", 0.95)
     assert (status, err) == (0, "")
     assert all(text in out for text in ("width 0.05", "16.9722", "width 0.07", "decay 0.95"))
     folder = copied / "ema" / checkpoint.folder_name(STEPS * STEP)
@@ -297,7 +297,7 @@ def test_command_makes_them_at_an_earlier_time_and_over_old_ones(copied, hdit):
     ("arguments", "words"),
     [
         ((), "--width: name one or more, as in --width 0.05 0.1 0.15"),
-        (("--width", 0.1, "0.10"), "width-0.1: is asked for twice"),
+        (("--width", 0.1, "0.10"), "--width 0.1: is asked for twice"),
         (("--width", 0.1, "--at", 40), "has none at 40 images; the nearest of its 32 is at 32"),
         (("--width", 0.3), "'--width': Input should be less than or equal to 0.288"),
         (("--width", "nan"), "'--width': Input should be less than or equal to 0.288"),
