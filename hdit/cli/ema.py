@@ -98,9 +98,10 @@ def ema(
 
 def _table(made: list[Made]) -> Table:
     """A row for each average."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("average", "gamma", "snapshots", "profile error", "model")
+    path = Column("model", overflow="fold")  # whole, however long it is
+    table = Table("average", "gamma", "snapshots", "profile error", path)
     for one in made:
         gamma = "" if one.wanted.gamma is None else f"{one.wanted.gamma:.4f}"
         name = f"{one.wanted.kind} {one.wanted.value:g}"
