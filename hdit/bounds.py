@@ -6,7 +6,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from hdit.limits import MAX_BATCH, MAX_IMAGES, MAX_LR, MAX_SIDE, MAX_STEPS, MAX_WIDTH
+from hdit.limits import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    MAX_LR,
+    MAX_RELATIVE_WIDTH,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_WIDTH,
+    MIN_RELATIVE_WIDTH,
+)
 
 
 def _no_zero_byte(text: str) -> str:
@@ -42,6 +51,8 @@ Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 """A factor, or a standard deviation of data."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A share of something, or the probability of it."""
+RelativeWidth = Annotated[float, Field(ge=MIN_RELATIVE_WIDTH, le=MAX_RELATIVE_WIDTH)]
+"""sigma_rel of a power-function average (EDM2): a standard deviation, as a share of time."""
 LR = Annotated[float, Field(gt=0, le=MAX_LR)]
 """A learning rate."""
 StepCount = Annotated[float, Field(gt=0, le=1e12)]

@@ -16,4 +16,7 @@ MAX_CLASSES = 10**6
 MAX_WORKERS = 1024
 MAX_GUIDANCE = 1000
 MAX_LR = 1e6
+MIN_RELATIVE_WIDTH, MAX_RELATIVE_WIDTH = 1e-4, 0.288
+"""Of a power-function average. At 12^-0.5 it is the plain mean of all weights since the start."""
+MAX_DECAY = 1 - 1e-9  # of an average: a billion steps
 MAX_MINUTES = 10**8  # two centuries

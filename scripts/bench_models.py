@@ -62,7 +62,8 @@ from hdit.interop import Contents, diffusers_dit
 from hdit.models.cost import cost
 from hdit.protocols import Cond, DataShape
 from hdit.runs.building import make_denoiser
-from hdit.training.optim import adamw, update_ema
+from hdit.training.ema import update_ema
+from hdit.training.optim import adamw
 from hdit_kernels import native
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -74,8 +74,8 @@ def watch(trainer: Trainer, clock: Clock) -> None:
     trainer._log = clock.timed("metrics", trainer._log)  # type: ignore[method-assign]
     trainer._is_lost = clock.timed("guards", trainer._is_lost)  # type: ignore[method-assign]
     trainer.guard.judge = clock.timed("guards", trainer.guard.judge)  # type: ignore[method-assign]
-    for name, part in (("clip_gradient", "gradient norm, clipping"), ("update_ema", "EMA")):
-        setattr(module, name, clock.timed(part, getattr(module, name)))
+    trainer.averages.update = clock.timed("EMA", trainer.averages.update)  # type: ignore[method-assign]
+    module.clip_gradient = clock.timed("gradient norm, clipping", module.clip_gradient)
 
 
 def draw_images(folder: Path, size: int, number: int = 64) -> None:

@@ -41,6 +41,8 @@ PAGES = {
 
 NOT_RUN = {
     "make demo": "takes minutes, and installs",
+    "hdit sample runs/digits-hdit --weights ema-0.999": "a run that has it, as test_posthoc.py's",
+    "hdit ema runs/digits-hdit --width 0.03 0.07 0.15": "a run with snapshots, likewise",
     "make test": "these tests, and installs",
     ". .venv/bin/activate": "the tests run in an environment already",
     "git clone --depth 1 https://github.com/zalandoresearch/fashion-mnist": "network; a stand-in",

@@ -14,6 +14,7 @@ from hdit.cli import (
     convert,
     data_check,
     doctor,
+    ema,
     encode,
     evaluate,
     info,
@@ -64,6 +65,8 @@ for verb in (
     doctor.doctor,
 ):
     app.command()(verb)
+
+app.command(cls=ema.ManyNumbers)(ema.ema)
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."

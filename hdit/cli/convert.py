@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hdit.cli.options import Raw
+from hdit.cli.options import Raw, Weights, is_raw
 from hdit.limits import MAX_CLASSES, MAX_WIDTH
 from hdit.messages import echo, message
 
@@ -33,6 +33,7 @@ def convert(
         ),
     ] = None,
     raw: Raw = False,
+    weights: Weights = None,
     num_heads: Annotated[
         int | None,
         typer.Option(
@@ -65,11 +66,13 @@ def convert(
     """
     from hdit.runs.conversion import convert as convert_model
 
+    raw = is_raw(raw, weights)
     done = convert_model(
         source,
         out,
         to,
         raw=raw,
+        weights=weights,
         num_heads=num_heads,
         num_classes=num_classes,
         prediction=prediction,

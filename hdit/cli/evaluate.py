@@ -15,7 +15,9 @@ from hdit.cli.options import (
     Raw,
     SamplingOverrides,
     Steps,
+    Weights,
     Workers,
+    is_raw,
 )
 from hdit.cli.output import plain_console, progress, warn
 from hdit.limits import MAX_SAMPLES
@@ -57,6 +59,7 @@ def evaluate(
     guidance: Guidance = None,
     batch_size: Annotated[int | None, BATCH_SIZE] = None,
     raw: Raw = False,
+    weights: Weights = None,
     overrides: SamplingOverrides = None,
     workers: Workers = None,
     out: Annotated[
@@ -80,7 +83,8 @@ def evaluate(
     from hdit.files import check_writable, to_json, write_text
     from hdit.messages import echo
     from hdit.names import escape, path_of
-    from hdit.runs.trained import is_trained
+    from hdit.runs.trained import Trained, is_trained
+    from hdit.sampling.options import with_options
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out: {out} must name a file, in a folder that is there")
@@ -99,10 +103,16 @@ def evaluate(
             "--batch-size": ("batch_size", batch_size),
             "--guidance": ("guidance.scale", guidance),
         }
-        candidate = _samples(path_of(a), number or 10_000, seed or 0, raw, options, overrides or [])
+        raw = is_raw(raw, weights)
+        trained = with_options(
+            Trained.open(path_of(a), warn, weights=weights), path_of(a), options, overrides or []
+        )
+        device = default_device()
+        candidate = image_sets.Sampled(trained, number or 10_000, seed or 0, raw, device, warn)
     else:
         given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
-        given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
+        given |= {"--guidance": guidance, "--raw": raw or None, "--weights": weights}
+        given |= {"--set": overrides or None}
         if idle := [name for name, value in given.items() if value is not None]:
             raise UserError(f"{idle[0]}: has no effect, as A ({a}) is no model to sample")
         candidate = images = image_sets.open_set(or_preset(a))
@@ -121,24 +131,6 @@ def evaluate(
         typer.echo(written)
     else:
         plain_console().print(card.table(found))
-
-
-def _samples(
-    source: Path,
-    number: int,
-    seed: int,
-    raw: bool,
-    options: dict[str, tuple[str, Any]],
-    overrides: list[str],
-) -> ImageSet:
-    """Samples of a model by its own settings, but for what is given."""
-    from hdit.device import default_device
-    from hdit.evaluation.image_sets import Sampled
-    from hdit.runs.trained import Trained
-    from hdit.sampling.options import with_options
-
-    trained = with_options(Trained.open(source, warn), source, options, overrides)
-    return Sampled(trained, number, seed, raw, default_device(), warn)
 
 
 def _compare(

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from hdit.errors import UserError
 from hdit.limits import MAX_BATCH, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
 
+Number = TypeVar("Number", float, list[float], None)
 
-def finite(value: float | None) -> float | None:
-    """Refuses NaN, which no comparison with a bound does."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"must be a number, got {value}")
+
+def finite(value: Number) -> Number:
+    """Refuses NaN, which no comparison with a bound does, also in a list."""
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and not math.isfinite(one):
+            raise typer.BadParameter(f"must be a number, got {one}")
     return value
+
+
+def is_raw(raw: bool, weights: str | None) -> bool:
+    """Whether the weights as trained are asked for. Raises UserError for both options at once."""
+    if raw and weights is not None:
+        raise UserError(f"--raw: is --weights model, and {weights!r} was asked for; leave one out")
+    return raw or weights == "model"
 
 
 ConfigFile = Annotated[
@@ -35,6 +46,13 @@ SamplingOverrides = Annotated[
     ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="The weights as trained, not their EMA.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which weights: ema, model, or a further average of training.ema, as ema-0.999.",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, max=MAX_STEPS, help="Steps of the sampler.")]
 Guidance = Annotated[
     float | None,

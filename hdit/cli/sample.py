@@ -14,7 +14,9 @@ from hdit.cli.options import (
     Raw,
     SamplingOverrides,
     Steps,
+    Weights,
     finite,
+    is_raw,
 )
 from hdit.cli.output import error_console, warn
 from hdit.limits import MAX_GUIDANCE, MAX_SAMPLES
@@ -71,6 +73,7 @@ def sample(
     seed: Annotated[int, SEED] = 0,
     batch_size: Annotated[int | None, BATCH_SIZE] = None,
     raw: Raw = False,
+    weights: Weights = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace images that lie in DIR already.")
     ] = False,
@@ -86,7 +89,8 @@ def sample(
     from hdit.sampling.options import choose_labels, open_guide, with_options
     from hdit.sampling.writer import write_samples
 
-    trained = Trained.open(source, warn)
+    raw = is_raw(raw, weights)
+    trained = Trained.open(source, warn, weights=weights)
     options = {
         "--steps": ("steps", steps),
         "--batch-size": ("batch_size", batch_size),

@@ -16,6 +16,7 @@ from hdit.bounds import (
     BatchSize,
     GridCount,
     ImageCount,
+    RelativeWidth,
     Seed,
     Share,
     Sigma,
@@ -119,15 +120,57 @@ class OptimizerSpec(DependentSpec):
 
 
 class EMASpec(Spec):
-    """Average of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k.
+    """Averages of the weights, with decay min(max_decay, 1 - (1 + k/inv_gamma)^-power) at step k.
 
-    Without warmup it begins from the initial weights, and the decay is max_decay at every step.
+    Without warmup they begin from the initial weights, and the decay is max_decay at every step.
+    A power-function average of EDM2 has a width instead: the standard deviation of its profile in
+    time, as a share of training until now.
     """
 
     max_decay: Share = Field(0.9999, description="upper bound of the decay")
     warmup: bool = Field(True, description="false for max_decay from the first step, as in DiT")
     power: float = Field(0.6667, gt=0, le=100, description="how fast the decay nears 1")
     inv_gamma: StepCount = Field(1.0, description="scale of k, in steps")
+    decays: Annotated[tuple[Share, ...], Field(strict=False)] = Field(
+        (), max_length=16, description="upper bounds of further averages, as in [0.999, 0.9995]"
+    )
+    widths: Annotated[tuple[RelativeWidth, ...], Field(strict=False)] = Field(
+        (),
+        max_length=16,
+        description="of power-function averages, for `hdit ema`; [0.05, 0.1] are EDM2's",
+    )
+    snapshot_every: ImageCount | None = Field(
+        None,
+        description="images between two snapshots of those; training.images / 64 if absent",
+    )
+
+    @property
+    def plain_sets(self) -> dict[str, float]:
+        """The decays of the further plain averages, by the names of their sets of weights."""
+        return {f"ema-{decay!r}": decay for decay in self.decays}
+
+    @property
+    def power_sets(self) -> dict[str, float]:
+        """The widths of the power-function averages, by the names of their sets of weights."""
+        return {f"ema-width-{width!r}": width for width in self.widths}
+
+    @property
+    def number(self) -> int:
+        """How many averages there are, each as large as the weights."""
+        return 1 + len(self.decays) + len(self.widths)
+
+    @model_validator(mode="after")
+    def _are_others(self) -> Self:
+        for key, values in (("decays", self.decays), ("widths", self.widths)):
+            if twice := [n for i, n in enumerate(values) if n in values[:i]]:
+                raise ValueError(f"{key} must not have one twice, got {twice[0]} again")
+        if self.max_decay in self.decays:
+            raise ValueError(
+                f"decays must not have max_decay ({self.max_decay}), which the first average has"
+            )
+        if self.snapshot_every is not None and not self.widths:
+            raise ValueError("snapshot_every has no effect without widths; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
@@ -246,8 +289,12 @@ class TrainingSpec(DependentSpec):
         return self.clip_grad_norm or math.inf
 
     def resolved(self, context: Context) -> Self:
-        """Resolves its parts, and fills in log_every of 10 batches where it is absent."""
-        return super().resolved(context).filled(log_every=10 * self.batch_size)
+        """Resolves its parts; fills in log_every and ema.snapshot_every where they are absent."""
+        filled = super().resolved(context).filled(log_every=10 * self.batch_size)
+        if not self.ema.widths:
+            return filled
+        every = max(self.batch_size, self.images // SNAPSHOTS)
+        return filled.model_copy(update={"ema": self.ema.filled(snapshot_every=every)})
 
     def check(self, context: Context) -> Iterator[Problem]:
         """Yields (key, what is wrong), of its parts and of how a batch is taken in parts."""
@@ -269,6 +316,10 @@ class TrainingSpec(DependentSpec):
                 "accumulate",
                 f"must divide training.batch_size ({self.batch_size}), got {self.accumulate}",
             )
+
+
+SNAPSHOTS = 64
+"""Of each power-function average, in a run whose settings do not say how many."""
 
 
 def _ascending(interval: tuple[float, float]) -> tuple[float, float]:

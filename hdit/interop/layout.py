@@ -27,6 +27,13 @@ def expected_shapes(config: RunConfig, shape: DataShape) -> Shapes:
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
+def expected_buffers(config: RunConfig, shape: DataShape) -> set[str]:
+    """Names of the model's buffers."""
+    with torch.device("meta"):
+        model = models.build(config.model, shape, config.output_channels(shape))
+    return {name for name, _ in model.named_buffers()}
+
+
 def check_shapes(path: Path, found: Shapes, expected: Shapes, limit: int = 12) -> None:
     """Raises InteropError with each tensor that is missing, unknown or of another shape."""
     lines = [f"{k}: missing, {list(s)} expected" for k, s in expected.items() if k not in found]

@@ -40,16 +40,18 @@ def check_training(
     checkpointing: bool,
     autocast: torch.dtype | None,
     shards: int = 1,
+    averages: int = 1,
 ) -> str | None:
     """What to tell of an eager step with `batch` images, or None if it fits on the device.
 
-    `shards` is the number of processes that share what is kept of each parameter. Raises UserError
-    where that is too much already. A step that fits by
-    far is told from its cost alone, as the exact prediction takes seconds.
+    `shards` is the number of processes that share what is kept of each parameter, `averages` that
+    of EMAs. Raises UserError where what is kept is too much already. A step that fits by far is
+    told from its cost alone, as the exact prediction takes seconds.
     """
     parts = cost(spec, shape, out_channels)
     parameters, macs = sum(part.params for part in parts), sum(part.macs for part in parts)
-    fixed, have = TRAINED * parameters // shards, total_memory(device)
+    fixed = (TRAINED + 4 * (averages - 1)) * parameters // shards
+    have = total_memory(device)
     if fixed > have:
         raise UserError(
             f"model: the weights, EMA, gradients and moments of its {parameters:,} parameters take "

@@ -46,6 +46,7 @@ def check_step(
         checkpointing=t.gradient_checkpointing,
         shards=processes // t.replicate if t.parallel == "fsdp" else 1,
         autocast=autocast_dtype(precision),
+        averages=t.ema.number,
     )
     if too_much and not compiled:
         raise UserError(too_much)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -64,6 +66,8 @@ class State:
     space: str = ""  # identity of the VAE, where there is one
     stream: dict[str, Any] | None = None  # where a stream of images stands
     passed_over: Count = 0  # images that were drawn and not trained on, after going back
+    taken: Count | None = None  # steps that changed the weights, if an average goes by that
+    begun: dict[str, Count] = field(default_factory=dict)  # those before each such average
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -79,8 +83,17 @@ class Checkpoint:
     config: RunConfig
     state: State
 
+    def sets(self) -> list[str]:
+        """The names of its sets of weights: "ema", "model", and those of further averages."""
+        if sharded.is_sharded(self.folder):
+            found = sharded.sets(self.folder)
+        else:
+            found = {path.stem for path in self.folder.glob("*.safetensors")}
+        usual = [name for name in ("ema", "model") if name in found]
+        return [*usual, *sorted(found - {"ema", "model", "optimizer"})]
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of model, ema or optimizer, whole and on the CPU. Raises NotFiniteError."""
+        """Those of a set of weights or the optimizer, whole, on the CPU. Raises NotFiniteError."""
         path = self.folder / f"{name}.safetensors"
         try:
             is_sharded = sharded.is_sharded(self.folder)
@@ -91,6 +104,20 @@ class Checkpoint:
             raise CheckpointError(f"{path}: damaged: {error}") from None
         self._check_finite(name, tensors)
         return tensors
+
+    def each(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) as of `tensors`, of which a whole set is never held if it is not sharded.
+
+        Raises NotFiniteError.
+        """
+        if sharded.is_sharded(self.folder):
+            yield from self.tensors(name).items()
+            return
+        with open_tensors(self.folder / f"{name}.safetensors") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)
+                self._check_finite(name, {key: tensor})
+                yield key, tensor
 
     def names(self, name: str) -> list[str]:
         """The names of the tensors of model, ema or optimizer."""
@@ -143,7 +170,12 @@ def folder_name(images: int) -> str:
 
 
 def save(
-    root: Path, config: RunConfig, state: State, tensors: Mapping[str, dict[str, Tensor]]
+    root: Path,
+    config: RunConfig,
+    state: State,
+    tensors: Mapping[str, dict[str, Tensor]],
+    *,
+    latest: bool = True,
 ) -> Path:
     """Writes root/<images> whole, or nothing. Returns the folder."""
 
@@ -151,11 +183,21 @@ def save(
         for name, values in tensors.items():
             save_tensors(values, part / f"{name}.safetensors")
 
-    return publish(root, config, state, write)
+    return publish(root, config, state, write, latest=latest)
 
 
-def publish(root: Path, config: RunConfig, state: State, write: Callable[[Path], None]) -> Path:
-    """Makes root/<images> of what `write` puts into its folder, whole or not at all."""
+def publish(
+    root: Path,
+    config: RunConfig,
+    state: State,
+    write: Callable[[Path], None],
+    *,
+    latest: bool = True,
+) -> Path:
+    """Makes root/<images> of what `write` puts into its folder, whole or not at all.
+
+    `latest` names it as the newest in a file beside it.
+    """
     final = root / folder_name(state.images)
     with whole(final) as part:
         part.mkdir()
@@ -165,8 +207,17 @@ def publish(root: Path, config: RunConfig, state: State, write: Callable[[Path],
         (part / "state.json").write_text(told, encoding="utf-8")
         manifest = {"format": FORMAT, "files": describe(part)}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    write_text(root / "latest", final.name + "\n")
+    if latest:
+        write_text(root / "latest", final.name + "\n")
     return final
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint: under its name it is whole, or not there at all."""
+    hidden = folder.with_name(f".{folder.name}.removed.part")
+    with suppress(FileNotFoundError):
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -32,13 +32,15 @@ def convert(
     to: str | None = None,
     *,
     raw: bool = False,
+    weights: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
     prediction: str | None = None,
 ) -> Converted:
     """Writes a model as another kind, or a k-diffusion config as ours; whole, or not at all.
 
-    `raw` takes the weights as trained where there is an EMA too. `num_heads`, `num_classes` and
+    `raw` takes the weights as trained where there is an EMA too, `weights` the set of that name.
+    `num_heads`, `num_classes` and
     `prediction` are those of a DiT whose file does not tell. Raises UserError where the source
     cannot be read, the kind cannot hold the model, or `out` is not free.
     """
@@ -46,8 +48,9 @@ def convert(
     told = Told(num_heads, num_classes, prediction)
     if source.suffix.lower() == ".json" and source.is_file():
         told.refuse(source)
-        if raw:
-            raise InteropError(f"{source}: is a config without weights; leave --raw out")
+        if raw or weights:
+            option = "--raw" if raw else "--weights"
+            raise InteropError(f"{source}: is a config without weights; leave {option} out")
         return _convert_config(source, out, to)
     kind = export.KIND if to is None else to
     if kind not in KINDS:
@@ -58,6 +61,7 @@ def convert(
     opened = Trained.open(
         source,
         assumed.append,
+        weights=weights,
         num_heads=num_heads,
         num_classes=num_classes,
         prediction=prediction,

@@ -14,7 +14,7 @@ from hdit.errors import UserError
 from hdit.files import check_writable, to_json, whole, write_json, write_text
 from hdit.locks import LOCK, locked
 from hdit.reading import ReadingError, parse_toml, read_text
-from hdit.runs import checkpoint
+from hdit.runs import checkpoint, snapshots
 from hdit.runs.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint
 from hdit.runs.history import Line, read_lines
 
@@ -27,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"  # of power-function averages
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.saved = path / ".saved"  # what is known of checkpoints/ if that is lost
@@ -56,7 +57,7 @@ class RunFolder:
 
     def _check_place(self) -> None:
         """Raises UserError where a run cannot lie, or part of another run does."""
-        for folder in (self.checkpoints, self.path / "samples"):
+        for folder in (self.checkpoints, self.snapshots, self.path / "samples"):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
         for name in ("config.toml", "classes.json", "checkpoints/latest"):
@@ -133,6 +134,7 @@ class RunFolder:
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
         self.keep_metrics(images, warn)
+        self.keep_snapshots(images, warn)
         self.note_saved(images)  # 0 if there is none yet, however many lines come before one
         if not self.checkpoints.is_dir():
             return
@@ -167,6 +169,10 @@ class RunFolder:
             more = f" and {len(lines.damaged) - 10:,} more" if len(lines.damaged) > 10 else ""
             warn(f"{self.metrics}: damaged at line {numbers}{more}; kept in {aside.name}")
         _write_lines(self.metrics, [line for line in lines.good if line.images <= images])
+
+    def keep_snapshots(self, images: int, warn: Say) -> None:
+        """Keeps those up to the checkpoint at `images`."""
+        snapshots.trim(self.snapshots, images, warn)
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,10 +16,18 @@ from hdit.config import RunConfig
 from hdit.config.schema import KeepSpec, TrainingSpec
 from hdit.errors import UserError
 from hdit.runs import checkpoint, sharded
-from hdit.runs.checkpoint import CheckpointError, State
+from hdit.runs.checkpoint import CheckpointError, State, remove
 from hdit.runs.folder import RunFolder
 
 Tensors = Mapping[str, dict[str, Tensor]]
+
+
+class _Target(NamedTuple):
+    """Where a folder of tensors goes, whether a file names the newest, and what follows it."""
+
+    root: Path
+    latest: bool
+    done: Callable[[Path], None]
 
 
 class Saver:
@@ -44,18 +51,26 @@ class Saver:
 
         Every process calls it. Raises what went wrong with the checkpoint before it.
         """
+        self._begin(_Target(self.run.checkpoints, True, self._done), state, tensors, is_sharded)
+
+    def snapshot(self, state: State, tensors: Tensors, is_sharded: bool) -> None:
+        """The same of power-function averages, which stay as long as the run does."""
+        target = _Target(self.run.snapshots, False, lambda saved: None)
+        self._begin(target, state, tensors, is_sharded)
+
+    def _begin(self, target: _Target, state: State, tensors: Tensors, is_sharded: bool) -> None:
         self.finish()
         background = self.config.training.background_saves
         if is_sharded:
-            self.running = self._start_shards(state, tensors)
+            self.running = self._start_shards(target, state, tensors)
         elif self.main and background:
             copies = {
                 name: {key: t.detach().to("cpu", copy=True) for key, t in part.items()}
                 for name, part in tensors.items()
             }
-            self.running = self.threads.submit(self._write, state, copies)
+            self.running = self.threads.submit(self._write, target, state, copies)
         elif self.main:
-            self._write(state, tensors)
+            self._write(target, state, tensors)
         if not background:
             self.finish()
 
@@ -69,22 +84,23 @@ class Saver:
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(
-                f"{self.run.checkpoints}: a checkpoint could not be written, in process {rank}: "
-                f"{reason}"
+                f"{self.run.path}: a checkpoint or snapshot could not be written, in process "
+                f"{rank}: {reason}"
             ) from None
         finally:
-            if self.main and self.run.checkpoints.is_dir():
-                for part in self.run.checkpoints.glob(".*.shards.part"):
+            for root in (self.run.checkpoints, self.run.snapshots) if self.main else ():
+                for part in root.glob(".*.shards.part"):
                     shutil.rmtree(part, ignore_errors=True)
 
     close = finish
 
-    def _write(self, state: State, tensors: Tensors) -> None:
-        self._done(checkpoint.save(self.run.checkpoints, self.config, state, tensors))
+    def _write(self, target: _Target, state: State, tensors: Tensors) -> None:
+        root, latest, done = target
+        done(checkpoint.save(root, self.config, state, tensors, latest=latest))
 
-    def _start_shards(self, state: State, tensors: Tensors) -> Future[Any]:
+    def _start_shards(self, target: _Target, state: State, tensors: Tensors) -> Future[Any]:
         assert self.group is not None, "sharded tensors lie in several processes"
-        root = self.run.checkpoints
+        root, latest, done = target
         parts = root / f".{checkpoint.folder_name(state.images)}.shards.part"
         if self.main:
             shutil.rmtree(parts, ignore_errors=True)  # of a killed run
@@ -95,7 +111,7 @@ class Saver:
                 for path in parts.iterdir():
                     path.rename(folder / path.name)
 
-            self._done(checkpoint.publish(root, self.config, state, move))
+            done(checkpoint.publish(root, self.config, state, move, latest=latest))
 
         return sharded.write(tensors, parts, self.group, publish)
 
@@ -110,19 +126,30 @@ class Saver:
             remove(saved.parent / checkpoint.folder_name(folder))
 
 
-COPIES = 4
-"""Of the weights in a checkpoint: model, EMA, and the two moments of the optimizer."""
+COPIES = 3
+"""Of the weights in a checkpoint, beside its averages: model, and two moments of the optimizer."""
 
 
 def need(parameters: int, training: TrainingSpec, images: int) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of all that a run will have kept, from so many images on."""
-    each = 4 * COPIES * parameters
+    """Bytes of one checkpoint, and of all that a run will have kept, from so many images on.
+
+    The snapshots of averages, which all stay, are part of the latter.
+    """
+    each = 4 * (COPIES + training.ema.number) * parameters
     left = max(training.images - images, 0)
     number = -(-left // training.checkpoint_every)
     if training.keep.last is not None:
         kept = training.keep.last + (left // training.keep.every if training.keep.every else 0)
         number = min(number, kept) + 1  # one is written before another goes
-    return each, number * each
+    return each, number * each + 4 * len(training.ema.widths) * parameters * _snapshots(
+        training, left
+    )
+
+
+def _snapshots(training: TrainingSpec, left: int) -> int:
+    """How many times a run of so many images more writes snapshots."""
+    every = training.ema.snapshot_every
+    return 0 if every is None else -(-left // every)
 
 
 def disk_need(folder: Path, parameters: int, training: TrainingSpec, images: int) -> str:
@@ -138,8 +165,13 @@ def disk_need(folder: Path, parameters: int, training: TrainingSpec, images: int
             f"--run: a checkpoint takes {_size(each)}, and the disk of {folder} has {_size(free)} "
             "left; make room, or name a folder elsewhere"
         )
-    text = f"checkpoints of {_size(each)}, {_size(total)} in all; {_size(free)} are free"
-    return text if total <= free else f"warning: {text}; set training.keep = {{ last = 3 }}"
+    snapshots = " and snapshots of averages" if training.ema.widths else ""
+    text = f"checkpoints of {_size(each)}{snapshots}, {_size(total)} in all"
+    text += f"; {_size(free)} are free"
+    if total <= free:
+        return text
+    advice = " or a larger training.ema.snapshot_every" if snapshots else ""
+    return f"warning: {text}; set training.keep = {{ last = 3 }}{advice}"
 
 
 def _size(number: int) -> str:
@@ -161,11 +193,3 @@ def dispensable(images: list[int], keep: KeepSpec) -> list[int]:
             firsts.setdefault(n // keep.every, n)
         kept |= {n for period, n in firsts.items() if period > 0}
     return [n for n in ascending if n not in kept]
-
-
-def remove(folder: Path) -> None:
-    """Deletes a checkpoint: under its name it is whole, or not there at all."""
-    hidden = folder.with_name(f".{folder.name}.removed.part")
-    with suppress(FileNotFoundError):
-        folder.rename(hidden)
-        shutil.rmtree(hidden)

@@ -82,8 +82,13 @@ def is_sharded(folder: Path) -> bool:
     return any(folder.glob(PATTERN))
 
 
+def sets(folder: Path) -> set[str]:
+    """The names of the sets in a folder."""
+    return {key.partition("/")[0] for key in _reader(folder).read_metadata().state_dict_metadata}
+
+
 def shapes(folder: Path, name: str) -> dict[str, torch.Size]:
-    """The shapes of the whole tensors of a set ("model", "ema" or "optimizer")."""
+    """The shapes of the whole tensors of a set ("model", "ema", "optimizer" and the like)."""
     return {key: found.size for key, found in _stored(_reader(folder), name).items()}
 
 

@@ -42,6 +42,7 @@ class Trained:
         path: str | Path,
         warn: Callable[[str], None] = log.warning,
         *,
+        weights: str | None = None,
         num_heads: int | None = None,
         num_classes: int | None = None,
         prediction: str | None = None,
@@ -49,22 +50,23 @@ class Trained:
         """The model of a run (its newest checkpoint), a checkpoint, a converted folder, or another
         project's: a .safetensors file of k-diffusion, a .pt of DiT, a folder of diffusers.
 
+        `weights` names the set to use, as "model" or "ema-0.999"; if absent, EMA or what there is.
         `warn` hears of damaged checkpoints that were passed over, and of what was assumed of a DiT
         whose file does not tell; `num_heads`, `num_classes` and `prediction` tell it. Raises
-        UserError where it cannot be read, or its weights are not finite.
+        UserError where it cannot be read, has no such weights, or they are not finite.
         """
         path, told = Path(path), Told(num_heads, num_classes, prediction)
         kind = kind_of_model(path)[0] if path.is_dir() else None
         if kind == "converted":
             told.refuse(path)
-            return cls.of(export.read(path, warn), path)
+            return cls.of(_chosen(export.read(path, warn), path, weights), path)
         if path.is_file() or kind == "diffusers":
             held = formats.read(path, told)
             for text in held.assumed:
                 warn(text)
-            return cls.of(held, path)
+            return cls.of(_chosen(held, path, weights), path)
         told.refuse(path)
-        return cls._of_checkpoint(find(path, warn))
+        return cls._of_checkpoint(find(path, warn), weights)
 
     @classmethod
     def of(cls, held: Contents, path: Path) -> Trained:
@@ -79,11 +81,16 @@ class Trained:
         return cls(path, held, place.with_name(f"{name}-samples"))
 
     @classmethod
-    def _of_checkpoint(cls, found: Checkpoint) -> Trained:
+    def _of_checkpoint(cls, found: Checkpoint, weights: str | None) -> Trained:
         folder, state = found.folder.resolve(), found.state
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
         name = f"{run.name}, checkpoint {folder.name}" if run else folder.name
-        sets = {weights: found.tensors(weights) for weights in ("ema", "model")}
+        names = found.sets()
+        if weights is not None:
+            _check_there(weights, names, found.folder)
+        # Of several averages only the one that is asked for is read.
+        asked = [weights] if weights else [n for n in names if n in ("ema", "model")] or names[:1]
+        sets = {name: found.tensors(name) for name in asked}
         held = Contents(
             found.config,
             state.shape,
@@ -142,8 +149,15 @@ class Trained:
         return self.held.sets[self.weights(raw)]
 
     def contents(self, raw: bool = False) -> Contents:
-        """What another format can be written from: the model with those weights alone."""
-        return replace(self.held, sets={self.weights(raw): self.tensors(raw)})
+        """What another format can be written from: the model with those weights alone.
+
+        Further averages are "ema" there, as formats have one, and the origin tells which.
+        """
+        name, held = self.weights(raw), self.held
+        if not name.startswith("ema-"):
+            return replace(held, sets={name: self.tensors(raw)})
+        origin = f"{held.origin}, average {name}"
+        return replace(held, sets={"ema": self.tensors(raw)}, origin=origin)
 
     def network(self, raw: bool = False) -> BackboneModule:
         """The backbone with those weights, in float32 on the CPU, in eval mode."""
@@ -170,6 +184,20 @@ class Trained:
                 f"{self.vae:.12}, this one's {space.identity:.12}"
             )
         return space
+
+
+def _chosen(held: Contents, path: Path, weights: str | None) -> Contents:
+    """With the set of that name alone, if one is given. Raises UserError as `_check_there`."""
+    if weights is None:
+        return held
+    _check_there(weights, list(held.sets), path)
+    return replace(held, sets={weights: held.sets[weights]})
+
+
+def _check_there(weights: str, names: list[str], path: Path) -> None:
+    """Raises UserError for weights that there are not, with the names of those that are."""
+    if weights not in names:
+        raise UserError(f"--weights: {path} has no {weights!r}; it has {', '.join(names)}")
 
 
 def is_trained(path: Path) -> bool:

@@ -142,7 +142,10 @@ def _folder_name(trained: Trained, seed: int, raw: bool, guide_scale: float | No
     spec = trained.config.sampling
     name = f"{trained.images}-{spec.sampler.kind}-{spec.steps}-cfg{spec.guidance.scale:g}"
     name += "" if guide_scale is None else f"-guide{guide_scale:g}"
-    return f"{name}-seed{seed}{'-raw' if raw else ''}"
+    weights = trained.weights(raw)
+    # By its name only where it is none that a model is sampled with by itself.
+    of = "-raw" if raw else f"-{weights}" if weights.startswith("ema-") else ""
+    return f"{name}-seed{seed}{of}"
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

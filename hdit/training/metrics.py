@@ -18,7 +18,7 @@ from hdit.config.schema import TrainingSpec
 from hdit.data.source import Skipped
 from hdit.device import peak_memory
 from hdit.errors import UserError
-from hdit.training.optim import ema_decay
+from hdit.training.ema import ema_decay
 
 USUAL = 5  # lines before a speed is usual
 WAITING = 0.2  # share of the time spent waiting for data that is told of

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from hdit.config.schema import EMASpec, OptimizerSpec
+from hdit.config.schema import OptimizerSpec
 from hdit.protocols import Backbone, Group
-from hdit.runs.sharded import local
 
 
 def parameter_groups(backbone: Backbone) -> dict[Group, list[str]]:
@@ -85,41 +84,3 @@ def load_optimizer(
             tensors[key] = torch.zeros_like(parameter, requires_grad=False)
         optimizer.state[parameter][kind] = tensors[key]
     fill(tensors)
-
-
-def ema_decay(step: int, spec: EMASpec) -> float:
-    """Decay of the step-th update, counted from 0: with a warm-up the first copies the weights."""
-    if not spec.warmup:
-        return spec.max_decay
-    return min(spec.max_decay, 1 - (1 + step / spec.inv_gamma) ** -spec.power)
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, bad: Tensor | None = None) -> None:
-    """Moves each parameter of `ema` to `model` by 1 - decay, and copies the buffers.
-
-    Where `bad` () is 1 it leaves `ema` as it is. Each is one call over all tensors, or over some,
-    which on CUDA is a few kernels for the whole model; of sharded ones each process moves its part.
-    """
-    own, others = ([local(p) for p in module.parameters()] for module in (ema, model))
-    if bad is None or bad.device.type == "cpu":
-        if bad is None or not bad:
-            torch._foreach_lerp_(own, others, 1 - decay)
-    else:
-        lerp_unless(own, others, 1 - decay, bad)
-    if buffers := list(ema.buffers()):
-        torch._foreach_copy_(buffers, list(model.buffers()))
-
-
-def lerp_unless(own: list[Tensor], others: list[Tensor], weight: float, bad: Tensor) -> None:
-    """Moves `own` to `others` by `weight`, or by 0 where `bad` () is 1: no host waits for it."""
-    moved = weight * (1 - bad)
-    for first in range(0, len(own), TOGETHER):
-        some = slice(first, first + TOGETHER)
-        change = torch._foreach_sub(others[some], own[some])
-        torch._foreach_mul_(change, moved)
-        torch._foreach_add_(own[some], change)
-
-
-TOGETHER = 64
-"""Tensors whose difference is held at once."""

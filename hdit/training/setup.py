@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +29,7 @@ from hdit.runs.folder import RunFolder
 from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_null_class, settle_sampling
 from hdit.training.distributed import Parallel, Replicated, Sharded
+from hdit.training.ema import Averages
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
@@ -72,14 +72,14 @@ class Setup:
     found: Checkpoint | None
     parallel: Parallel
     backbone: BackboneModule
-    ema: BackboneModule
+    averages: Averages
     optimizer: torch.optim.Optimizer
     compiled: bool
 
-    def load(self, found: Checkpoint) -> None:
-        """Takes model, EMA and optimizer from a checkpoint."""
+    def load(self, found: Checkpoint, say: Say) -> None:
+        """Takes model, averages and optimizer from a checkpoint; `say` hears of new averages."""
         found.fill("model", self.backbone.state_dict())
-        found.fill("ema", self.ema.state_dict())
+        self.averages.load(found, say)
         load_optimizer(
             self.backbone,
             self.optimizer,
@@ -139,7 +139,7 @@ def prepare(
     # model could not take may be large by itself.
     first(source)
     backbone = make_network(config, shape)
-    ema = deepcopy(backbone).eval().requires_grad_(False)
+    averages = Averages(backbone, t.ema)
     if t.gradient_checkpointing:
         backbone.checkpoint_blocks()
     if compiled:
@@ -149,7 +149,7 @@ def prepare(
         warn("training.parallel: 'fsdp' has nothing to share in a single process")
     elif t.parallel == "fsdp":
         parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
-    for module in (backbone, ema):
+    for module in (backbone, *averages.modules.values()):
         parallel.place(module)
     optimizer = adamw(backbone, t.optimizer)
     if isinstance(source, Latents):
@@ -158,12 +158,22 @@ def prepare(
             warn(f"space.stored was encoded from {used}; [data] now is {told}")
     say(_introduction(config, layout, source, shape, backbone, device, compiled))
     setup = Setup(
-        config, layout, space, source, shape, found, parallel, backbone, ema, optimizer, compiled
+        config,
+        layout,
+        space,
+        source,
+        shape,
+        found,
+        parallel,
+        backbone,
+        averages,
+        optimizer,
+        compiled,
     )
     parameters = sum(p.numel() for p in backbone.parameters())
     say(disk_need(run.path, parameters, t, found.state.images if found else 0))
     if found:
-        setup.load(found)
+        setup.load(found, say)
         say(f"resuming from {found.folder} at {found.state.images:,} images")
     return setup
 

@@ -34,7 +34,7 @@ from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_ste
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
-from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate, update_ema
+from hdit.training.optim import optimizer_tensors, set_learning_rate
 from hdit.training.progress import Progress
 from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_outputs, check_tensors, what_to_do
@@ -67,7 +67,8 @@ class Trainer:
             setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
         self.shape, self.source, self.space = setup.shape, setup.source, setup.space
-        self.backbone, self.ema, self.optimizer = setup.backbone, setup.ema, setup.optimizer
+        self.backbone, self.optimizer = setup.backbone, setup.optimizer
+        self.averages, self.ema = setup.averages, setup.averages.main
         self.parallel = setup.parallel
         self.network = self.parallel.trained(self.backbone)
         self.objective = setup.objective(self.network, self.device)
@@ -165,6 +166,11 @@ class Trainer:
             if save or self.images // t.log_every > before // t.log_every:
                 self.bar.describe(self._log(norm))
             self.bar.advance(self.images, self.metrics.elapsed)
+            every = t.ema.snapshot_every
+            if every and (self.images >= t.images or self.images // every > before // every):
+                with self.metrics.paused():
+                    if not self._save_snapshot():  # before the checkpoint, which stands for it
+                        continue
             if save:
                 with self.metrics.paused():
                     if not self._save(stream.state()):
@@ -199,7 +205,7 @@ class Trainer:
             self.noise_scale.update(small, squared(norm), part, t.batch_size)
         set_learning_rate(self.optimizer, t.optimizer, self.step)
         take_step(self.optimizer, bad)
-        update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema), bad)
+        self.averages.update(self.backbone, self.step, bad)
         return norm
 
     def _square_of_gradient(self) -> Tensor:
@@ -271,7 +277,7 @@ class Trainer:
                 f"training diverged before {self.images:,} images{times}: {reason}. {advice}"
             )
         drawn = self.images + self.passed_over
-        self.setup.load(found)
+        self.setup.load(found, self._say)
         stream = self.stream
         self._stand_at(found.state)
         self.stream, self.passed_over = stream, drawn - self.images
@@ -280,6 +286,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
         if self.main:
             self.run.keep_metrics(self.images, self._warn)
+            self.run.keep_snapshots(self.images, self._warn)
             self.tracking.go_back(self.images)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
 
@@ -302,7 +309,7 @@ class Trainer:
         """
         tensors = {
             "model": self.backbone.state_dict(),
-            "ema": self.ema.state_dict(),
+            **self.averages.tensors(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
         self._is_lost(at_a_line=True)
@@ -312,7 +319,24 @@ class Trainer:
         if reason := self._why_ruined(tensors):
             self._go_back(reason)
             return False
-        state = State(
+        with self.bar.doing("saving"):
+            self.saver.save(self._state(stream), tensors, self.parallel.sharded)
+        self.saved = self.step
+        return True
+
+    def _save_snapshot(self) -> bool:
+        """Saves the power-function averages; if they are ruined it goes back, and returns False."""
+        tensors = self.averages.snapshot()
+        if reason := self._why_ruined(tensors):
+            self._go_back(reason)
+            return False
+        with self.bar.doing("saving"):
+            self.saver.snapshot(self._state(), tensors, self.parallel.sharded)
+        return True
+
+    def _state(self, stream: dict[str, Any] | None = None) -> State:
+        """Where the run stands; of a stream of images, where that does."""
+        return State(
             self.images,
             self.step,
             size_of(self.source),
@@ -322,11 +346,9 @@ class Trainer:
             self.space.identity,
             stream,
             self.passed_over,
+            self.averages.steps(),
+            dict(self.averages.begun),
         )
-        with self.bar.doing("saving"):
-            self.saver.save(state, tensors, self.parallel.sharded)
-        self.saved = self.step
-        return True
 
     def _why_ruined(self, tensors: dict[str, dict[str, Tensor]]) -> str:
         """Why they must not be saved, or nothing: in all processes, if in one."""
@@ -346,16 +368,18 @@ class Trainer:
         return ""
 
     def _networks(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Network]:
-        """What gives the outputs of model and EMA, without a compiled graph of the model's own."""
+        """What gives the outputs of these weights, without a compiled graph of the model's own."""
+        names = [name for name in tensors if name != "optimizer"]
         if self.parallel.sharded:
-            return {"model": self.backbone, "ema": self.ema}
+            modules = {"model": self.backbone, **self.averages.modules}
+            return {name: modules[name] for name in names}
 
         def of(name: str) -> Network:
             return lambda x, c_noise, cond: functional_call(
                 self.ema, tensors[name], (x, c_noise, cond)
             )
 
-        return {name: of(name) for name in ("model", "ema")}
+        return {name: of(name) for name in names}
 
     def _sample_grid(self) -> bool:
         """Makes the grid of the present checkpoint, and returns whether to end the session here.

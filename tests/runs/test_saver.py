@@ -94,9 +94,9 @@ def test_checkpoint_holds_the_weights_of_its_time_though_training_goes_on(
     done, expected = threading.Event(), {}
     write, step = checkpoint.save, trainer._step
 
-    def late(root, settings, state, tensors):
+    def late(root, settings, state, tensors, **options):
         assert done.wait(60)
-        return write(root, settings, state, tensors)
+        return write(root, settings, state, tensors, **options)
 
     def watched(stream):
         if trainer.images == 32:
@@ -119,10 +119,10 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_whole(
 ):
     write = checkpoint.save
 
-    def full(root, settings, state, tensors):
+    def full(root, settings, state, tensors, **options):
         if state.images > 32:
             raise OSError(28, "No space left on device", str(root))
-        return write(root, settings, state, tensors)
+        return write(root, settings, state, tensors, **options)
 
     monkeypatch.setattr(checkpoint, "save", full)
     trainer = Trainer(config.load(tiny, ["sampling.grid=0"]), tmp_path)

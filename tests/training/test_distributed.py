@@ -17,7 +17,9 @@ from hdit.models import build
 from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.conversion import convert
+from hdit.runs.snapshots import open_snapshots
 from hdit.runs.trained import Trained
+from hdit.training.posthoc import Wanted, make
 from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,7 +90,8 @@ def runs(trained, tmp_path_factory):
     text = text.replace("images = 96", f"images = {STEPS * BATCH}")
     text = text.replace("checkpoint_every = 32", f"checkpoint_every = {STEPS * BATCH // 2}")
     toml = folder / "tiny.toml"
-    toml.write_text(text)
+    averages = f"decays = [0.9]\nwidths = [0.1]\nsnapshot_every = {STEPS * BATCH // 4}\n"
+    toml.write_text(f"{text}\n[training.ema]\n{averages}")
     assert Trainer(config.load(toml), folder / "one").fit()
     few = ["training.images=48", "sampling.grid=0"]
     together(
@@ -118,7 +121,7 @@ def lines(run):
 
 def tensors(run):
     found = checkpoint.find(run, print)
-    return {name: found.tensors(name) for name in ("model", "ema", "optimizer")}
+    return {name: found.tensors(name) for name in (*found.sets(), "optimizer")}
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "again", "from-one", "to-one"])
@@ -137,6 +140,37 @@ def test_run_resumed_by_as_many_processes_is_bitwise_the_uninterrupted_one(runs)
         found = tensors(runs / "again")[name]
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+@pytest.mark.parametrize("name", ["ddp", "again", "from-one", "to-one"])
+def test_averages_and_snapshots_are_the_same_whole_or_sharded(runs, name):
+    """1e-5 is what sums in another order leave in weights after 30 steps."""
+    expected = [tensors(runs / "fsdp"), *snapshots(runs / "fsdp")]
+    found = [tensors(runs / name), *snapshots(runs / name)]
+    assert len(found) == len(expected) == 1 + 4
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for average in ("ema-width-0.1", *({"ema-0.9"} & b.keys())):
+            for key, tensor in b[average].items():
+                torch.testing.assert_close(a[average][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_width_is_made_of_shards_as_of_whole_snapshots(runs):
+    made = [
+        make(runs / name, [Wanted("width", 0.15)], None, True, print) for name in ("ddp", "fsdp")
+    ]
+    (whole,), (sharded,) = made
+    assert (whole.snapshots, whole.error) == (sharded.snapshots, sharded.error)
+    expected = Trained.open(whole.path).tensors()
+    for key, tensor in Trained.open(sharded.path).tensors().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5)
+
+
+def snapshots(run):
+    return [
+        {average: found.tensors(average) for average in found.sets()}
+        for found in open_snapshots(run, None, print)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from known_answers import load
 from torch import nn
 
 from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
-from hdit.config.schema import EMASpec, OptimizerSpec
+from hdit.config.schema import OptimizerSpec
 from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
 from hdit.models.hdit import Level, Mapping
 from hdit.nn.attention import Global
@@ -15,12 +15,9 @@ from hdit.protocols import DataShape
 from hdit.training.noise_scale import GradientNoiseScale, squared
 from hdit.training.optim import (
     adamw,
-    ema_decay,
-    lerp_unless,
     load_optimizer,
     optimizer_tensors,
     set_learning_rate,
-    update_ema,
 )
 
 
@@ -30,33 +27,6 @@ def restore(model, optimizer, tensors):
             target.copy_(tensors[name])
 
     load_optimizer(model, optimizer, tensors, fill)
-
-
-@pytest.mark.parametrize("power", [0.6667, 0.75, 1.0])
-def test_ema_decay_matches_the_reference(power):
-    expected = load("schedules_ema_lr.json")[f"ema_warmup(power={power},max=.9999,inv_gamma=1)"]
-    for step, decay in expected.items():
-        assert ema_decay(int(step), EMASpec(power=power)) == pytest.approx(decay, rel=1e-12, abs=0)
-
-
-def test_ema_without_warmup_has_the_same_decay_at_every_step():
-    spec = EMASpec(warmup=False, max_decay=0.999)
-    assert [ema_decay(step, spec) for step in (0, 1, 10**6)] == [0.999] * 3
-
-
-def test_ema_is_the_running_average_in_closed_form():
-    model, ema = nn.Linear(3, 2), nn.Linear(3, 2)
-    model.register_buffer("table", torch.zeros(2))
-    ema.register_buffer("table", torch.zeros(2))
-    expected = torch.zeros(2, 3)
-    for decay in (0.0, 0.5, 0.9):
-        with torch.no_grad():
-            model.weight.normal_()
-            model.table += 1
-        update_ema(ema, model, decay)
-        expected = decay * expected + (1 - decay) * model.weight
-    torch.testing.assert_close(ema.weight, expected)
-    assert ema.table.tolist() == [3, 3]
 
 
 def small_dit() -> DiT:
@@ -215,15 +185,3 @@ def test_noise_scale_of_large_gradients_is_theirs_and_that_of_ruined_ones_is_lef
     before = scale.state()[:2]
     scale.update(torch.tensor(math.inf), torch.tensor(math.nan), 8, 32)
     assert scale.state()[:2] == before
-
-
-@pytest.mark.parametrize("bad", [0.0, 1.0])
-def test_average_moves_on_the_device_unless_the_step_was_bad(bad):
-    own = [torch.randn(3, 4, dtype=torch.float64) for _ in range(100)]
-    others = [torch.randn_like(t) for t in own]
-    expected = [t + 0.3 * (1 - bad) * (o - t) for t, o in zip(own, others, strict=True)]
-    moved = [t.clone() for t in own]
-    lerp_unless(moved, others, 0.3, torch.tensor(bad, dtype=torch.float64))
-    for a, b, before in zip(moved, expected, own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
-        assert not bad or torch.equal(a, before)

@@ -164,7 +164,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_starts_again(
 ):
     """With a line of metrics at the checkpoint, which is written before it, or without."""
 
-    def kill(*arguments):
+    def kill(*arguments, **options):
         raise SystemExit("killed")
 
     overrides = [f"training.checkpoint_every={every}", "training.background_saves=false"]

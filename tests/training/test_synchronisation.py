@@ -20,6 +20,7 @@ SHAPES = ["data={kind='shapes', size=32}", "training.accumulate=2", "sampling.gr
 DIT = "model={kind='dit', patch_size=4, depth=1, width=32, num_heads=2}"
 SETTINGS = {
     "hdit": [*SHAPES, "training.gradient_noise_scale=true"],
+    "hdit with averages": [*SHAPES, "training.ema={ decays = [0.9], widths = [0.1] }"],
     "hdit augmented": [*SHAPES, "data.augment=0.5"],
     "hdit by frequency": [*SHAPES, "diffusion.loss_scales=3", "training.precision=bf16"],
     "dit": [*SHAPES, DIT, "diffusion.density={kind='lognormal'}"],
