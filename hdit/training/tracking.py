@@ -29,7 +29,8 @@ from hdit.errors import UserError
 from hdit.files import to_json, whole
 from hdit.names import escape, path_of, printable
 from hdit.reading import ReadingError, read_object
-from hdit.runs.folder import RunFolder, read_metrics
+from hdit.runs.folder import RunFolder
+from hdit.runs.history import read_metrics
 
 PROJECT = "hdit"
 """What runs are kept under by the trackers that group them."""
