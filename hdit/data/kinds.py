@@ -38,6 +38,7 @@ COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.l
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS = (".safetensors", *PICKLES)
 BY_SUFFIX = {".zip": "zip", ".npz": "npz", ".tar": "tar", ".toml": "config"}
+LATEST, BEST = "latest", "best"  # files beside a run's checkpoints that name one of them
 OWN = ("samples", "checkpoints", "assets")  # of a model, whose images there are no data set
 MAX_MANIFEST = 2**24  # bytes of a file that says what a folder is
 
@@ -83,6 +84,8 @@ def _by_name(path: Path) -> str | None:
 
 def _by_content(path: Path) -> str | None:
     """The kind of a regular file, by its first bytes, or by its name where they tell nothing."""
+    if path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
+        return "checkpoint"
     name, suffix = path.name.lower(), path.suffix.lower()
     try:
         with path.open("rb", buffering=0) as file:

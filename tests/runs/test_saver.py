@@ -50,7 +50,7 @@ def test_checkpoints_stay_as_the_settings_have_it(keep, stay):
     images = []
     for new in range(10, 101, 10):
         images.append(new)
-        gone = dispensable(images, keep)
+        gone = dispensable(images, keep, {})
         images = [n for n in images if n not in gone]
     assert images == stay
 
