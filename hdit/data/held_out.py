@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -45,6 +45,9 @@ class Divisible(Protocol):
 
     def part(self, indices: np.ndarray) -> Self:
         """The source of these images alone, in this order."""
+
+
+Whole = TypeVar("Whole", bound=Divisible)
 
 
 class HeldOut(NamedTuple):
@@ -90,7 +93,7 @@ def _hash(source: Divisible, index: int) -> int:
     return min(int.from_bytes(digest, "big"), UNREADABLE - 1)
 
 
-def divide(source: Divisible, share: float, hashes: np.ndarray) -> tuple[Divisible, HeldOut]:
+def divide(source: Whole, share: float, hashes: np.ndarray) -> tuple[Whole, HeldOut]:
     """-> (training images, held-out ones): those whose hash is below `share` of the largest.
 
     Images of one content are on the same side, and no image moves when others come or go. Raises
