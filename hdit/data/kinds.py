@@ -70,6 +70,15 @@ def what_is(path: str | Path) -> str | None:
     return _by_content(place) if os.path.isfile(place) else _by_name(place)
 
 
+def names_checkpoint(path: Path) -> bool:
+    """Whether a path is the file beside a run's checkpoints that names the newest or best one."""
+    return (
+        path.name in (LATEST, BEST)
+        and path.absolute().parent.name == "checkpoints"
+        and os.path.isfile(path)
+    )
+
+
 def _by_name(path: Path) -> str | None:
     name, suffix = path.name.lower(), path.suffix.lower()
     if os.path.exists(path):  # a device or pipe, which is not read
@@ -84,7 +93,7 @@ def _by_name(path: Path) -> str | None:
 
 def _by_content(path: Path) -> str | None:
     """The kind of a regular file, by its first bytes, or by its name where they tell nothing."""
-    if path.name in (LATEST, BEST) and path.parent.name == "checkpoints":
+    if names_checkpoint(path):
         return "checkpoint"
     name, suffix = path.name.lower(), path.suffix.lower()
     try:

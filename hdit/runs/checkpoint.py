@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.config import RunConfig, parse
-from hdit.data.kinds import BEST, LATEST
+from hdit.data.kinds import LATEST, names_checkpoint
 from hdit.errors import UserError
 from hdit.files import to_json, whole, write_text
 from hdit.manifest import (
@@ -264,7 +264,7 @@ def named_by(path: Path) -> Path:
 
 def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
     """The checkpoint at `path`: its own folder, a file that names it, or the newest of a run."""
-    if path.name in (LATEST, BEST) and path.is_file():
+    if names_checkpoint(path):
         return open_checkpoint(named_by(path))
     if (path / MANIFEST).is_file():
         return open_checkpoint(path)

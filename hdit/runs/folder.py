@@ -60,7 +60,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.path / "samples"):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
-        for name in ("config.toml", "classes.json", "checkpoints/latest"):
+        for name in ("config.toml", "classes.json", "checkpoints/latest", "checkpoints/best"):
             check_writable(self.path / name)
         check_writable(self.metrics)
         check_writable(self.validation)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
-from hdit.data.kinds import BEST, LATEST, MODELS, kind_of_model, what_is
+from hdit.data.kinds import MODELS, kind_of_model, names_checkpoint, what_is
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
@@ -59,7 +59,7 @@ class Trained:
         if kind == "converted":
             told.refuse(path)
             return cls.of(export.read(path, warn), path)
-        if (path.is_file() and path.name not in (LATEST, BEST)) or kind == "diffusers":
+        if (path.is_file() and not names_checkpoint(path)) or kind == "diffusers":
             held = formats.read(path, told)
             for text in held.assumed:
                 warn(text)

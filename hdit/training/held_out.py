@@ -23,7 +23,7 @@ MANY = 100_000  # images, whose hashing is told of before it begins
 MAX_COMPARED = 200_000  # training images that are compared with the held-out ones
 
 
-class Images(NamedTuple):
+class Divided(NamedTuple):
     """What a run trains on, and what it validates on."""
 
     training: Source | Stream
@@ -37,20 +37,20 @@ def hold_out(
     source: Source | Stream,
     hosts: dist.ProcessGroup | None,
     say: Say,
-) -> Images:
+) -> Divided:
     """Divides the images of a run as data.held_out has it. Every process of `hosts` calls it.
 
     Raises DataError where that cannot be.
     """
     setting = config.data.held_out
     if setting is None:
-        return Images(source, None, [])
+        return Divided(source, None, [])
     if isinstance(setting, str):
         images, classes = open_held_out(config, space, setting, source.classes)
-        return Images(source, HeldOut(images, hash_together(images, hosts, say)), classes)
+        return Divided(source, HeldOut(images, hash_together(images, hosts, say)), classes)
     whole = divisible(source)
     training, held_out = divide(whole, setting, hash_together(whole, hosts, say))
-    return Images(training, held_out, list(range(len(source.classes))))
+    return Divided(training, held_out, list(range(len(source.classes))))
 
 
 def hash_together(source: Divisible, hosts: dist.ProcessGroup | None, say: Say) -> np.ndarray:
@@ -82,7 +82,7 @@ def hash_together(source: Divisible, hosts: dist.ProcessGroup | None, say: Say) 
 
 def warn_of_shared(
     config: RunConfig,
-    images: Images,
+    images: Divided,
     hosts: dist.ProcessGroup | None,
     say: Say,
     warn: Say,

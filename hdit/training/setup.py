@@ -30,7 +30,7 @@ from hdit.runs.folder import RunFolder
 from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_null_class, settle_sampling
 from hdit.training.distributed import Parallel, Replicated, Sharded
-from hdit.training.held_out import Images, hold_out, warn_of_shared
+from hdit.training.held_out import Divided, hold_out, warn_of_shared
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
@@ -77,7 +77,7 @@ class Setup:
     ema: BackboneModule
     optimizer: torch.optim.Optimizer
     compiled: bool
-    images: Images
+    images: Divided
 
     def load(self, found: Checkpoint) -> None:
         """Takes model, EMA and optimizer from a checkpoint."""
@@ -252,7 +252,7 @@ def _layout(config: RunConfig, accelerator: Accelerator) -> Layout:
 def _introduction(
     config: RunConfig,
     layout: Layout,
-    data: Images,
+    data: Divided,
     shape: DataShape,
     backbone: nn.Module,
     device: torch.device,

@@ -305,3 +305,5 @@ def test_data_check_reads_what_is_trained_on_and_tells_what_is_held_out(folder, 
     assert below <= report["held_out"] <= below + copies
     status, out, _ = hdit("data", "check", str(toml), *sheet)
     assert f"{report['held_out']} images, which are not among these" in out
+    status, out, _ = hdit("info", str(toml), "--set", "training.validate_every=8")
+    assert "Validated every 8 images on up to 1,000, a share of 0.3 of the images" in out
