@@ -171,19 +171,7 @@ def prepare(
     # Raises DataError here, not in a worker, where nothing can be read; an image of a size that the
     # model could not take may be large by itself.
     first(source)
-    backbone = make_network(config, shape)
-    ema = deepcopy(backbone).eval().requires_grad_(False)
-    if t.gradient_checkpointing:
-        backbone.checkpoint_blocks()
-    if compiled:
-        backbone.compile_blocks()
-    parallel: Parallel = Replicated(accelerator)
-    if t.parallel == "fsdp" and layout.processes == 1:
-        warn("training.parallel: 'fsdp' has nothing to share in a single process")
-    elif t.parallel == "fsdp":
-        parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
-    for module in (backbone, ema):
-        parallel.place(module)
+    parallel, backbone, ema = _build(config, shape, accelerator, compiled, warn)
     optimizer = adamw(backbone, t.optimizer)
     if isinstance(source, Latents):
         told, used = origin_of(config.data), source.manifest.origin
@@ -210,6 +198,27 @@ def prepare(
         setup.load(found)
         say(f"resuming from {found.folder} at {found.state.images:,} images")
     return setup
+
+
+def _build(
+    config: RunConfig, shape: DataShape, accelerator: Accelerator, compiled: bool, warn: Say
+) -> tuple[Parallel, BackboneModule, BackboneModule]:
+    """-> (how the processes share a model, the backbone and its EMA, both in place)."""
+    t, device = config.training, accelerator.device
+    backbone = make_network(config, shape)
+    ema = deepcopy(backbone).eval().requires_grad_(False)
+    if t.gradient_checkpointing:
+        backbone.checkpoint_blocks()
+    if compiled:
+        backbone.compile_blocks()
+    parallel: Parallel = Replicated(accelerator)
+    if t.parallel == "fsdp" and accelerator.num_processes == 1:
+        warn("training.parallel: 'fsdp' has nothing to share in a single process")
+    elif t.parallel == "fsdp":
+        parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
+    for module in (backbone, ema):
+        parallel.place(module)
+    return parallel, backbone, ema
 
 
 def _check_alike(

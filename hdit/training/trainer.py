@@ -270,8 +270,9 @@ class Trainer:
             found = self.validation.measure(networks, lambda: self._all_agree(bool(self.signalled)))
         if found is not None and self.main:
             self.run.log_validation({"images": self.images, "step": self.step} | found)
-            told = (f"{name} {_short(w['loss'])}" for name, w in found["weights"].items())
-            self._say(f"{self.images:,} images: validation loss {', '.join(told)}")
+            losses = {name: told["loss"] for name, told in found["weights"].items()}
+            shown = (f"{k} {'none' if v is None else _short(v)}" for k, v in losses.items())
+            self._say(f"{self.images:,} images: validation loss {', '.join(shown)}")
         return self.interrupts.agreed(0)  # at once, not only every few steps
 
     # ---- steps that are not finite ---------------------------------------------------------------

@@ -21,6 +21,7 @@ from hdit.training.trainer import Trainer
 from hdit.training.validation import Validation
 
 HELD = "data.held_out=0.2"
+FEW = "training.validate_images=16"
 NO_GRID = "sampling.grid=0"
 EPS = "diffusion.weighting={kind='eps'}"
 LOGUNIFORM = "diffusion.density={kind='loguniform', sigma_min=0.01, sigma_max=100.0}"
@@ -117,7 +118,7 @@ def test_losses_that_are_not_finite_are_none(tiny):
 
 def test_validation_leaves_no_trace_and_has_no_dropout(tiny, tmp_path):
     """A level of the model has dropout: two measurements would differ."""
-    settings = [HELD, NO_GRID, "training.images=32"]
+    settings = [HELD, FEW, NO_GRID, "training.images=32"]
     trainer = Trainer(config.load(tiny, settings), tmp_path / "run")
     assert trainer.fit()
     assert not trainer._validate()
@@ -141,7 +142,7 @@ def test_validation_leaves_no_trace_and_has_no_dropout(tiny, tmp_path):
     ],
 )
 def test_validation_comes_as_often_as_the_settings_have_it(tiny, tmp_path, overrides, expected):
-    assert Trainer(config.load(tiny, [HELD, NO_GRID, *overrides]), tmp_path / "run").fit()
+    assert Trainer(config.load(tiny, [HELD, FEW, NO_GRID, *overrides]), tmp_path / "run").fit()
     assert at(tmp_path / "run") == expected
 
 
@@ -160,7 +161,7 @@ def test_resumed_run_has_the_curves_of_the_uninterrupted_one(tiny, tmp_path):
 
 def test_signal_ends_validation_without_a_line_and_the_next_session_makes_it_up(tiny, tmp_path):
     run = tmp_path / "run"
-    trainer = Trainer(config.load(tiny, [HELD, NO_GRID]), run)
+    trainer = Trainer(config.load(tiny, [HELD, FEW, NO_GRID]), run)
     measure = trainer.validation.measure
     asked = []
 
@@ -176,13 +177,13 @@ def test_signal_ends_validation_without_a_line_and_the_next_session_makes_it_up(
     assert not trainer.fit()
     assert asked.count(64) == 2
     assert (at(run), folders(run)) == ([32], [32, 64])
-    assert Trainer(config.load(tiny, [HELD, NO_GRID]), run).fit()
+    assert Trainer(config.load(tiny, [HELD, FEW, NO_GRID]), run).fit()
     assert at(run) == [32, 64, 96]
 
 
 def test_run_that_went_back_has_no_lines_of_what_it_lost(tiny, tmp_path):
     """Two steps of no loss after 48 images, and then the checkpoint at 32 images."""
-    settings = [HELD, NO_GRID, "training.validate_every=16", "training.validate_images=8"]
+    settings = [HELD, FEW, NO_GRID, "training.validate_every=16"]
     trainer = Trainer(config.load(tiny, [*settings, "training.guard.patience=2"]), tmp_path / "run")
     objective = trainer.objective
     trainer.objective = lambda b: objective(b) * (math.nan if 48 <= b.counters[0] < 80 else 1)
@@ -196,7 +197,7 @@ def test_run_that_went_back_has_no_lines_of_what_it_lost(tiny, tmp_path):
 
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_best_checkpoints_stay_and_are_named(tiny, tmp_path, background):
-    settings = [HELD, NO_GRID, "training.keep={ last = 1, best = 2 }"]
+    settings = [HELD, FEW, NO_GRID, "training.keep={ last = 1, best = 2 }"]
     settings += ["training.checkpoint_every=16", f"training.background_saves={background}"]
     trainer = Trainer(config.load(tiny, settings), tmp_path / "run")
     losses = iter([5.0, 1.0, None, 4.0, 2.0, 6.0])
@@ -277,7 +278,7 @@ def test_class_that_the_model_does_not_know_is_refused(tiny, tmp_path, photos):
 
 
 def test_resumed_run_tells_that_other_images_are_held_out(tiny, tmp_path, capfd):
-    assert Trainer(config.load(tiny, [HELD, NO_GRID]), tmp_path / "run").fit()
+    assert Trainer(config.load(tiny, [HELD, FEW, NO_GRID]), tmp_path / "run").fit()
     trained_on = checkpoint.find(tmp_path / "run", print).state.data_size
     Trainer(config.load(tiny, ["data.held_out=0.3", NO_GRID]), tmp_path / "run")
     said = " ".join(capfd.readouterr().err.split())
