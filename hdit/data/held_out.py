@@ -156,14 +156,17 @@ def open_path(data: Any, path: str, classes: list[str]) -> Divisible:
         return Images(source.spec, source.listed()) if isinstance(source, Tars) else source
 
 
+NAME = "data.held_out"
+
+
 @contextmanager
 def naming_held_out() -> Iterator[None]:
     """Lets a DataError name data.held_out where the source says data.path."""
     try:
         yield
     except DataError as error:
-        text = str(error).replace("data.path", "data.held_out")
-        raise DataError(text.replace("space.stored", "data.held_out")) from None
+        text = str(error).replace("data.path", NAME).replace("space.stored", NAME)
+        raise DataError(text if NAME in text else f"{NAME}: {text}") from None
 
 
 def class_indices(names: list[str], known: list[str], path: str) -> list[int]:

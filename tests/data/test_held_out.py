@@ -286,6 +286,9 @@ def test_path_that_is_not_there_names_its_setting(folder, tmp_path):
     data = FolderSpec(path=str(folder), size=(4, 4))
     with pytest.raises(DataError, match=r"^data.held_out: .*none' does not exist.*data.held_out=P"):
         open_path(data, str(tmp_path / "none"), [])
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(DataError, match=r"^data.held_out: .* is a file of weights, and no data"):
+        open_path(data, str(tmp_path / "model.safetensors"), [])
 
 
 def test_data_check_reads_what_is_trained_on_and_tells_what_is_held_out(folder, tmp_path, hdit):
