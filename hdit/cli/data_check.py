@@ -59,11 +59,13 @@ def data_check(
 
     path = check.sheet_path(place, sheet)
     options = {"size": size, "channels": channels, "crop": crop}
-    source = _open(place, kind, options, overrides or [])
+    source, held_out = _open(place, kind, options, overrides or [])
     workers = check.processes() if workers is None else workers
     with progress() as bar:
         task = bar.add_task("reading", total=len(source))
-        report, shown = check.check(source, workers, lambda count: bar.advance(task, count))
+        report, shown = check.check(
+            source, workers, lambda count: bar.advance(task, count), held_out
+        )
     if as_json:
         written = escape(str(path)) if shown else None
         typer.echo(json.dumps(report.to_json() | {"contact_sheet": written}, indent=1))
@@ -83,8 +85,13 @@ def data_check(
         raise typer.Exit(1)
 
 
-def _open(place: str, kind: str | None, options: dict[str, Any], overrides: list[str]) -> Images:
-    """The data of a config, or of a path with `options`. Raises UserError for an idle option."""
+def _open(
+    place: str, kind: str | None, options: dict[str, Any], overrides: list[str]
+) -> tuple[Images, int]:
+    """The data of a config, or of a path with `options`, and how many images are held out from it.
+
+    Raises UserError for an idle option.
+    """
     from hdit.config import load
     from hdit.config.presets import or_preset
     from hdit.data import check
@@ -96,8 +103,12 @@ def _open(place: str, kind: str | None, options: dict[str, Any], overrides: list
     if what_is(found) == "config":
         if idle := [*given, *(["kind"] if kind else [])]:
             raise UserError(f"--{idle[0]}: has no effect with a config; use --set data.KEY=VALUE")
-        return check.by_index(load(found, overrides).data.open())
+        config = load(found, overrides)
+        source = check.by_index(config.data.open())
+        if getattr(config.space, "stored", None) is not None:
+            return source, 0  # of what is stored, not of these images, some are held out
+        return check.hold_out(source.spec, source)
     if overrides:
         raise UserError("--set: has no effect without a config; name a config in place of PATH")
     defaults: dict[str, Any] = {"size": "256", "channels": 3, "crop": "center"}
-    return check.open_source(place, kind, **(defaults | given))
+    return check.open_source(place, kind, **(defaults | given)), 0

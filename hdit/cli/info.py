@@ -79,6 +79,16 @@ def info(
             f"Its weights, EMA, gradients and moments take {fixed / 2**40:.4g} TiB: no machine "
             "trains it."
         )
+    if (held_out := settings.data.held_out) is not None:
+        t = settings.training
+        if isinstance(held_out, float):
+            what = f"a share of {held_out:g} of the images, which is not trained on"
+        else:
+            what = f"those of {printable(held_out)!r}"
+        say(
+            console,
+            f"Validated every {t.validate_every:,} images on up to {t.validate_images:,}, {what}.",
+        )
     if note:
         say(console, note)
 

@@ -29,6 +29,7 @@ from hdit.config.errors import ConfigError, explain
 from hdit.config.learning_rate import ConstantLR, LearningRate
 from hdit.config.overrides import apply, read_toml
 from hdit.data import DataSpec
+from hdit.data.source import NO_SHARE
 from hdit.diffusion.beta_schedules import AnyBetaSchedule, CosineSchedule, LinearSchedule
 from hdit.diffusion.brownian import too_close
 from hdit.diffusion.context import Context, DependentSpec, Problem, under
@@ -214,11 +215,18 @@ class KeepSpec(Spec):
     every: ImageCount | None = Field(
         None, description="and the first one at or after each multiple of so many images"
     )
+    best: int | None = Field(
+        None,
+        gt=0,
+        le=100_000,
+        description="and so many with the lowest validation loss of the EMA; needs data.held_out",
+    )
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
-        if self.every is not None and self.last is None:
-            raise ValueError("every has no effect without last, as all checkpoints stay then")
+        for key in ("every", "best"):
+            if getattr(self, key) is not None and self.last is None:
+                raise ValueError(f"{key} has no effect without last, as all checkpoints stay then")
         return self
 
 
@@ -233,6 +241,8 @@ Trackers = Annotated[
     Field(strict=False),
     AfterValidator(_each_once),
 ]
+VALIDATED = 1000
+MAX_VALIDATED = 10**6
 
 
 class TrainingSpec(DependentSpec):
@@ -242,6 +252,21 @@ class TrainingSpec(DependentSpec):
     checkpoint_every: ImageCount = Field(description="images between two checkpoints")
     log_every: ImageCount | None = Field(
         None, description="images between two lines of metrics; 10 batches if absent"
+    )
+    validate_every: ImageCount | None = Field(
+        None,
+        description="images between two validations; checkpoint_every if data.held_out is set",
+    )
+    validate_images: ImageCount | None = Field(
+        None,
+        le=MAX_VALIDATED,
+        description=f"most held-out images that are validated on; {VALIDATED:,} if absent",
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="of each device in this precision, dense, for the MFU; known of some GPUs",
     )
     batch_size: BatchSize = Field(description="images of an optimizer step, over all processes")
     accumulate: BatchSize = Field(1, description="parts that a process takes its batch in")
@@ -295,6 +320,21 @@ class TrainingSpec(DependentSpec):
             return filled
         every = max(self.batch_size, self.images // SNAPSHOTS)
         return filled.model_copy(update={"ema": self.ema.filled(snapshot_every=every)})
+
+    def validating(self) -> Self:
+        """With the settings of validation written out, for data of which some is held out."""
+        return self.filled(validate_every=self.checkpoint_every, validate_images=VALIDATED)
+
+    def idle(self) -> Iterator[Problem]:
+        """Yields (key, what is wrong): settings of validation, where no images are held out."""
+        given = {
+            "validate_every": self.validate_every,
+            "validate_images": self.validate_images,
+            "keep.best": self.keep.best,
+        }
+        for key, value in given.items():
+            if value is not None:
+                yield key, "has no effect without data.held_out, the images to validate on"
 
     def check(self, context: Context) -> Iterator[Problem]:
         """Yields (key, what is wrong), of its parts and of how a batch is taken in parts."""
@@ -459,11 +499,12 @@ class RunConfig(Spec):
     def resolved(self) -> RunConfig:
         """Writes out what follows from other settings."""
         context = self.context()
+        training = self.training.resolved(context)
         return self.model_copy(
             update={
                 "model": self.model.resolved(),
                 "diffusion": self.diffusion.resolved(context),
-                "training": self.training.resolved(context),
+                "training": training if self.data.held_out is None else training.validating(),
                 "sampling": self.sampling.resolved(context),
             }
         )
@@ -496,6 +537,8 @@ class RunConfig(Spec):
         yield from self._check_grid()
         yield from under("model", self.model.unmet())
         yield from under("training", self.training.check(context))
+        if self.data.held_out is None:
+            yield from under("training", self.training.idle())
 
     def _check_grid(self) -> Iterator[Problem]:
         _, height, width = self.data.shape
@@ -514,6 +557,8 @@ class RunConfig(Spec):
                 yield "data.augment", "must be 0 with space.stored: it is new at each draw"
             if getattr(data, "cache", None) is not None:
                 yield "data.cache", "has no effect with space.stored, which reads no images"
+        elif data.kind == "tar" and isinstance(data.held_out, float):
+            yield "data.held_out", NO_SHARE
         if not data.augment.probability:
             return
         if not self.model.sees_augmentation:

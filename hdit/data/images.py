@@ -25,8 +25,10 @@ from hdit.data.cache import Cache
 from hdit.data.kinds import kind_of
 from hdit.data.source import (
     CENTER,
+    HELD_OUT,
     Chance,
     DataError,
+    HeldOutSetting,
     Sample,
     Size,
     Skipped,
@@ -108,6 +110,7 @@ class ImagesSpec(Spec):
     cache: Name | None = Field(
         None, description="folder that keeps the cropped pixels, and gives them from then on"
     )
+    held_out: HeldOutSetting | None = Field(None, description=HELD_OUT)
 
     @field_validator("min_crop")
     @classmethod
@@ -174,6 +177,43 @@ class Entries(Protocol):
     def stamp(self, index: int) -> str:
         """Text that changes when the image or its label does; it is what a cache goes by."""
 
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's file; its pixels where there is none. May raise as `load`."""
+
+
+class Chosen:
+    """Some of the images of other entries, in an order of their own. See Entries."""
+
+    def __init__(self, entries: Entries, indices: np.ndarray):
+        self.entries, self.indices = entries, indices
+        self.setting, self.place, self.classes = entries.setting, entries.place, entries.classes
+        self.left_out: dict[str, int] = getattr(entries, "left_out", {})
+        self.warnings: list[str] = getattr(entries, "warnings", [])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """See Entries, as of the others."""
+        return self.entries.name(int(self.indices[index]))
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See Entries."""
+        return self.entries.load(int(self.indices[index]))
+
+    def stamp(self, index: int) -> str:
+        """See Entries."""
+        return self.entries.stamp(int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        """See Entries."""
+        return self.entries.content(int(self.indices[index]))
+
+
+def pixel_content(image: Image.Image) -> bytes:
+    """What stands for the content of an image that no file has: mode, size and pixels."""
+    return f"{image.mode} {image.size} ".encode() + image.tobytes()
+
 
 class Images:
     """A source of labelled images, in which the next good image stands in for a bad one."""
@@ -206,6 +246,14 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of an image's file, as they are stored. See hdit.data.held_out."""
+        return self.entries.content(index)
+
+    def part(self, indices: np.ndarray) -> Images:
+        """The source of these images alone: no other stands in for one that is bad."""
+        return Images(self.spec, Chosen(self.entries, indices))
 
     def __getitem__(self, index: int) -> Sample:
         """The image at `index`; where that image cannot be read, the next one that can.

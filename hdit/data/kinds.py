@@ -38,6 +38,7 @@ COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.l
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS = (".safetensors", *PICKLES)
 BY_SUFFIX = {".zip": "zip", ".npz": "npz", ".tar": "tar", ".toml": "config"}
+LATEST, BEST = "latest", "best"  # files beside a run's checkpoints that name one of them
 OWN = ("samples", "checkpoints", "assets")  # of a model, whose images there are no data set
 MAX_MANIFEST = 2**24  # bytes of a file that says what a folder is
 
@@ -69,6 +70,15 @@ def what_is(path: str | Path) -> str | None:
     return _by_content(place) if os.path.isfile(place) else _by_name(place)
 
 
+def names_checkpoint(path: Path) -> bool:
+    """Whether a path is the file beside a run's checkpoints that names the newest or best one."""
+    return (
+        path.name in (LATEST, BEST)
+        and path.absolute().parent.name == "checkpoints"
+        and os.path.isfile(path)
+    )
+
+
 def _by_name(path: Path) -> str | None:
     name, suffix = path.name.lower(), path.suffix.lower()
     if os.path.exists(path):  # a device or pipe, which is not read
@@ -83,6 +93,8 @@ def _by_name(path: Path) -> str | None:
 
 def _by_content(path: Path) -> str | None:
     """The kind of a regular file, by its first bytes, or by its name where they tell nothing."""
+    if names_checkpoint(path):
+        return "checkpoint"
     name, suffix = path.name.lower(), path.suffix.lower()
     try:
         with path.open("rb", buffering=0) as file:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from hdit.bounds import Side
+from hdit.bounds import Name, Side
 from hdit.errors import UserError
 from hdit.names import escape
 
@@ -155,3 +155,24 @@ def _sides(size: Any) -> Any:
 
 Size = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
 """A setting that reads one side in pixels or [height, width], and holds (height, width)."""
+
+
+def _path_or_share(value: Any) -> Any:
+    if type(value) is str and 0 < len(value) <= 4096 and "\0" not in value:
+        return value
+    if type(value) is float and 0 < value < 1:
+        return value
+    raise ValueError("must be a path, or a share above 0 and below 1")
+
+
+HeldOutSetting = Annotated[
+    Name | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_path_or_share)
+]
+"""A setting that says which images are held out: those at a path, or a share of the data."""
+
+NO_SHARE = (
+    "no share can be split off tar files, whose images have no index; name a path, as in "
+    'data.held_out = "held-out.tar"'
+)
+
+HELD_OUT = "images to validate on: their path, or a share split off by content; none if absent"

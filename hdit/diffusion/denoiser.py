@@ -72,17 +72,47 @@ class Denoiser:
         """
         sigma = sigma.double()
         c = self.parametrization(sigma, self.sigma_data)
+        error, bound = self._errors(x0, noise, sigma, c, cond)
+        weight = weighting(sigma, self.sigma_data) * c.c_out.square()
+        loss = weight.to(error.dtype) * mean_square(error, loss_scales)
+        return loss if bound is None else loss + bound
+
+    @torch.no_grad()
+    def losses(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        cond: Cond,
+        weighting: Weighting,
+        loss_scales: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """-> (what `loss` gives, mean |D - x0|^2), each (b,) float64, of one call of the network.
+
+        Squares are summed in float64, and the second is c_out^2 |F - target|^2: see `loss`.
+        """
+        sigma = sigma.double()
+        c = self.parametrization(sigma, self.sigma_data)
+        error, bound = self._errors(x0, noise, sigma, c, cond)
+        scale = c.c_out.square()
+        weight = weighting(sigma, self.sigma_data) * scale
+        loss = weight * mean_square(error.double(), loss_scales)
+        if bound is not None:
+            loss = loss + bound.double()
+        return loss, scale * mean_square(error.double())
+
+    def _errors(
+        self, x0: Tensor, noise: Tensor, sigma: Tensor, c: Scales, cond: Cond
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> (F - target (b c h w), bound (b,) of a learned variance or None)."""
         x = x0 + per_image(sigma, x0) * noise
         of_x0 = per_image((1 - c.c_skip) / c.c_out, x0)
         of_noise = per_image(c.c_skip * sigma / c.c_out, x0)
         f, v = self._network(x, sigma, c, cond)
-        error = mean_square(f - (of_x0 * x0 - of_noise * noise), loss_scales)
-        weight = weighting(sigma, self.sigma_data) * c.c_out.square()
-        loss = weight.to(error.dtype) * error
+        error = f - (of_x0 * x0 - of_noise * noise)
         if v is None or self.table is None:
-            return loss
-        denoised = self._denoised(x, f.detach(), c)
-        return loss + vlb(x0, sigma, denoised, v, self.table)
+            return error, None
+        return error, vlb(x0, sigma, self._denoised(x, f.detach(), c), v, self.table)
 
     def _denoised(self, x: Tensor, f: Tensor, c: Scales) -> Tensor:
         return per_image(c.c_skip, x) * x + per_image(c.c_out, x) * f

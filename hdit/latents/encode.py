@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hdit.config.schema import RunConfig
-from hdit.data import DataSpec
+from hdit.data import DataSpec, held_out
 from hdit.data.batches import in_order
+from hdit.data.held_out import Divisible
 from hdit.data.images import ImagesSpec, too_many
+from hdit.data.kinds import what_is
 from hdit.data.source import (
     DataError,
     Skipped,
@@ -111,6 +113,29 @@ def open_training_source(config: RunConfig, space: object) -> Source | Stream:
     check_classes(getattr(config.data, "classes", None), latents.classes, stored)
     latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS + flips)
     return latents
+
+
+def open_held_out(
+    config: RunConfig, space: object, path: str, classes: list[str]
+) -> tuple[Divisible, list[int]]:
+    """Opens held-out images, or stored latents of some, at a path.
+
+    -> (the source, the index of each of its classes among those of the data). Raises DataError,
+    which names data.held_out, also for a class that the data has not.
+    """
+    if what_is(path) != "latents":
+        source = held_out.open_path(config.data, path, classes)
+    else:
+        if not isinstance(space, VAE):
+            raise DataError(
+                f"data.held_out: {path!r} is a folder of stored latents, which needs "
+                "space.kind = 'latent'; name the images"
+            )
+        with held_out.naming_held_out():
+            latents = Latents(path)
+            latents.check(manifest_of(config, space, 0, [], "", 1), SETTINGS)
+        source = latents
+    return source, held_out.class_indices(source.classes, classes, path)
 
 
 def encode(

@@ -208,8 +208,11 @@ def read_manifest(folder: Path, where: str | None = None) -> Manifest:
 class Latents:
     """Stored posteriors and their labels, by the index of the image."""
 
-    def __init__(self, folder: str | Path):
-        """Opens a folder, or one that a setting names. Raises DataError if shards are missing."""
+    def __init__(self, folder: str | Path, indices: np.ndarray | None = None):
+        """Opens a folder, or one that a setting names; of those with `indices` alone, if given.
+
+        Raises DataError if shards are missing.
+        """
         self.name = folder if isinstance(folder, str) else escape(str(folder))
         self.folder = path_of(self.name)
         self.manifest = read_manifest(self.folder)
@@ -221,27 +224,46 @@ class Latents:
                 "shards; the same `hdit encode` goes on where it was stopped"
             )
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self.indices = indices
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A process that is not a fork opens the folder again."""
-        return Latents, (self.name,)
+        return Latents, (self.name, self.indices)
 
     def __len__(self) -> int:
-        return self.manifest.images
+        return self.manifest.images if self.indices is None else len(self.indices)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a posterior, as it is stored. See hdit.data.held_out."""
+        image, _ = self._read(index)
+        return bytes(image.numpy().tobytes())
+
+    def part(self, indices: np.ndarray) -> Latents:
+        """The latents of these images alone."""
+        return Latents(self.name, indices if self.indices is None else self.indices[indices])
 
     def __getitem__(self, index: int) -> Sample:
         """A sample whose image is a posterior (f 2c h w), as above. Raises DataError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        shard, place = divmod(index, self.manifest.shard_size)
-        posterior, labels = self._open(shard)
-        image = posterior[place]
+        image, label = self._read(index)
         if not is_finite(image):
+            shard, place = self._place(index)
             raise DataError(
                 f"{shard_path(self.folder, shard)}: damaged: the latents of its image {place} are "
                 "not finite; remove it, and the same `hdit encode` makes it anew"
             )
-        return Sample(image, int(labels[place]))
+        return Sample(image, label)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of an image, and its place in that."""
+        among_all = index if self.indices is None else int(self.indices[index])
+        return divmod(among_all, self.manifest.shard_size)
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        shard, place = self._place(index)
+        posterior, labels = self._open(shard)
+        return posterior[place], int(labels[place])
 
     def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:
         path = shard_path(self.folder, shard)

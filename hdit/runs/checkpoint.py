@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hdit.config import RunConfig, parse
+from hdit.data.kinds import LATEST, names_checkpoint
 from hdit.errors import UserError
 from hdit.files import to_json, whole, write_text
 from hdit.manifest import (
@@ -208,7 +209,7 @@ def publish(
         manifest = {"format": FORMAT, "files": describe(part)}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if latest:
-        write_text(root / "latest", final.name + "\n")
+        write_text(root / LATEST, final.name + "\n")
     return final
 
 
@@ -301,8 +302,21 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def named_by(path: Path) -> Path:
+    """The folder that a file beside it names, `latest` or `best`. Raises CheckpointError."""
+    try:
+        name = read_text(path, 100).strip()
+    except ReadingError as error:
+        raise CheckpointError(str(error)) from None
+    if not re.fullmatch("[0-9]+", name):
+        raise CheckpointError(f"{path}: names no checkpoint, but {name!r:.60}")
+    return path.with_name(name)
+
+
 def find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint at `path`: its own folder, or the newest of a run."""
+    """The checkpoint at `path`: its own folder, a file that names it, or the newest of a run."""
+    if names_checkpoint(path):
+        return open_checkpoint(named_by(path))
     if (path / MANIFEST).is_file():
         return open_checkpoint(path)
     if not path.exists():

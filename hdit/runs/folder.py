@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hdit.config import RunConfig, parse
+from hdit.data.kinds import BEST
 from hdit.errors import UserError
 from hdit.files import check_writable, to_json, whole, write_json, write_text
 from hdit.locks import LOCK, locked
@@ -29,6 +30,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"  # of power-function averages
         self.metrics = path / "metrics.jsonl"
+        self.validation = path / "validation.jsonl"
         self.events = path / "events.jsonl"
         self.saved = path / ".saved"  # what is known of checkpoints/ if that is lost
 
@@ -60,9 +62,10 @@ class RunFolder:
         for folder in (self.checkpoints, self.snapshots, self.path / "samples"):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: is a file, where a run has a folder; move it away")
-        for name in ("config.toml", "classes.json", "checkpoints/latest"):
+        for name in ("config.toml", "classes.json", "checkpoints/latest", "checkpoints/best"):
             check_writable(self.path / name)
         check_writable(self.metrics)
+        check_writable(self.validation)
         check_writable(self.events)
         check_writable(self.saved)
         held = [self.path, *checkpoint.checkpoint_folders(self.path)]
@@ -133,7 +136,7 @@ class RunFolder:
         write_text(self.path / "config.toml", config.dump())
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
-        self.keep_metrics(images, warn)
+        self.keep_lines(images, warn)
         self.keep_snapshots(images, warn)
         self.note_saved(images)  # 0 if there is none yet, however many lines come before one
         if not self.checkpoints.is_dir():
@@ -145,6 +148,7 @@ class RunFolder:
         if later and images:
             newest = checkpoint.folder_name(images)
             write_text(self.checkpoints / "latest", newest + "\n")
+        self.name_best()
 
     def _check_damaged(self, folder: Path) -> None:
         """Raises UserError for a newer checkpoint that is sound: the run was opened before it."""
@@ -157,18 +161,14 @@ class RunFolder:
             "it was opened; the same command goes on from there"
         )
 
-    def keep_metrics(self, images: int, warn: Say) -> None:
-        """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside."""
-        if not self.metrics.exists():
-            return
-        lines = read_lines(self.metrics)
-        if lines.damaged:
-            aside = _unused(self.metrics.with_name(f"{self.metrics.name}.damaged"))
-            _write_lines(aside, lines.damaged)
-            numbers = ", ".join(str(line.number) for line in lines.damaged[:10])
-            more = f" and {len(lines.damaged) - 10:,} more" if len(lines.damaged) > 10 else ""
-            warn(f"{self.metrics}: damaged at line {numbers}{more}; kept in {aside.name}")
-        _write_lines(self.metrics, [line for line in lines.good if line.images <= images])
+    def keep_lines(self, images: int, warn: Say) -> None:
+        """Keeps the lines up to the checkpoint at `images`, and sets damaged ones aside.
+
+        Those of metrics, and those of validation.
+        """
+        for path in (self.metrics, self.validation):
+            if path.exists():
+                _keep_lines(path, images, warn)
 
     def keep_snapshots(self, images: int, warn: Say) -> None:
         """Keeps those up to the checkpoint at `images`."""
@@ -176,14 +176,47 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(to_json(line, str(self.metrics), indent=None) + "\n")
+        _append(self.metrics, line)
+
+    def log_validation(self, line: dict[str, Any]) -> None:
+        """Appends a line of validation."""
+        _append(self.validation, line)
 
     def note(self, kind: str, images: int, **facts: Any) -> None:
         """Appends to events.jsonl what happened at so many images, and when."""
-        line = {"kind": kind, "images": images, "time": time.time()} | facts
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(to_json(line, str(self.events), indent=None) + "\n")
+        _append(self.events, {"kind": kind, "images": images, "time": time.time()} | facts)
+
+    def last_line(self, path: Path) -> dict[str, Any]:
+        """The values of the last sound line of metrics or validation; without lines, none."""
+        lines = read_lines(path).good
+        return lines[-1].values if lines else {}
+
+    def validation_losses(self, weights: str = "ema") -> dict[int, float]:
+        """The validation loss of these weights after so many images, where it was finite."""
+        found = (
+            (line.images, line.values.get("weights")) for line in read_lines(self.validation).good
+        )
+        losses: dict[int, float] = {}
+        for images, sets in found:
+            told = sets.get(weights) if isinstance(sets, dict) else None
+            loss = told.get("loss") if isinstance(told, dict) else None
+            if isinstance(loss, int | float):
+                losses[images] = float(loss)
+        return losses
+
+    def name_best(self) -> None:
+        """Lets the file `best` name the checkpoint of the lowest validation loss; if there is one.
+
+        Of equal ones it is the first.
+        """
+        losses = self.validation_losses()
+        there = (int(p.name) for p in checkpoint.checkpoint_folders(self.checkpoints))
+        known = [(losses[images], images) for images in there if images in losses]
+        path = self.checkpoints / BEST
+        if known:
+            write_text(path, f"{checkpoint.folder_name(min(known)[1])}\n")
+        else:
+            path.unlink(missing_ok=True)
 
     def grid(self, images: int) -> Path:
         """The file of the grid of samples after so many images."""
@@ -210,6 +243,22 @@ def _is_dump(path: Path) -> bool:
         return False
     lines = text.splitlines()
     return set(lines) <= set(dump) and 2 * len(lines) > len(dump)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(line, str(path), indent=None) + "\n")
+
+
+def _keep_lines(path: Path, images: int, warn: Say) -> None:
+    lines = read_lines(path)
+    if lines.damaged:
+        aside = _unused(path.with_name(f"{path.name}.damaged"))
+        _write_lines(aside, lines.damaged)
+        numbers = ", ".join(str(line.number) for line in lines.damaged[:10])
+        more = f" and {len(lines.damaged) - 10:,} more" if len(lines.damaged) > 10 else ""
+        warn(f"{path}: damaged at line {numbers}{more}; kept in {aside.name}")
+    _write_lines(path, [line for line in lines.good if line.images <= images])
 
 
 def _write_lines(path: Path, lines: list[Line]) -> None:

@@ -26,8 +26,8 @@ from hdit.reading import ReadingError, open_regular, parse_json, parse_toml, rea
 Values = dict[str, Any]
 Numbers = NDArray[np.float64]
 
-NUMBERS = ("step", "loss", "images_per_second", "peak_memory")
-"""What is read of a line of metrics again, besides its images."""
+NUMBERS = ("step", "count", "loss", "images_per_second", "peak_memory", "seconds")
+"""What is read of a line of metrics or validation again, besides its images."""
 
 MAX_METRICS = 2**30
 """Bytes: millions of lines."""
@@ -54,7 +54,7 @@ class Lines(NamedTuple):
 
 
 def is_sound(values: Values) -> bool:
-    """Whether a line is of metrics: NUMBERS that it has are numbers."""
+    """Whether a line is of metrics or validation: NUMBERS that it has are numbers."""
     return all(type(values.get(name, 0)) in (int, float) for name in NUMBERS)
 
 

@@ -122,8 +122,10 @@ class Saver:
         for folder in dispensable(
             [int(p.name) for p in checkpoint.checkpoint_folders(saved.parent)],
             self.config.training.keep,
+            self.run.validation_losses(),
         ):
             remove(saved.parent / checkpoint.folder_name(folder))
+        self.run.name_best()
 
 
 COPIES = 3
@@ -140,6 +142,7 @@ def need(parameters: int, training: TrainingSpec, images: int) -> tuple[int, int
     number = -(-left // training.checkpoint_every)
     if training.keep.last is not None:
         kept = training.keep.last + (left // training.keep.every if training.keep.every else 0)
+        kept += training.keep.best or 0
         number = min(number, kept) + 1  # one is written before another goes
     return each, number * each + 4 * len(training.ema.widths) * parameters * _snapshots(
         training, left
@@ -178,10 +181,11 @@ def _size(number: int) -> str:
     return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
 
 
-def dispensable(images: list[int], keep: KeepSpec) -> list[int]:
+def dispensable(images: list[int], keep: KeepSpec, losses: Mapping[int, float]) -> list[int]:
     """Which of the checkpoints after so many images need not stay.
 
-    Of those between two multiples of `keep.every`, the first one stays.
+    Of those between two multiples of `keep.every`, the first one stays. Of those with validation
+    `losses`, by their images, the `keep.best` lowest stay; of equal ones the first.
     """
     if keep.last is None:
         return []
@@ -192,4 +196,6 @@ def dispensable(images: list[int], keep: KeepSpec) -> list[int]:
         for n in ascending:
             firsts.setdefault(n // keep.every, n)
         kept |= {n for period, n in firsts.items() if period > 0}
+    validated = sorted((n for n in ascending if n in losses), key=lambda n: losses[n])
+    kept |= set(validated[: keep.best or 0])
     return [n for n in ascending if n not in kept]

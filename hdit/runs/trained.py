@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit.config import RunConfig
-from hdit.data.kinds import MODELS, kind_of_model, what_is
+from hdit.data.kinds import MODELS, kind_of_model, names_checkpoint, what_is
 from hdit.device import Precision
 from hdit.diffusion.denoiser import Denoiser
 from hdit.errors import UserError
@@ -47,8 +47,9 @@ class Trained:
         num_classes: int | None = None,
         prediction: str | None = None,
     ) -> Trained:
-        """The model of a run (its newest checkpoint), a checkpoint, a converted folder, or another
-        project's: a .safetensors file of k-diffusion, a .pt of DiT, a folder of diffusers.
+        """The model of a run (its newest checkpoint), a checkpoint or the file `best` beside it, a
+        converted folder, or another project's: a .safetensors file of k-diffusion, a .pt of DiT, a
+        folder of diffusers.
 
         `weights` names the set to use, as "model" or "ema-0.999"; if absent, EMA or what there is.
         `warn` hears of damaged checkpoints that were passed over, and of what was assumed of a DiT
@@ -60,7 +61,7 @@ class Trained:
         if kind == "converted":
             told.refuse(path)
             return cls.of(_chosen(export.read(path, warn), path, weights), path)
-        if path.is_file() or kind == "diffusers":
+        if (path.is_file() and not names_checkpoint(path)) or kind == "diffusers":
             held = formats.read(path, told)
             for text in held.assumed:
                 warn(text)

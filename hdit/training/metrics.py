@@ -11,14 +11,16 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
 from hdit.config.schema import TrainingSpec
 from hdit.data.source import Skipped
-from hdit.device import peak_memory
+from hdit.device import peak_flops, peak_memory, precision_on, to_device
 from hdit.errors import UserError
 from hdit.training.ema import ema_decay
+from hdit.training.objective import BINS
 
 USUAL = 5  # lines before a speed is usual
 WAITING = 0.2  # share of the time spent waiting for data that is told of
@@ -31,13 +33,25 @@ class TrainingError(UserError):
 class Metrics:
     """Sums up the steps since the last line of metrics, over all processes.
 
-    `name_file` is told of each file that was skipped, once.
+    `name_file` is told of each file that was skipped, once. `macs` are those of a forward pass of
+    one image, and `edges` the BINS + 1 noise levels between which losses are told.
     """
 
     def __init__(
-        self, accelerator: Accelerator, spec: TrainingSpec, name_file: Callable[[Skipped], None]
+        self,
+        accelerator: Accelerator,
+        spec: TrainingSpec,
+        name_file: Callable[[Skipped], None],
+        macs: int,
+        edges: list[float],
     ):
         self.accelerator, self.spec, self.name_file = accelerator, spec, name_file
+        self.macs, self.edges = 3 * macs, edges  # of a step: the backward pass takes twice as many
+        device = accelerator.device
+        self.peak = 1e12 * spec.peak_tflops if spec.peak_tflops else None  # of one device
+        if self.peak is None:
+            self.peak = peak_flops(device, precision_on(device, spec.precision))
+        self.before = 0.0  # seconds of training in earlier sessions
         self.skipped: dict[str, Skipped] = {}
         self.start()
 
@@ -50,6 +64,9 @@ class Metrics:
 
     def _begin_line(self) -> None:
         self.loss, self.taken = torch.zeros(2, device=self.accelerator.device).unbind()
+        # Sums of losses, and how many they are, by noise level: since the last line, of a step.
+        zeros = torch.zeros(2, 2, BINS, dtype=torch.float64, device=self.accelerator.device)
+        self.by_sigma, self.of_step = zeros.unbind()
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
 
     @property
@@ -57,8 +74,16 @@ class Metrics:
         """Seconds of training in this session; pauses are not counted."""
         return self.seconds + time.monotonic() - self.started
 
+    def note_losses(self, losses: Tensor, bins: Tensor) -> None:
+        """The losses (b,) of a part of a step, and which of BINS each is of: (b,) on the CPU."""
+        of_bin = to_device(F.one_hot(bins, BINS).T.bool().contiguous(), losses.device)  # (n b)
+        self.of_step[0] += torch.where(of_bin, losses.detach().double(), 0.0).sum(1)
+        self.of_step[1] += of_bin.sum(1)
+
     def add(self, loss: Tensor, bad: Tensor) -> None:
         """The mean loss () of a step over all processes; `bad` () is 1 if it was not taken."""
+        self.by_sigma += torch.where(bad > 0, 0.0, self.of_step)
+        self.of_step.zero_()
         self.loss += torch.where(bad > 0, 0.0, loss)
         self.taken += 1 - bad
         self.steps += 1
@@ -87,7 +112,8 @@ class Metrics:
     def line(self, images: int, step: int, norm: Tensor) -> dict[str, Any]:
         """The metrics after `step` steps and `images` images; `norm` is the last gradient's.
 
-        Loss and norm are left out where they are not finite, as of steps that were not taken.
+        Loss and norm are left out where they are not finite, as of steps that were not taken. Of
+        noise levels that no image had, the loss is None.
         """
         device, t = self.accelerator.device, self.spec
         if device.type == "cuda":
@@ -95,6 +121,7 @@ class Metrics:
         seconds = time.monotonic() - self.started
         self.seconds += seconds
         skipped = torch.tensor(float(len(self.skipped)), device=device)
+        speed = self.steps * t.batch_size / seconds
         line = {
             "images": images,
             "step": step,
@@ -102,13 +129,21 @@ class Metrics:
             "grad_norm": float(norm),
             "lr": t.optimizer.schedule(step - 1, t.optimizer.lr),
             "ema_decay": ema_decay(step - 1, t.ema),
-            "images_per_second": self.steps * t.batch_size / seconds,
+            "images_per_second": speed,
             "data_wait_share": self.waited / seconds,
             "peak_memory": peak_memory(device),  # bytes, of this process and session
             "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
+            "seconds": self.before + self.seconds,
+            "macs": images * self.macs,
         }
+        if self.peak is not None:
+            flops = 2 * self.macs * speed
+            line["mfu"] = flops / (self.peak * self.accelerator.num_processes)
+        sums, numbers = self.accelerator.reduce(self.by_sigma, reduction="sum").tolist()
+        by_sigma = [a / n if n else None for a, n in zip(sums, numbers, strict=True)]
         self._begin_line()
-        return {key: n for key, n in line.items() if math.isfinite(n)}
+        finite = {key: n for key, n in line.items() if math.isfinite(n)}
+        return finite | {"sigma_edges": self.edges, "loss_by_sigma": by_sigma}
 
     def events(self, line: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What in a line whoever comes later should know: each once, until it is over."""

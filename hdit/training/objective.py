@@ -32,6 +32,35 @@ def settle_training(
     return config.model_copy(update={"training": t.model_copy(update={"precision": precision})})
 
 
+BINS = 8
+"""Octiles of the training density, by which losses are told."""
+
+
+def training_u(config: RunConfig, batch: Batch) -> Tensor:
+    """What the noise levels of a batch follow from: u (b,) float64 in [0, 1), on the CPU."""
+    t = config.training
+    rand = randomness.uniform(t.seed, "sigma", batch.counters)
+    return stratify(rand, torch.from_numpy(batch.position), t.batch_size)
+
+
+def validation_u(counters: np.ndarray, total: int) -> Tensor:
+    """The same of images that are validated on, whose counters go from 0 to total - 1."""
+    rand = randomness.uniform(0, "validation sigma", counters)
+    return stratify(rand, torch.from_numpy(counters), total)
+
+
+def bins_of(u: Tensor) -> Tensor:
+    """The octile of the training density that each noise level lies in: (b,) int64."""
+    return (u * BINS).long()
+
+
+def sigma_edges(config: RunConfig, shape: DataShape) -> list[float]:
+    """Octiles of the training density: BINS + 1 noise levels, from its lowest to its highest."""
+    u = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+    edges: list[float] = config.diffusion.density(u, shape, config.beta_schedule).tolist()
+    return edges
+
+
 class Objective:
     """Batch -> loss of each image (b,), differentiable in the network's parameters.
 
@@ -92,6 +121,28 @@ class Objective:
             errors.append((denoised - x0).double().square().mean((1, 2, 3)))
         return torch.stack(errors)
 
+    @torch.no_grad()
+    def held_out_losses(
+        self, images: Tensor, labels: Tensor, counters: np.ndarray, total: int
+    ) -> Tensor:
+        """The loss of training, and mean (D - x0)^2, of each of `total` held-out images.
+
+        images (b c h w) as they lie on disk or (b f 2c h w) as a VAE's posteriors, labels and
+        counters (b,), each counter once in 0..total-1 -> (2, b) float64. Noise levels follow the
+        density of training, one from each of `total` strata. They and the noise follow from the
+        counters alone, whatever the run's seed; nothing is mirrored, augmented or dropped.
+        """
+        stored = to_device(images, self.device)
+        stored = choose(stored, None) if self.stored else self.space.encode(stored)
+        x0 = self.space.normalize(stored, self._normal("validation posterior", counters, seed=0))
+        noise = self._normal("validation noise", counters, seed=0)(self.shape.chw)
+        u = validation_u(counters, total)
+        d = self.config.diffusion
+        sigma = to_device(d.density(u, self.shape, self.config.beta_schedule), self.device)
+        cond = Cond(to_device(labels, self.device) if self.shape.num_classes else None)
+        losses = self.denoiser.losses(x0, noise, sigma, cond, d.weighting, d.loss_scales)
+        return torch.stack(losses)
+
     def _x0(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the diffusion sees of a batch, and the parameters of its augmentation, if any."""
         data, seed, counters = self.config.data, self.config.training.seed, batch.counters
@@ -111,9 +162,7 @@ class Objective:
 
     def _sigma(self, batch: Batch) -> Tensor:
         """Noise levels (b,) float64, one from each stratum of the whole batch."""
-        rand = randomness.uniform(self.config.training.seed, "sigma", batch.counters)
-        total = self.config.training.batch_size
-        u = stratify(rand, torch.from_numpy(batch.position), total)
+        u = training_u(self.config, batch)
         sigma = self.config.diffusion.density(u, self.shape, self.config.beta_schedule)
         return to_device(sigma, self.device)
 

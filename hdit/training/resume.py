@@ -66,6 +66,11 @@ def check_resume(
     if sizes[0] != sizes[1]:
         words = ("a stream" if n is None else f"{n:,} images" for n in sizes)
         changed.append("data: {} in the run, {} now; drawn in another order".format(*words))
+    if old["data"].get("held_out") != new["data"].get("held_out"):
+        changed.append(
+            "data.held_out: other images are held out now; of those that the run has trained on, "
+            "the validation loss is too low"
+        )
     for line in changed:
         say(f"resuming with another setting: {line}")
 

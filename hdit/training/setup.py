@@ -15,7 +15,7 @@ from torch import nn
 
 from hdit.config import RunConfig, differences
 from hdit.data.batches import Layout
-from hdit.data.source import Source, Stream, first, size_of, warnings_of
+from hdit.data.source import Skipped, Source, Stream, first, size_of, warnings_of
 from hdit.device import default_device, precision_on
 from hdit.latents.encode import open_training_source, origin_of
 from hdit.latents.store import Latents
@@ -30,10 +30,12 @@ from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_null_class, settle_sampling
 from hdit.training.distributed import Parallel, Replicated, Sharded
 from hdit.training.ema import Averages
+from hdit.training.held_out import Divided, hold_out, warn_of_shared
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
 from hdit.training.resume import check_resume, keep_precision
+from hdit.training.validation import Validation
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
 Say = Callable[[str], None]
@@ -75,6 +77,7 @@ class Setup:
     averages: Averages
     optimizer: torch.optim.Optimizer
     compiled: bool
+    images: Divided
 
     def load(self, found: Checkpoint, say: Say) -> None:
         """Takes model, averages and optimizer from a checkpoint; `say` hears of new averages."""
@@ -98,6 +101,32 @@ class Setup:
             device,
             stored=stored,
             compiled=self.compiled,
+        )
+
+    def validation(
+        self,
+        device: torch.device,
+        hosts: dist.ProcessGroup | None,
+        name_file: Callable[[Skipped], None],
+    ) -> Validation | None:
+        """What validates the run on its held-out images, which are read here; None without any.
+
+        Raises DataError where too many cannot be read.
+        """
+        if self.images.held_out is None:
+            return None
+        number = self.config.training.validate_images
+        assert number is not None, "the config must be resolved"
+        return Validation(
+            self.images.held_out.fixed(number),
+            self.images.classes,
+            self.config,
+            self.shape,
+            self.space,
+            device,
+            hosts=hosts,
+            sharded=self.parallel.sharded,
+            name_file=name_file,
         )
 
 
@@ -128,8 +157,12 @@ def prepare(
         settle_sampling(config, device, config.sampling.grid, warn)
     if hosts is not None:
         _check_alike(hosts, config, source, space, found)
+    images = hold_out(config, space, source, hosts, say)
+    source = images.training
     if found:
         check_resume(found, config, shape, source, space, run.path, say)
+    if found is None or found.config.data != config.data:
+        warn_of_shared(config, images, hosts, say, warn)
 
     t = config.training
     torch.manual_seed(t.seed)
@@ -138,25 +171,13 @@ def prepare(
     # Raises DataError here, not in a worker, where nothing can be read; an image of a size that the
     # model could not take may be large by itself.
     first(source)
-    backbone = make_network(config, shape)
-    averages = Averages(backbone, t.ema)
-    if t.gradient_checkpointing:
-        backbone.checkpoint_blocks()
-    if compiled:
-        backbone.compile_blocks()
-    parallel: Parallel = Replicated(accelerator)
-    if t.parallel == "fsdp" and layout.processes == 1:
-        warn("training.parallel: 'fsdp' has nothing to share in a single process")
-    elif t.parallel == "fsdp":
-        parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
-    for module in (backbone, *averages.modules.values()):
-        parallel.place(module)
+    parallel, backbone, averages = _build(config, shape, accelerator, compiled, warn)
     optimizer = adamw(backbone, t.optimizer)
     if isinstance(source, Latents):
         told, used = origin_of(config.data), source.manifest.origin
         if told != used:
             warn(f"space.stored was encoded from {used}; [data] now is {told}")
-    say(_introduction(config, layout, source, shape, backbone, device, compiled))
+    say(_introduction(config, layout, images, shape, backbone, device, compiled))
     setup = Setup(
         config,
         layout,
@@ -169,6 +190,7 @@ def prepare(
         averages,
         optimizer,
         compiled,
+        images,
     )
     parameters = sum(p.numel() for p in backbone.parameters())
     say(disk_need(run.path, parameters, t, found.state.images if found else 0))
@@ -176,6 +198,27 @@ def prepare(
         setup.load(found, say)
         say(f"resuming from {found.folder} at {found.state.images:,} images")
     return setup
+
+
+def _build(
+    config: RunConfig, shape: DataShape, accelerator: Accelerator, compiled: bool, warn: Say
+) -> tuple[Parallel, BackboneModule, Averages]:
+    """-> (how the processes share a model, the backbone and its averages, all in place)."""
+    t, device = config.training, accelerator.device
+    backbone = make_network(config, shape)
+    averages = Averages(backbone, t.ema)
+    if t.gradient_checkpointing:
+        backbone.checkpoint_blocks()
+    if compiled:
+        backbone.compile_blocks()
+    parallel: Parallel = Replicated(accelerator)
+    if t.parallel == "fsdp" and accelerator.num_processes == 1:
+        warn("training.parallel: 'fsdp' has nothing to share in a single process")
+    elif t.parallel == "fsdp":
+        parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
+    for module in (backbone, *averages.modules.values()):
+        parallel.place(module)
+    return parallel, backbone, averages
 
 
 def _check_alike(
@@ -218,22 +261,27 @@ def _layout(config: RunConfig, accelerator: Accelerator) -> Layout:
 def _introduction(
     config: RunConfig,
     layout: Layout,
-    source: Source | Stream,
+    data: Divided,
     shape: DataShape,
     backbone: nn.Module,
     device: torch.device,
     compiled: bool,
 ) -> str:
     """The first line that a session prints."""
+    source, held_out = data.training, data.held_out
     number = size_of(source)
     images = "a stream of images" if number is None else f"{number:,} images"
     if isinstance(source, Latents):
         images = f"stored latents of {images}"
     classes = f" of {len(source.classes)} classes" if source.classes else ""
+    held = ""
+    if held_out is not None:
+        used = min(len(held_out.hashes), config.training.validate_images or 0)
+        held = f", {len(held_out.hashes):,} held out ({used:,} to validate on)"
     processes = f" x {layout.processes}" if layout.processes > 1 else ""
     parameters = sum(p.numel() for p in backbone.parameters())
     return (
-        f"{images}{classes}, {' x '.join(map(str, shape.chw))}; "
+        f"{images}{classes}{held}, {' x '.join(map(str, shape.chw))}; "
         f"{config.model.kind} of {parameters:,} parameters; "
         f"{device.type}{processes}, {config.training.precision}{', compiled' if compiled else ''}"
     )

@@ -34,11 +34,13 @@ from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_ste
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
+from hdit.training.objective import bins_of, sigma_edges, training_u
 from hdit.training.optim import optimizer_tensors, set_learning_rate
 from hdit.training.progress import Progress
 from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_outputs, check_tensors, what_to_do
 from hdit.training.tracking import Tracking
+from hdit.training.validation import evaluating
 
 
 class _Stopped(Exception):
@@ -79,8 +81,11 @@ class Trainer:
         if setup.found:
             self._stand_at(setup.found.state)
         self.interrupts = Interrupts(hosts)
-        self.metrics = Metrics(self.accelerator, self.config.training, self._name_skipped)
+        self.validation = setup.validation(self.device, hosts, self._name_skipped)
+        macs = sum(part.macs for part in self.backbone.parts(self.shape))
+        edges = sigma_edges(self.config, self.shape)
         t = self.config.training
+        self.metrics = Metrics(self.accelerator, t, self._name_skipped, macs, edges)
         self.guard = Guard(self.layout.processes)
         self.spikes, self.rollbacks = Spikes(t.guard.spike), 0
         # Another thread talks in this group, whose words must not mix with those of `hosts`.
@@ -115,15 +120,18 @@ class Trainer:
                 f"{self.run.path}: already at its end, {self.images:,} images; "
                 "raise training.images to go on"
             )
+        self.metrics.before = 0.0
         with self._alone(), self.interrupts.watching(), float32_products(precision):
             if self.main and not finished:
                 self.run.prepare(self.config, self.images, self.source.classes, self._warn)
+                self.metrics.before = self.run.last_line(self.run.metrics).get("seconds", 0.0)
             # The stream before the bar, or its workers would inherit that.
             stream = None if finished else self._open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
             with self.bar, closing(self.saver), closing(self.tracking):
                 self.tracking.start(self.config, self.images, self._say)
-                stopped = self.images > 0 and self._sample_grid()  # that it may lack since its end
+                # What it may lack since its end.
+                stopped = self.images > 0 and (self._make_up_validation() or self._sample_grid())
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
                 del stream  # ends its workers, while signals still wait
@@ -163,9 +171,14 @@ class Trainer:
                 self.interrupts.is_time_up = True
             last = self.interrupts.agreed(self.step) or self.images >= t.images
             save = last or self.images // t.checkpoint_every > before // t.checkpoint_every
-            if save or self.images // t.log_every > before // t.log_every:
+            validate = self._is_validation_due(before, save, last)
+            if save or validate or self.images // t.log_every > before // t.log_every:
                 self.bar.describe(self._log(norm))
             self.bar.advance(self.images, self.metrics.elapsed)
+            if validate:
+                with self.metrics.paused():
+                    if self._validate():
+                        last = save = True
             every = t.ema.snapshot_every
             if every and (self.images >= t.images or self.images // every > before // every):
                 with self.metrics.paused():
@@ -192,7 +205,9 @@ class Trainer:
                 with self.metrics.waiting():
                     batches.append(batch := next(stream))
                 self.metrics.note_skipped(batch.skipped)
-                loss = self.objective(batch).mean() / t.accumulate
+                losses = self.objective(batch)
+                self.metrics.note_losses(losses, bins_of(training_u(self.config, batch)))
+                loss = losses.mean() / t.accumulate
                 self.accelerator.backward(loss)
             total += loss.detach()
             if t.gradient_noise_scale and micro == 0:
@@ -228,6 +243,48 @@ class Trainer:
             for event in self.metrics.events(line):
                 self._tell(**event)
         return line.get("loss")
+
+    # ---- validation ------------------------------------------------------------------------------
+
+    def _is_validation_due(self, before: int, save: bool, last: bool) -> bool:
+        """Whether there is a validation after the step from `before` images on.
+
+        It is the same in each process: a signal, which may have come to one, ends it when it began.
+        """
+        t = self.config.training
+        if self.validation is None:
+            return False
+        assert t.validate_every is not None, "the config must be resolved"
+        passed = self.images // t.validate_every > before // t.validate_every
+        return passed or last or (save and t.keep.best is not None)
+
+    def _make_up_validation(self) -> bool:
+        """Does what a signal has cut off; returns as `_validate`."""
+        line = self.run.last_line(self.run.validation) if self.main else {}
+        due = self._is_validation_due(line.get("images", 0), True, self._is_at_end())
+        lacks = self.main and due and line.get("images") != self.images
+        return self.interrupts.any_of(lacks) and self._validate()
+
+    def _is_at_end(self) -> bool:
+        return self.images >= self.config.training.images
+
+    def _validate(self) -> bool:
+        """Writes a line of validation, and returns whether to end the session here.
+
+        That is so after a signal, which ends it without a line; the next session makes it up.
+        """
+        assert self.validation is not None, "or it would not be due"
+        networks = self._networks({"model": self.backbone.state_dict(), **self.averages.tensors()})
+        with self.bar.doing("validating"), evaluating(self.backbone, self.ema):
+            found = self.validation.measure(networks, lambda: self._all_agree(bool(self.signalled)))
+        if found is not None and self.main:
+            line = {"images": self.images, "step": self.step} | found
+            self.run.log_validation(line)
+            self.tracking.validation(line)
+            losses = {name: told["loss"] for name, told in found["weights"].items()}
+            shown = (f"{k} {'none' if v is None else _short(v)}" for k, v in losses.items())
+            self._say(f"{self.images:,} images: validation loss {', '.join(shown)}")
+        return self.interrupts.agreed(0)  # at once, not only every few steps
 
     # ---- steps that are not finite ---------------------------------------------------------------
 
@@ -285,7 +342,7 @@ class Trainer:
         self.rollbacks += 1
         self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
         if self.main:
-            self.run.keep_metrics(self.images, self._warn)
+            self.run.keep_lines(self.images, self._warn)
             self.run.keep_snapshots(self.images, self._warn)
             self.tracking.go_back(self.images)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)

@@ -111,6 +111,28 @@ def test_loss_and_gradients_of_a_network_match_the_reference():
         assert norm == pytest.approx(wanted[name], rel=2e-4, abs=1e-6), name
 
 
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS[:6])
+def test_losses_are_the_loss_and_the_error_of_what_is_denoised(parametrization, weighting):
+    """In float64, where (D - x0)^2 may be computed as it is written; a variance adds its bound."""
+    x0, noise, sigma = reference_inputs(torch.float64)
+
+    def with_variance(x, c_noise, cond):
+        return torch.cat([toy(x, c_noise, cond), x.sin()], 1)
+
+    plain = denoiser(parametrization=parametrization)
+    learned = denoiser(
+        with_variance, parametrization, table=LinearSchedule(), learned_variance=True
+    )
+    for model in (plain, learned):
+        loss, error = model.losses(x0, noise, sigma, Cond(), weighting, 3)
+        expected = model.loss(x0, noise, sigma, Cond(), weighting, 3)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        denoised = model(x0 + per_image(sigma) * noise, sigma, Cond())
+        expected = (denoised - x0).square().mean((1, 2, 3))
+        torch.testing.assert_close(error, expected, rtol=1e-9, atol=0)
+
+
 # ---- parametrizations ----------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hdit.config import RunConfig, merge, parse
 from hdit.data.batches import Batches, Layout
+from hdit.data.held_out import content_hashes, divide
 from hdit.data.source import DataError
 from hdit.errors import UserError
 from hdit.latents.encode import encode
@@ -575,3 +576,40 @@ def test_training_of_latents_without_a_vae_is_refused_before_it_leaves_anything(
     with pytest.raises(UserError, match=r"space\.vae: must be set"):
         Trainer(changed(live, space={"vae": None}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- held out ------------------------------------------------------------------------------------
+
+
+def test_share_of_stored_latents_is_held_out_by_what_is_stored(folder):
+    latents = Latents(str(folder))
+    hashes = content_hashes(latents, range(COUNT))
+    training, held_out = divide(latents, 0.4, hashes)
+    parts = [pickle.loads(pickle.dumps(part)) for part in (training, held_out.source)]
+    ours, theirs, everyone = (
+        [(s.image.numpy().tobytes(), s.label) for s in map(part.__getitem__, range(len(part)))]
+        for part in (*parts, latents)
+    )
+    assert sorted([*ours, *theirs]) == sorted(everyone)
+    with pytest.raises(IndexError):
+        training[len(training)]
+
+
+@pytest.mark.parametrize("kind", ["share", "latents", "images"])
+def test_run_on_latents_is_validated(stored, folder, images, tmp_path, kind):
+    """On a share of what is stored, on other latents, or on images through the VAE."""
+    place = {"share": 0.4, "latents": str(folder), "images": str(images)}[kind]
+    config = changed(stored, data={"held_out": place}, training={"images": 24})
+    trainer = Trainer(config, tmp_path / "run")
+    assert trainer.fit()
+    [line] = (tmp_path / "run" / "validation.jsonl").read_text().splitlines()
+    count, losses = json.loads(line)["count"], json.loads(line)["weights"]["ema"]
+    assert count + len(trainer.source) == COUNT if kind == "share" else count == COUNT
+    assert losses["loss"] > 0
+    assert losses["x0"] > 0
+
+
+def test_held_out_latents_of_another_crop_are_refused(live, copy, tmp_path):
+    config = changed(live, data={"held_out": str(copy), "crop": "shorter_side"})
+    with pytest.raises(DataError, match=r"data.held_out: .* holds latents of other settings"):
+        Trainer(config, tmp_path / "run")

@@ -43,14 +43,23 @@ def folders(run):
         (KeepSpec(last=2, every=40), [40, 80, 90, 100]),
         (KeepSpec(last=1, every=25), [30, 50, 80, 100]),
         (KeepSpec(last=50), list(range(10, 101, 10))),
+        (KeepSpec(last=1, best=1), [40, 100]),
+        (KeepSpec(last=2, best=2), [40, 60, 90, 100]),
+        (KeepSpec(last=1, best=3), [20, 40, 60, 100]),
+        (KeepSpec(last=1, best=1, every=25), [30, 40, 50, 80, 100]),
+        (KeepSpec(last=1, best=20), [10, 20, 40, 50, 60, 70, 80, 100]),
     ],
 )
 def test_checkpoints_stay_as_the_settings_have_it(keep, stay):
-    """As they come one after the other, so that one that went cannot be the first of a period."""
+    """As they come one after the other, so that one that went cannot be the first of a period.
+
+    The loss is lowest at 40, then 60, then 20 and, as low, 70; at 30 and 90 there is none.
+    """
+    losses = {10: 9.0, 20: 3.0, 40: 1.0, 50: 8.0, 60: 2.0, 70: 3.0, 80: 7.0, 100: 6.0}
     images = []
     for new in range(10, 101, 10):
         images.append(new)
-        gone = dispensable(images, keep)
+        gone = dispensable(images, keep, {n: loss for n, loss in losses.items() if n <= new})
         images = [n for n in images if n not in gone]
     assert images == stay
 
@@ -75,6 +84,8 @@ def test_need_of_the_disk_is_told_and_one_that_does_not_fit_is_refused(tiny, tmp
     assert (each, total) == (16_000, 8 * 16_000)
     kept = training.model_copy(update={"keep": KeepSpec(last=2, every=500)})
     assert need(1000, kept, 0) == (16_000, (2 + 2 + 1) * 16_000)
+    kept = training.model_copy(update={"keep": KeepSpec(last=2, best=3)})
+    assert need(1000, kept, 0) == (16_000, (2 + 3 + 1) * 16_000)
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
     assert "warning: checkpoints of" in disk_need(tmp_path / "a" / "run", 1000, training, 0)
     with pytest.raises(UserError, match=r"--run: a checkpoint takes .*make room"):

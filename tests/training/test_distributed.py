@@ -65,6 +65,7 @@ with closing():
 
 STEPS, BATCH = 30, 16
 FSDP = "training.parallel=fsdp"
+HELD = "data.held_out=0.2"
 SHORT = ["training.images=96", "training.checkpoint_every=32"]
 
 
@@ -104,19 +105,42 @@ def runs(trained, tmp_path_factory):
         (folder / "bad", toml, [*few, FSDP, "training.images=80"], "loss"),
         (folder / "ruined", toml, [*few, FSDP, *SHORT], "shard"),
         (folder / "accumulated", toml, [*few, FSDP, "training.accumulate=4"], ""),
+        (folder / "held", toml, [*few, HELD], ""),
     )
     half = checkpoint.folder_name(STEPS * BATCH // 2)
     for name, source in (("again", "fsdp"), ("from-one", "one"), ("to-one", "fsdp")):
         shutil.copytree(folder / source, folder / name)
         shutil.rmtree(folder / name / "checkpoints" / checkpoint.folder_name(STEPS * BATCH))
         (folder / name / "checkpoints" / "latest").write_text(f"{half}\n")
-    together(folder, (folder / "again", toml, [FSDP], ""), (folder / "from-one", toml, [FSDP], ""))
+    for name in ("held-one", "held-fsdp"):  # at their end, and validated anew
+        shutil.copytree(folder / "held", folder / name)
+        (folder / name / "validation.jsonl").unlink()
+    together(
+        folder,
+        (folder / "again", toml, [FSDP], ""),
+        (folder / "from-one", toml, [FSDP], ""),
+        (folder / "held-fsdp", toml, [*few, HELD, FSDP], ""),
+    )
+    assert Trainer(config.load(toml, [*few, HELD]), folder / "held-one").fit()
     assert Trainer(config.load(toml), folder / "to-one").fit()
     return folder
 
 
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["held-one", "held-fsdp"])
+def test_validation_is_the_same_to_the_last_digit_by_one_process_and_two(runs, name):
+    """Of the same weights, in five batches: the second process of a sharded run fills up."""
+    [expected] = (runs / "held" / "validation.jsonl").read_text().splitlines()
+    assert (runs / name / "validation.jsonl").read_text().splitlines() == [expected]
+    assert json.loads(expected)["count"] > 4 * 64
+
+
+def test_two_processes_add_up_their_losses_by_noise_level(runs):
+    for line in lines(runs / "held"):
+        assert sum(line["loss_by_sigma"]) / 8 == pytest.approx(line["loss"], rel=1e-6)
 
 
 def tensors(run):

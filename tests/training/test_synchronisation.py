@@ -89,8 +89,9 @@ def test_a_step_waits_for_nothing(tiny, tmp_path, no_gpu_but_meta, name):
             trainer.step += 1
             norm = trainer._step(stream)
     assert norm.device.type == "meta"
-    # In each of two parts of a batch: images, sigmas, labels, the keys of the noise, and the warp.
-    copies = 5 if trainer.config.data.augment.probability else 4
+    # In each of two parts of a batch: images, sigmas, labels, the keys of the noise, the bins that
+    # losses are told by, and the warp.
+    copies = 6 if trainer.config.data.augment.probability else 5
     assert transfers.count == 2 * 2 * copies
 
 

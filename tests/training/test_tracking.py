@@ -117,7 +117,7 @@ class Written:
         self.settings = config.load(REPOSITORY / "configs" / "digits-hdit.toml")
 
     def session(self, images: int, *names: str) -> Tracking:
-        self.folder.keep_metrics(images, self.said.append)
+        self.folder.keep_lines(images, self.said.append)
         self.tracking = Tracking(names, self.folder, self.said.append)
         self.tracking.start(self.settings, images, self.said.append)
         return self.tracking
@@ -152,7 +152,7 @@ def test_tensorboard_has_points_of_a_killed_session_once(written):
 def test_tensorboard_has_points_of_a_rollback_once(written):
     written.session(0, "tensorboard")
     written.lines({16: 0.5, 32: 0.25, 48: 9.0, 64: 9.0})
-    written.folder.keep_metrics(32, written.said.append)
+    written.folder.keep_lines(32, written.said.append)
     written.tracking.go_back(32)
     written.tracking.event({"kind": "rollback", "images": 32, "reason": "9 is too much"})
     written.lines({48: 0.125})
@@ -257,7 +257,7 @@ def test_tracker_that_takes_nothing_back_is_not_told_twice(written, recorder, ki
     if killed:
         written.session(32, "wandb")
     else:
-        written.folder.keep_metrics(32, written.said.append)
+        written.folder.keep_lines(32, written.said.append)
         written.tracking.go_back(32)
     written.tracking.event({"kind": "rollback", "images": 32})
     written.lines({48: 0.125, 64: 0.0625})

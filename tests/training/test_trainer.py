@@ -100,7 +100,7 @@ def test_killed_run_ends_with_the_weights_of_the_uninterrupted_one(tiny, tmp_pat
     assert Trainer(config.load(tiny), whole).fit()
     end = "checkpoints/000000000960"
     assert same_weights(run / end, whole / end)
-    timing = {"images_per_second", "data_wait_share", "peak_memory"}
+    timing = {"images_per_second", "data_wait_share", "peak_memory", "seconds"}
     assert [{k: v for k, v in line.items() if k not in timing} for line in metrics(run)] == [
         {k: v for k, v in line.items() if k not in timing} for line in metrics(whole)
     ]

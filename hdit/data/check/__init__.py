@@ -5,7 +5,7 @@ its pixels, its size, label and place): 1.28 million take 41 MB, and 95 MB while
 """
 
 from hdit.data.check.contact_sheet import contact_sheet
-from hdit.data.check.options import by_index, open_source, sheet_path
+from hdit.data.check.options import by_index, hold_out, open_source, sheet_path
 from hdit.data.check.report import DataReport, check
 from hdit.data.check.tables import lines, tables
 from hdit.data.loader import usable_cpus as processes
@@ -15,6 +15,7 @@ __all__ = [
     "by_index",
     "check",
     "contact_sheet",
+    "hold_out",
     "lines",
     "open_source",
     "processes",

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from hdit.data import DataSpec
+from hdit.data.held_out import class_indices, content_hashes, divide, open_path
 from hdit.data.images import Images, ImagesSpec
 from hdit.data.kinds import kind_of
 from hdit.data.source import DataError
@@ -57,6 +58,22 @@ def by_index(source: Any) -> Images:
     if not isinstance(source, Images):
         raise DataError(f"data.kind: {type(source).__name__.lower()!r} has no images to check")
     return source
+
+
+def hold_out(spec: ImagesSpec, source: Images) -> tuple[Images, int]:
+    """-> (the images that are trained on, the number of those that are held out) of settings.
+
+    Raises DataError where they cannot be held out so.
+    """
+    setting = spec.held_out
+    if isinstance(setting, float):
+        training, held = divide(source, setting, content_hashes(source, range(len(source))))
+        return training, len(held.hashes)
+    if setting is None:
+        return source, 0
+    images = open_path(spec, setting, source.classes)
+    class_indices(images.classes, source.classes, setting)
+    return source, len(images)
 
 
 def _option(error: Any) -> str:

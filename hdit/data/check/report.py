@@ -79,6 +79,7 @@ class DataReport:
     mean: float | None  # of x0 = x/127.5 - 1 over all elements after the crop
     sigma_data: float | None
     unusable: str | None
+    held_out: int = 0  # images that are not among these, as data.held_out has it
 
     def to_json(self) -> dict[str, Any]:
         """The report as what json.dumps takes."""
@@ -91,11 +92,15 @@ class DataReport:
 
 
 def check(
-    source: Images, workers: int = 0, on_read: Callable[[int], None] = lambda count: None
+    source: Images,
+    workers: int = 0,
+    on_read: Callable[[int], None] = lambda count: None,
+    held_out: int = 0,
 ) -> tuple[DataReport, list[int]]:
     """Reads all of a source -> (report, the images for a contact sheet by their index).
 
-    `on_read` is called with the number of images that have been read since. Raises DataError.
+    `on_read` is called with the number of images that have been read since. `held_out` is how many
+    are held out from these, for the report. Raises DataError.
     """
     found = _sum(read_all(source, workers), on_read)
     records, elements = found.records, found.elements
@@ -133,6 +138,7 @@ def check(
         mean=mean,
         sigma_data=sigma_data,
         unusable=_unusable(spec, source.entries.place, len(records), found.unreadable),
+        held_out=held_out,
     )
     return report, records["index"][spread_over_classes(records["label"])].tolist()
 

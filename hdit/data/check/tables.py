@@ -59,6 +59,8 @@ def _table(report: DataReport) -> Table:
 
     n = report.readable
     row("images", f"{report.images:,} ({report.kind})")
+    if report.held_out:
+        row("held out", f"{report.held_out:,} images, which are not among these")
     if report.left_out:
         others = ", ".join(f"{kind} {number:,}" for kind, number in report.left_out.items())
         row("left out", others)

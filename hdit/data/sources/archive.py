@@ -149,6 +149,10 @@ class Archive:
 
         Raises ValueError for a huge member, and for one that Python cannot unpack.
         """
+        return open_image(self.content(index)), self.labels[index]
+
+    def content(self, index: int) -> bytes:
+        """The member, unpacked. Raises ValueError as `load`."""
         member = self.members[index]
         if trouble := packed_so(member):
             raise ValueError(trouble)
@@ -157,7 +161,7 @@ class Archive:
                 f"unpacks to {member.file_size} bytes, more than data.max_pixels = "
                 f"{self.max_pixels} can take"
             )
-        return open_image(self._read(member)), self.labels[index]
+        return self._read(member)
 
     def stamp(self, index: int) -> str:
         """The name, label, checksum and size of the member."""

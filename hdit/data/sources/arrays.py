@@ -11,7 +11,14 @@ from pydantic import Field
 
 from hdit.arrays import ArraysError, read_npz
 from hdit.bounds import Name
-from hdit.data.images import Images, ImagesSpec, file_stamp, numbered, refuse_path
+from hdit.data.images import (
+    Images,
+    ImagesSpec,
+    file_stamp,
+    numbered,
+    pixel_content,
+    refuse_path,
+)
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 from hdit.names import path_of, printable
@@ -95,6 +102,10 @@ class Arrays:
     def stamp(self, index: int) -> str:
         """The place of the image, and the state of the file."""
         return f"{index} {self.stamp_of_file}"
+
+    def content(self, index: int) -> bytes:
+        """The pixels of the image, which the file has nothing but."""
+        return pixel_content(to_image(self.images[index]))
 
 
 LABELS = ("arr_1", "labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from importlib.resources import as_file, files
 from typing import Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from hdit.arrays import read_npz
 from hdit.data.augmentation import Augmentation, AugmentationSetting
-from hdit.data.source import Sample
+from hdit.data.source import HELD_OUT, HeldOutSetting, Sample
 from hdit.protocols import Spec
 
 
@@ -23,6 +24,7 @@ class DigitsSpec(Spec):
     augment: AugmentationSetting = Field(
         Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
     )
+    held_out: HeldOutSetting | None = Field(None, description=HELD_OUT)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,6 +56,16 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def content(self, index: int) -> bytes:
+        """The pixels of an image. See hdit.data.held_out."""
+        return self.images[index].numpy().tobytes()
+
+    def part(self, indices: np.ndarray) -> Digits:
+        """The digits at these indices alone."""
+        chosen = copy(self)
+        chosen.images, chosen.labels = self.images[indices], self.labels[indices]
+        return chosen
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(self.images[index], int(self.labels[index]))

@@ -84,6 +84,14 @@ class Folder:
         """The name and label of the image, and the state of its file."""
         return f"{self.names[index]} {self.labels[index]} {file_stamp(self.name(index))}"
 
+    def content(self, index: int) -> bytes:
+        """The bytes of the file. Raises OSError, or ValueError for what is no regular file."""
+        path = self.name(index)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("is not a regular file")  # a pipe would be waited for
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+
 
 def start_of(path: Path) -> bytes:
     """The first bytes of a file; none of what is not a regular one, which is not opened."""

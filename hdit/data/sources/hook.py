@@ -11,11 +11,12 @@ from PIL import Image
 from pydantic import AfterValidator, Field, field_validator
 
 from hdit.bounds import Name
-from hdit.data.images import Images, ImagesSpec
+from hdit.data.images import Images, ImagesSpec, pixel_content
 from hdit.data.source import DataError
 from hdit.data.transforms import to_image
 from hdit.plugins import import_function, no_exit
 
+ASKED_TWICE = 16  # images, before a hook's are taken to stay the same
 MAX_IMAGES = 10**9  # of which an order is drawn anew in each epoch
 
 
@@ -100,6 +101,16 @@ class Hooked:
     def stamp(self, index: int) -> str:
         """Never asked for: data.cache is refused."""
         raise AssertionError("there is none: data.cache is refused")
+
+    def content(self, index: int) -> bytes:
+        """The pixels of the image. Raises DataError where the first ones are new each time."""
+        image = pixel_content(self.load(index)[0])
+        if index < ASKED_TWICE and pixel_content(self.load(index)[0]) != image:
+            raise DataError(
+                f"data.held_out: item {index} of what data.hook {self.place!r} returned is another "
+                "image each time, so that no share can be held out by content; name a path"
+            )
+        return image
 
     def _image(self, image: Any, where: str) -> Image.Image:
         if isinstance(image, Image.Image):

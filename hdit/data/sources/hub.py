@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -165,11 +166,22 @@ class Hub:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Opens the image of a row -> (image, class index)."""
-        stored = self.images[index][self.column]
-        if stored is None:
-            raise ValueError("there is no image")
+        stored = self._stored(index)
         content = stored["bytes"]
         return open_image(stored["path"] if content is None else content), self.labels[index]
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's file, within the table or beside it."""
+        stored = self._stored(index)
+        content: bytes | None = stored["bytes"]
+        return Path(stored["path"]).read_bytes() if content is None else content
+
+    def _stored(self, index: int) -> dict[str, Any]:
+        """The path and the bytes of an image, one of them None. Raises ValueError for none."""
+        stored: dict[str, Any] | None = self.images[index][self.column]
+        if stored is None:
+            raise ValueError("there is no image")
+        return stored
 
     def stamp(self, index: int) -> str:
         """The row, its label, and the fingerprint of the data set."""

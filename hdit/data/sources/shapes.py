@@ -10,7 +10,7 @@ from pydantic import Field
 
 from hdit.bounds import Seed
 from hdit.data.augmentation import Augmentation, AugmentationSetting
-from hdit.data.source import Sample, Size
+from hdit.data.source import HELD_OUT, HeldOutSetting, Sample, Size
 from hdit.protocols import Spec
 
 CLASSES = ["disc", "ring", "square", "triangle", "cross"]
@@ -26,6 +26,7 @@ class ShapesSpec(Spec):
     augment: AugmentationSetting = Field(
         Augmentation(), description="probability of each non-leaking change to an image; 0 for none"
     )
+    held_out: HeldOutSetting | None = Field(None, description=HELD_OUT)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -45,16 +46,27 @@ class ShapesSpec(Spec):
 class Shapes:
     """Drawn shapes, (3 h w) uint8, by index: each is a function of the seed and its index."""
 
-    def __init__(self, spec: ShapesSpec):
+    def __init__(self, spec: ShapesSpec, indices: np.ndarray | None = None):
+        """Of those with `indices` alone, if they are given."""
         self.spec, self.classes = spec, CLASSES
+        self.indices = indices
 
     def __len__(self) -> int:
-        return self.spec.num_images
+        return self.spec.num_images if self.indices is None else len(self.indices)
+
+    def content(self, index: int) -> bytes:
+        """The pixels of an image. See hdit.data.held_out."""
+        return self[index].image.numpy().tobytes()
+
+    def part(self, indices: np.ndarray) -> Shapes:
+        """The shapes at these indices alone."""
+        return Shapes(self.spec, indices if self.indices is None else self.indices[indices])
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        rng = np.random.default_rng([self.spec.seed, index])
+        among_all = index if self.indices is None else int(self.indices[index])
+        rng = np.random.default_rng([self.spec.seed, among_all])
         label = int(rng.integers(len(CLASSES)))
         _, h, w = self.spec.shape
         radius = rng.uniform(0.2, 0.4) * min(h, w)

@@ -219,16 +219,24 @@ class Tars:
 
     def open_entry(self, entry: Entry) -> tuple[Image.Image, int]:
         """Opens the image of an entry, and reads its label. Raises ValueError for a bad one."""
+        self._check(entry)
+        label = self._label(entry) if self.classes else 0
+        return open_image(self.content(entry)), label
+
+    def _check(self, entry: Entry) -> None:
         if entry.trouble is not None:
             raise ValueError(entry.trouble)
+
+    def content(self, entry: Entry) -> bytes:
+        """The bytes of the image of an entry. Raises ValueError for a bad or a huge one."""
+        self._check(entry)
         assert entry.image is not None, "or it would have been said"
-        label = self._label(entry) if self.classes else 0
         if entry.image[1] > BYTES_OF_A_PIXEL * self.spec.max_pixels:
             raise ValueError(
                 f"has {entry.image[1]} bytes, more than data.max_pixels = "
                 f"{self.spec.max_pixels} can take"
             )
-        return open_image(self.shards.read(entry.shard, *entry.image)), label
+        return self.shards.read(entry.shard, *entry.image)
 
     def _label(self, entry: Entry) -> int:
         """The class index. Raises DataError for one that is none of the classes."""
@@ -309,3 +317,7 @@ class TarEntries:
     def stamp(self, index: int) -> str:
         """Never asked for: data.cache is refused."""
         raise AssertionError("there is none: data.cache is refused")
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's member. Raises ValueError for a bad entry."""
+        return self.tars.content(self._entry(index))
