@@ -215,7 +215,8 @@ def test_config_with_a_number_at_its_bound_is_refused_or_can_be_used():
                 assert tensor.isfinite().all(), (kinds, key, value)
             optimizer = config.training.optimizer
             for step in (0, 1, 10**6):
-                assert math.isfinite(optimizer.schedule(step, optimizer.lr)), (key, value)
+                rate = optimizer.schedule(config.training.moment(step, 7 * step), optimizer.lr)
+                assert math.isfinite(rate), (key, value)
     assert tried > 200
     assert used > tried // 3
 

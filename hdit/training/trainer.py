@@ -193,7 +193,7 @@ class Trainer:
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
             self.noise_scale.update(small, squared(norm), part, t.batch_size)
-        set_learning_rate(self.optimizer, t.optimizer, self.step)
+        set_learning_rate(self.optimizer, t.optimizer, t.moment(self.step, self.images))
         take_step(self.optimizer, bad)
         update_ema(self.ema, self.backbone, ema_decay(self.step, t.ema), bad)
         return norm
