@@ -27,7 +27,7 @@ LAYERS = (
     {"training"},
     {"evaluation"},
     {"experiments"},
-    {"doctor"},
+    {"doctor", "planning"},
     {"cli"},
 )
 """Packages and modules from the bottom up: each imports those of lower layers, and itself."""
@@ -90,7 +90,8 @@ def test_kernels_is_a_source_root_and_no_package():
 
 
 VERBS = (
-    "train", "sample", "evaluate", "encode", "convert", "info", "configs", "doctor", "data check",
+    "train", "sample", "evaluate", "encode", "convert", "info", "plan", "configs", "doctor",
+    "data check",
 )  # fmt: skip
 
 

@@ -287,6 +287,7 @@ def wrong_command(rng, run):
     model = rng.choice([run, run / "checkpoints"])
     good = {
         "train": ["tiny.toml"], "info": ["tiny.toml"], "encode": ["tiny.toml"],
+        "plan": ["tiny.toml"],
         "doctor": ["--fast"],
         "sample": [model, "-n", 1], "convert": [run, "out"], "evaluate": ["digits-hdit", "empty"],
         "configs": ["digits-hdit"], "data check": ["empty"],

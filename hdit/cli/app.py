@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import hdit
-from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
+from hdit.cli import (
+    configs,
+    convert,
+    data_check,
+    doctor,
+    encode,
+    evaluate,
+    info,
+    plan,
+    sample,
+    train,
+)
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
 from hdit.messages import echo
@@ -48,6 +59,7 @@ for verb in (
     encode.encode,
     convert.convert,
     info.info,
+    plan.plan,
     configs.configs,
     doctor.doctor,
 ):

@@ -16,13 +16,13 @@ from torch.func import functional_call
 
 from hdit.config import RunConfig
 from hdit.data.batches import Batch, Batches
-from hdit.data.source import Skipped, size_of
+from hdit.data.source import Skipped, Source, Stream, size_of
 from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
 from hdit.messages import say
 from hdit.names import printable
 from hdit.processes import host_group
-from hdit.protocols import Network
+from hdit.protocols import Network, Space
 from hdit.report.grids import save_grid
 from hdit.runs.checkpoint import State
 from hdit.runs.folder import RunFolder
@@ -55,13 +55,22 @@ class Trainer:
     Raises CheckpointError if the folder holds a run of another model, and UserError as `prepare`.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        console: Console | None = None,
+        opened: tuple[Space, Source | Stream] | None = None,
+    ):
+        """`opened` is space and data in place of the config's own."""
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
-            setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
+            setup = prepare(
+                config, self.run, self.accelerator, hosts, self._say, self._warn, opened
+            )
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
         self.shape, self.source, self.space = setup.shape, setup.source, setup.space
         self.backbone, self.ema, self.optimizer = setup.backbone, setup.ema, setup.optimizer
