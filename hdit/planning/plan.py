@@ -52,6 +52,7 @@ class Fit:
     images: int  # at once; 0 if not even one fits
     accumulate: int  # parts of the batch, or 0
     peak: int  # bytes, of those parts
+    at_once: int = 0  # images of a part
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def largest(mode: Mode, peak: Callable[[int, int], int], room: float, batch: int
     for images in (n for n in range(min(most, batch), 0, -1) if batch % n == 0):
         taken = peak(images, batch // images)
         if taken <= room:
-            return Fit(mode, most, batch // images, taken)
+            return Fit(mode, most, batch // images, taken, images)
     return Fit(mode, 0, 0, peak(1, batch))
 
 
@@ -261,6 +262,17 @@ def _stated_speed(config: RunConfig, asked: Asked, macs: int, disk: int) -> Spee
     saving = disk / COPIED + (0 if t.background_saves else disk / WRITTEN)
     source = f"{asked.mfu:.0%} of {asked.peak / 1e12:,.4g} TFLOP/s"
     return Speed(source, forward / passes, forward, saving)
+
+
+def stated_hours(config: RunConfig, classes: int, asked: Asked) -> Hours:
+    """Hours by a share of a peak, without a look at memory."""
+    shape = config.data_shape(classes)
+    parts = cost(config.model, shape, config.output_channels(shape))
+    disk = need(sum(part.params for part in parts), config.training, 0)[0]
+    speed = _stated_speed(config, asked, sum(part.macs for part in parts), disk)
+    assert speed is not None, "a peak is stated"
+    count = evaluations(config, shape) if config.sampling.grid else 0
+    return _hours(config, asked, speed, count, [])
 
 
 def _measured_speed(config: RunConfig, measured: Measured, disk: int, notes: list[str]) -> Speed:
@@ -329,7 +341,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "process_memory": plan.process,
         "fits": [
             _mode_dict(fit.mode)
-            | {"images_at_once": fit.images, "accumulate": fit.accumulate, "peak": fit.peak}
+            | {"most_at_once": fit.images, "images_at_once": fit.at_once}
+            | {"accumulate": fit.accumulate, "peak": fit.peak}
             for fit in plan.fits
         ],
         "speed": asdict(speed) if speed else None,

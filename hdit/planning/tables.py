@@ -23,7 +23,7 @@ def memory_of_modes(plan: Plan) -> Table:
         f"The kernels' own buffers, the allocator's reserve{', CUDA itself' if cuda else ''} and "
         "images in the loader come on top.",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for step in plan.steps:
         table.add_column(step.mode.title, justify="right")
 
@@ -33,12 +33,12 @@ def memory_of_modes(plan: Plan) -> Table:
 
     held = [step.memory for step in plan.steps]
     row("weights", [m.weights for m in held])
-    row("averages of the weights", [m.ema for m in held])
+    row("averages of weights", [m.ema for m in held])
     row("optimizer", [m.optimizer for m in held])
     row("gradients", [m.gradients for m in held])
     row("DDP's buckets", [m.buckets for m in held])
-    row("FSDP's gathered blocks", [m.gathered for m in held])
-    row("whole gradients between parts", [m.unreduced for m in held])
+    row("gathered blocks", [m.gathered for m in held])
+    row("whole gradients", [m.unreduced for m in held])
     row("activations", [sum(m.activations.values()) for m in held])
     row("temporaries of AdamW", [m.update for m in held])
     table.add_section()
@@ -56,7 +56,7 @@ def fits_table(plan: Plan) -> Table:
         title=f"what {plan.asked.card / 2**30:.4g} GiB hold of a batch of {batch:,}",
         caption=f"{1 - USABLE:.0%} are left for CUDA, kernels' buffers and fragmentation",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("most at once", "accumulate", "GiB at the peak"):
         table.add_column(name, justify="right")
     for fit in plan.fits:
@@ -75,7 +75,7 @@ def time_table(plan: Plan) -> Table:
         title=f"hours to {t.images:,} images on {gpus} x {plan.asked.device}",
         caption=f"{speed:,.4g} images/s, by {plan.speed.source}",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("hours", justify="right")
     table.add_column("share", justify="right")
     total = plan.hours.total
