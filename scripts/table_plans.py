@@ -115,7 +115,7 @@ def tables() -> str:
             "",
             "The papers' models to the end of their presets (batch 256, bf16) on H100s at "
             f"{MFU:.0%} of their peak. The last columns",
-            "cut a GPU's part of the batch into as few parts as 80 GiB hold, with `ddp` and without "
+            "cut a GPU's part of the batch into as few parts as 80 GiB hold, without "
             "gradient checkpointing:",
             "",
             *papers(),

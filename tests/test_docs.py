@@ -52,7 +52,7 @@ NOT_RUN = {
     "hdit plan digits-hdit --measure": "ten seconds; tests/planning measures a tiny model",
     "hdit plan hdit-ffhq1024 --gpu H100 --gpus 64 --mfu 0.4 --price 2.5": "likewise",
     'hdit plan dit-xl-2-256 --gpu "RTX 4090" --memory 24': "likewise",
-    "python scripts/table_plans.py": "a minute; tests/planning/test_table_plans.py checks its hours",
+    "python scripts/table_plans.py": "a minute; test_table_plans.py checks it",
     "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
