@@ -28,7 +28,7 @@ LAYERS = (
     {"training"},
     {"evaluation"},
     {"experiments"},
-    {"doctor"},
+    {"doctor", "planning"},
     {"cli"},
 )
 """Packages and modules from the bottom up: each imports those of lower layers, and itself."""
@@ -91,7 +91,7 @@ def test_kernels_is_a_source_root_and_no_package():
 
 
 VERBS = (
-    "train", "watch", "sample", "evaluate", "encode", "convert", "ema", "info", "configs",
+    "train", "watch", "sample", "evaluate", "encode", "convert", "ema", "info", "plan", "configs",
     "doctor",
     "data check",
 )  # fmt: skip

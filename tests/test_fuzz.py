@@ -215,7 +215,8 @@ def test_config_with_a_number_at_its_bound_is_refused_or_can_be_used():
                 assert tensor.isfinite().all(), (kinds, key, value)
             optimizer = config.training.optimizer
             for step in (0, 1, 10**6):
-                assert math.isfinite(optimizer.schedule(step, optimizer.lr)), (key, value)
+                rate = optimizer.schedule(config.training.moment(step, 7 * step), optimizer.lr)
+                assert math.isfinite(rate), (key, value)
     assert tried > 200
     assert used > tried // 3
 
@@ -286,7 +287,7 @@ def wrong_command(rng, run):
     model = rng.choice([run, run / "checkpoints"])
     good = {
         "train": ["tiny.toml"], "info": ["tiny.toml"], "encode": ["tiny.toml"],
-        "doctor": ["--fast"], "watch": [run],
+        "plan": ["tiny.toml"], "doctor": ["--fast"], "watch": [run],
         "sample": [model, "-n", 1], "convert": [run, "out"], "evaluate": ["digits-hdit", "empty"],
         "configs": ["digits-hdit"], "data check": ["empty"],
     }[verb]  # fmt: skip

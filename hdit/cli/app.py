@@ -18,6 +18,7 @@ from hdit.cli import (
     encode,
     evaluate,
     info,
+    plan,
     sample,
     train,
     watch,
@@ -61,6 +62,7 @@ for verb in (
     encode.encode,
     convert.convert,
     info.info,
+    plan.plan,
     configs.configs,
     doctor.doctor,
 ):

@@ -49,18 +49,22 @@ def info(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes."""
+    """Print a model's parameters, MACs and FLOPs by level, and the memory that training takes.
+
+    `hdit plan` tells hours, money and disk as well.
+    """
     from hdit.config import load
     from hdit.config.presets import find_config
     from hdit.errors import UserError
     from hdit.models.cost import cost
     from hdit.models.fitting import TRAINED
     from hdit.models.tables import cost_table
+    from hdit.planning.model import classes_of
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device: must be cpu or cuda, got {device!r}")
     settings = load(find_config(config), overrides or [])
-    number, note = (classes, None) if classes is not None else _classes(settings)
+    number, note = (classes, None) if classes is not None else classes_of(settings)
     shape = settings.data_shape(number)
     rows = cost(settings.model, shape, settings.output_channels(shape))
     title = (
@@ -93,62 +97,21 @@ def info(
         say(console, note)
 
 
-def _classes(settings: RunConfig) -> tuple[int, str | None]:
-    """How many classes the config names, or its data has; or 0, and why they are not known."""
-    from hdit.data.source import DataError
-    from hdit.latents.store import read_manifest
-    from hdit.names import path_of
-
-    named = getattr(settings.data, "classes", None)
-    if named is not None:
-        return (named if isinstance(named, int) else len(named)), None
-    stored = getattr(settings.space, "stored", None)
-    try:
-        held = read_manifest(path_of(stored)) if stored else settings.data.open()
-    except DataError as error:
-        return 0, (
-            "counted without classes (or give --classes, or set data.classes), as the data cannot "
-            f"be read: {error}"
-        )
-    return len(held.classes), None
-
-
 def _memory(settings: RunConfig, shape: DataShape, images: int, device: str | None) -> Table:
     """The memory of an eager step on `device`; None is the device that a run here would take."""
-    import torch
-
-    from hdit.device import autocast_dtype, precision_on
-    from hdit.models.memory import training_memory
     from hdit.models.tables import memory_table
-    from hdit_kernels import native
+    from hdit.planning.model import Mode, device_here, operators_on, precision_for, step_memory
 
-    cuda_here = torch.cuda.is_available()
-    device = device or ("cuda" if cuda_here else "cpu")
-    asked, key = settings.training.precision, "training.precision"
-    if device == "cpu" or cuda_here:
-        precision = precision_on(torch.device(device), asked, key)
-    else:  # devices from compute capability 8.0 on, which are assumed, have all of them
-        precision = "bf16" if asked == "auto" else asked
+    device = device or device_here()
+    parts = settings.training.accumulate
     plain, checkpointed = (
-        training_memory(
-            settings.model,
-            shape,
-            images,
-            out_channels=settings.output_channels(shape),
-            checkpointing=checkpointing,
-            autocast=autocast_dtype(precision),
-            device=device,
-        )
+        step_memory(settings, shape, images, device, Mode("", checkpointing), parts=parts)
         for checkpointing in (False, True)
     )
-    operators = "the C++ library's and torch's operators"
-    if device == "cuda" or native.unavailable():
-        operators = "torch's operators"
     return memory_table(
-        f"memory of a step with {images} images on {device} in {precision}",
+        f"memory of a step with {images} images on {device} in {precision_for(settings, device)}",
         plain,
         checkpointed,
-        operators=operators,
+        operators=operators_on(device),
         cuda=device == "cuda",
-        parts=settings.training.accumulate,
     )

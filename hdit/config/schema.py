@@ -26,7 +26,7 @@ from hdit.bounds import (
     Width,
 )
 from hdit.config.errors import ConfigError, explain
-from hdit.config.learning_rate import ConstantLR, LearningRate
+from hdit.config.learning_rate import ConstantLR, LearningRate, Moment
 from hdit.config.overrides import apply, read_toml
 from hdit.data import DataSpec
 from hdit.data.source import NO_SHARE
@@ -313,6 +313,10 @@ class TrainingSpec(DependentSpec):
         """The norm that gradients are clipped to: infinity where they are not clipped."""
         return self.clip_grad_norm or math.inf
 
+    def moment(self, step: int, images: int) -> Moment:
+        """Where the run stands at the step, counted from 0, that begins after so many images."""
+        return Moment(step, images + self.batch_size / 2, self.images)
+
     def resolved(self, context: Context) -> Self:
         """Resolves its parts; fills in log_every and ema.snapshot_every where they are absent."""
         filled = super().resolved(context).filled(log_every=10 * self.batch_size)
@@ -339,6 +343,10 @@ class TrainingSpec(DependentSpec):
     def check(self, context: Context) -> Iterator[Problem]:
         """Yields (key, what is wrong), of its parts and of how a batch is taken in parts."""
         yield from super().check(context)
+        yield from under(
+            "optimizer.schedule",
+            self.optimizer.schedule.misfits(self.batch_size, self.images),
+        )
         if self.gradient_noise_scale and self.accumulate == 1:
             yield (
                 "gradient_noise_scale",

@@ -15,7 +15,7 @@ import tomli_w
 from torch import Tensor
 
 from hdit.config import RunConfig, differences, parse
-from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.config.learning_rate import ConstantLR, StepLR
 from hdit.diffusion.densities import (
     CosineInterpolated,
     Density,
@@ -439,9 +439,10 @@ def _their_density(density: Density) -> dict[str, Any] | None:
 
 def _their_training(config: RunConfig) -> dict[str, Any]:
     o, ema = config.training.optimizer, config.training.ema
-    schedule: Spec = o.schedule
-    assert isinstance(schedule, ConstantLR | InverseLR | ExponentialLR)
-    lr = schedule.model_dump()
+    # One that counts images, and a warm-up in images, have no place there: a note tells of it.
+    in_steps = isinstance(o.schedule, StepLR)
+    schedule: Spec = o.schedule if in_steps else ConstantLR()
+    lr = schedule.model_dump(exclude={"warmup_images"})
     lr_sched = {"type": lr.pop("kind")} | lr
     if "steps" in lr_sched:
         lr_sched["num_steps"] = lr_sched.pop("steps")

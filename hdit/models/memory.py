@@ -9,12 +9,16 @@ Neighborhood attention keeps q, k and v, as each fused kernel does; a CUDA kerne
 number for a head of a token, a percent of those. Left out on either device are the buffers within a
 kernel, fragmentation and the allocator's own reserve, and of CUDA what its context takes.
 torch.compile, which fuses the operators, keeps less.
+
+Several processes either have the whole model each (DDP), with buckets as large as its gradient; or
+each has a shard of every weight, gradient, moment and average (FSDP2). A sharded model gathers its
+blocks in turn, and of those the gathered weights and gradients of the largest are counted.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +36,18 @@ from hdit_kernels.fused import Formulas
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step of AdamW on one device."""
+    """Bytes of a step of AdamW in one process, on its device."""
 
     weights: int  # and buffers
-    ema: int  # a second set of those
+    ema: int  # as much for each average
     optimizer: int  # two moments of each parameter
     gradients: int
     activations: dict[str, int]  # kept from the forward pass for the backward, by part
     update: int  # what AdamW makes while it changes the weights
     peak: int  # of all that, and of what the passes themselves need at their worst
+    buckets: int = 0  # in which DDP reduces the gradient
+    gathered: int = 0  # whole weights and gradients of blocks of a sharded model, at most
+    unreduced: int = 0  # the whole gradient that a sharded model keeps between parts of a batch
 
 
 class _Live(TorchDispatchMode):
@@ -124,31 +131,121 @@ def training_memory(
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     device: str = "cpu",
+    parts: int = 1,
+    averages: int = 1,
+    processes: int = 1,
+    shards: int = 1,
 ) -> Memory:
-    """Of an eager step with `batch` images on a device; with `autocast` in that dtype, if given.
+    """Of an eager step with `batch` images at once; with `autocast` in that dtype, if given.
 
-    device: "cpu" or "cuda", which need not be there.  Raises ValueError for another.
+    device: "cpu" or "cuda", which need not be there.  Raises ValueError for another.  `parts` is
+    the accumulation steps of a batch, `averages` the averages of the weights that are kept. The
+    model is whole in each of `processes`, or one of `shards` if there are several.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    cast = autocast if shards > 1 else None
     with Formulas() if device == "cuda" else FakeTensorMode(), torch.device("cpu"):
         model = build(spec, shape, out_channels).train()
         if checkpointing:
             model.checkpoint_blocks()
-        weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
-        parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
-        x, c_noise = torch.zeros(batch, *shape.chw), torch.zeros(batch)
+        state = _State.of(model)
+        if cast:  # as FSDP gathers them, so that autocast has nothing to cast
+            for block in model.blocks:
+                _cast(block, cast)
+        kept, step = _Kept(model), _Step(model, shape, batch, autocast)
+        with kept.watching():
+            passes = step.peak()
+        # With the gradients there, as in a later part of a batch, and apart from them.
+        later = step.peak() if parts > 1 or shards > 1 else 0
+        update = 0 if shards > 1 else _update(model, fused=True if device == "cuda" else None)
+    weights, gradients = state.weights(shards), state.parameters // shards
+    fixed = weights * (1 + averages) + 2 * gradients
+    buckets = state.parameters if processes > 1 and shards == 1 else 0
+    gathered = state.gathered(2 if cast else 4) if shards > 1 else 0
+    unreduced = state.parameters if shards > 1 and parts > 1 else 0
+    if shards > 1:
+        most = gradients + unreduced + later + gathered
+    elif parts > 1:
+        most = gradients + max(later, update)
+    else:
+        most = max(passes, gradients + update)
+    return Memory(
+        weights,
+        weights * averages,
+        2 * gradients,
+        gradients,
+        kept.bytes,
+        update,
+        fixed + buckets + most,
+        buckets,
+        gathered,
+        unreduced,
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """Bytes of a model's tensors in float32: of all parameters, of those without a block, ..."""
+
+    parameters: int
+    buffers: int
+    root: int  # of parameters in no block
+    block: int  # of the largest block's parameters
+
+    @classmethod
+    def of(cls, model: BackboneModule) -> _State:
+        blocks = [_bytes(block.parameters()) for block in model.blocks]
+        whole = _bytes(model.parameters())
+        return cls(whole, _bytes(model.buffers()), whole - sum(blocks), max(blocks, default=0))
+
+    def weights(self, shards: int) -> int:
+        """Of a process: buffers are never sharded."""
+        return self.parameters // shards + self.buffers
+
+    def gathered(self, size: int) -> int:
+        """What FSDP2 holds at most of whole weights, `size` bytes each in a block.
+
+        What is in no block stays gathered, with its gradient, for a whole pass. Of the blocks, one
+        runs while the next is gathered, which takes a buffer beside its weights; and the gradient
+        of one is copied to float32 to be reduced.
+        """
+        block = self.block // 4
+        return 2 * self.root + 3 * size * block + (size + 4) * block
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def _cast(block: nn.Module, dtype: torch.dtype) -> None:
+    """Gives it parameters of this dtype; `block.to` cannot change those of FakeTensorMode."""
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+
+
+class _Step:
+    """Forward and backward passes with some images."""
+
+    def __init__(
+        self, model: BackboneModule, shape: DataShape, batch: int, autocast: torch.dtype | None
+    ):
+        self.model, self.autocast = model, autocast
+        self.x, self.c_noise = torch.zeros(batch, *shape.chw), torch.zeros(batch)
         labels = torch.zeros(batch, dtype=torch.long) if shape.num_classes else None
-        kept, live = _Kept(model), _Live([*model.parameters(), *model.buffers()])
-        with live:
+        self.cond = Cond(labels)
+
+    def peak(self) -> int:
+        """Most bytes of what the passes make, beside the model and what they were given."""
+        there = [*self.model.parameters(), *self.model.buffers(), self.x, self.c_noise]
+        there += [p.grad for p in self.model.parameters() if p.grad is not None]
+        with _Live(there) as live:
             # The operators that autocast gives fewer bits are the same on both devices.
-            with kept.watching(), torch.autocast("cpu", autocast, enabled=autocast is not None):
-                out = model(x, c_noise, Cond(labels))
-            (out[:, : x.shape[1]].float() - x).square().mean().backward()
-        update = _update(model, fused=True if device == "cuda" else None)
-    fixed = weights + weights + 2 * parameters  # and the EMA's, and the moments
-    peak = fixed + max(live.peak, parameters + update)
-    return Memory(weights, weights, 2 * parameters, parameters, kept.bytes, update, peak)
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                out = self.model(self.x, self.c_noise, self.cond)
+            (out[:, : self.x.shape[1]].float() - self.x).square().mean().backward()
+        return live.peak
 
 
 def _update(model: nn.Module, fused: bool | None) -> int:

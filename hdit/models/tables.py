@@ -31,11 +31,11 @@ def cost_table(title: str, rows: Sequence[PartCost]) -> Table:
 
 
 def memory_table(
-    title: str, plain: Memory, checkpointed: Memory, *, operators: str, cuda: bool, parts: int = 1
+    title: str, plain: Memory, checkpointed: Memory, *, operators: str, cuda: bool
 ) -> Table:
     """GiB of a step, without and with gradient checkpointing.
 
-    `operators` says whose operators were counted; `parts` is the accumulation steps of a batch.
+    `operators` says whose operators were counted.
     """
     table = Table(
         title=title,
@@ -58,9 +58,7 @@ def memory_table(
         row(f"activations of {part}", *sizes)
     row("temporaries of AdamW", plain.update, checkpointed.update)
     table.add_section()
-    # A later part of a batch runs while the gradients of the earlier ones are there.
-    kept = plain.gradients if parts > 1 else 0
-    row("at the peak", plain.peak + kept, checkpointed.peak + kept)
+    row("at the peak", plain.peak, checkpointed.peak)
     return table
 
 

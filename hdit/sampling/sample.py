@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from hdit.diffusion.guidance import Batching, cfg
 from hdit.errors import SolverError, UserError
 from hdit.models.fitting import check_sampling
 from hdit.nn.compiling import compiles
-from hdit.protocols import NULL_LABEL, Cond, DataShape, Denoise, Space
+from hdit.protocols import NULL_LABEL, Cond, DataShape, Denoise, Network, Space
 from hdit.runs.building import make_denoiser
 from hdit.tensors import NotFiniteError
 
@@ -106,7 +106,7 @@ class Samples(NamedTuple):
 class _Counted:
     """A backbone, and the number of images that it was evaluated on."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: Network):
         self.backbone, self.images = backbone, 0
 
     def __call__(self, x: Tensor, c_noise: Tensor, cond: Cond) -> Tensor:
@@ -218,6 +218,21 @@ def sample(
             "warning: every pixel of all %d images is 0 or 255: %s",
             *(len(seeds), _causes(config, guide)),
         )
+
+
+def evaluations(config: RunConfig, shape: DataShape) -> int:
+    """How often networks see each image that is sampled, counted on a model that predicts 0."""
+    guidance = config.sampling.guidance.model_copy(update={"batched": True})
+    spec = config.sampling.model_copy(update={"guidance": guidance})
+    config = config.model_copy(update={"sampling": spec})
+    small = replace(shape, height=min(shape.height, 4), width=min(shape.width, 4))
+    channels = config.output_channels(small)
+    network = _Counted(lambda x, c_noise, cond: x.new_zeros(len(x), channels, *x.shape[2:]))
+    labels = torch.zeros(1, dtype=torch.long) if shape.num_classes else None
+    with torch.inference_mode():
+        denoise = _guided([network], config, small, "fp32", None)(Cond(labels))
+        _solver(config, small, torch.device("cpu"), None)(denoise, [0])
+    return network.images
 
 
 def _decode(

@@ -127,7 +127,7 @@ class Metrics:
             "step": step,
             "loss": float(self.loss / self.taken),
             "grad_norm": float(norm),
-            "lr": t.optimizer.schedule(step - 1, t.optimizer.lr),
+            "lr": t.optimizer.schedule(t.moment(step - 1, images - t.batch_size), t.optimizer.lr),
             "ema_decay": ema_decay(step - 1, t.ema),
             "images_per_second": speed,
             "data_wait_share": self.waited / seconds,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from hdit.config.learning_rate import Moment
 from hdit.config.schema import OptimizerSpec
 from hdit.protocols import Backbone, Group
 
@@ -44,10 +45,10 @@ def adamw(backbone: Backbone, spec: OptimizerSpec, fused: bool | None = None) ->
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, step: int) -> None:
-    """The rate of the step-th update, counted from 0, in every group."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, at: Moment) -> None:
+    """Gives every group the rate of the step at this moment."""
     for group in optimizer.param_groups:
-        group["lr"] = spec.schedule(step, spec.lr * group["lr_scale"])
+        group["lr"] = spec.schedule(at, spec.lr * group["lr_scale"])
 
 
 def optimizer_tensors(backbone: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -137,15 +137,20 @@ def prepare(
     hosts: dist.ProcessGroup | None,
     say: Say,
     warn: Say,
+    opened: tuple[Space, Source | Stream] | None = None,
 ) -> Setup:
     """Opens the data and builds the model, or loads it from the newest checkpoint of `run`.
+
+    `opened` is space and data in place of the config's own.
 
     Raises UserError if data, VAE or settings do not fit, CheckpointError if the folder holds a run
     of another model, and ProcessError if another process of `hosts` has other data or settings.
     """
     device, layout = accelerator.device, _layout(config, accelerator)
-    space = config.space.open(device)
-    source = open_training_source(config, space)
+    if opened is None:
+        own = config.space.open(device)
+        opened = own, open_training_source(config, own)
+    space, source = opened
     for text in warnings_of(source):
         warn(text)
     shape = config.data_shape(len(source.classes))

@@ -16,13 +16,13 @@ from torch.func import functional_call
 
 from hdit.config import RunConfig
 from hdit.data.batches import Batch, Batches
-from hdit.data.source import Skipped, size_of
+from hdit.data.source import Skipped, Source, Stream, size_of
 from hdit.device import float32_products, precision_on
 from hdit.errors import UserError
 from hdit.messages import say
 from hdit.names import printable
 from hdit.processes import host_group
-from hdit.protocols import Network
+from hdit.protocols import Network, Space
 from hdit.report.grids import save_grid
 from hdit.runs.checkpoint import State
 from hdit.runs.folder import RunFolder
@@ -58,7 +58,14 @@ class Trainer:
     Raises CheckpointError if the folder holds a run of another model, and UserError as `prepare`.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        console: Console | None = None,
+        opened: tuple[Space, Source | Stream] | None = None,
+    ):
+        """`opened` is space and data in place of the config's own."""
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
@@ -66,7 +73,9 @@ class Trainer:
         track = config.training.track if self.main else ()
         self.tracking = Tracking(track, self.run, self._warn)
         with self._alone():
-            setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
+            setup = prepare(
+                config, self.run, self.accelerator, hosts, self._say, self._warn, opened
+            )
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
         self.shape, self.source, self.space = setup.shape, setup.source, setup.space
         self.backbone, self.optimizer = setup.backbone, setup.optimizer
@@ -218,7 +227,7 @@ class Trainer:
         if t.gradient_noise_scale:
             part = t.batch_size // (t.accumulate * self.layout.processes)
             self.noise_scale.update(small, squared(norm), part, t.batch_size)
-        set_learning_rate(self.optimizer, t.optimizer, self.step)
+        set_learning_rate(self.optimizer, t.optimizer, t.moment(self.step, self.images))
         take_step(self.optimizer, bad)
         self.averages.update(self.backbone, self.step, bad)
         return norm

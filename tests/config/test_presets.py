@@ -69,7 +69,7 @@ def test_preset_of_a_dit_has_the_recipe_of_its_paper(name):
     assert training["optimizer"] == {
         "kind": "adamw",
         "lr": 1e-4,
-        "schedule": {"kind": "constant", "warmup": 0},
+        "schedule": {"kind": "constant", "warmup": 0, "warmup_images": None},
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0,

@@ -6,7 +6,7 @@ import torch
 from known_answers import load
 from torch import nn
 
-from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR
+from hdit.config.learning_rate import ConstantLR, ExponentialLR, InverseLR, Moment
 from hdit.config.schema import OptimizerSpec
 from hdit.models import DiT, DiTSpec, HDiT, HDiTSpec
 from hdit.models.hdit import Level, Mapping
@@ -126,7 +126,7 @@ def test_adamw_decays_matrices_only_and_scales_the_learning_rate_of_a_group():
 )
 def test_learning_rate_matches_the_reference(name, schedule, lr):
     for step, expected in load("schedules_ema_lr.json")[name].items():
-        assert schedule(int(step), lr) == pytest.approx(expected, rel=1e-12)
+        assert schedule(Moment(int(step), 0, 1), lr) == pytest.approx(expected, rel=1e-12)
 
 
 def test_learning_rate_reaches_every_group_in_its_proportion():
@@ -137,7 +137,7 @@ def test_learning_rate_reaches_every_group_in_its_proportion():
     )  # fmt: skip
     spec = OptimizerSpec(lr=0.3, schedule=ExponentialLR(steps=2, decay=0.25))
     optimizer = adamw(model, spec)
-    set_learning_rate(optimizer, spec, 1)
+    set_learning_rate(optimizer, spec, Moment(1, 0, 1))
     assert {round(group["lr"], 12) for group in optimizer.param_groups} == {0.15, 0.05}
 
 

@@ -13,6 +13,22 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_run_cools_down_after_the_fact_and_says_so(tiny, tmp_path, capsys):
+    constant = "training.optimizer.schedule={kind='constant', warmup_images=32}"
+    Trainer(config.load(tiny, [constant]), tmp_path).fit()
+    trapezoid = (
+        "training.optimizer.schedule={kind='trapezoid', warmup_images=32, cooldown_images=64}"
+    )
+    Trainer(config.load(tiny, [trapezoid, "training.images=160"]), tmp_path).fit()
+    shares = [line["lr"] / 5e-4 for line in lines(tmp_path)]
+    assert shares == pytest.approx(
+        [8 / 32, 24 / 32, 1, 1, 1, 1, *(i / 64 for i in (56, 40, 24, 8))]
+    )
+    told = " ".join(capsys.readouterr().err.split())
+    assert "schedule.kind: 'constant' in the run, 'trapezoid' now" in told
+    assert "training.images: 96 in the run, 160 now" in told
+
+
 def test_run_follows_its_learning_rate_and_resumes_in_it(tiny, tmp_path):
     schedule = "training.optimizer.schedule={kind='inverse', inv_gamma=2, warmup=0.5}"
     Trainer(config.load(tiny, [schedule]), tmp_path / "whole").fit()
