@@ -35,7 +35,11 @@ from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
 from hdit.training.resume import check_resume, keep_precision
 
-PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
+PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves
+STEP_PATIENCE = timedelta(minutes=20)
+"""How long they wait within a step, with compilation and the first images of a stream. NCCL does
+not tell of another process on the same machine that is gone, so that this long may be lost."""
+
 Say = Callable[[str], None]
 
 
@@ -56,7 +60,7 @@ def open_processes(
         hosts = host_group(PATIENCE)
     else:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        hosts = join(world, run, backend, limit, PATIENCE, say)
+        hosts = join(world, run, backend, limit, PATIENCE, say, STEP_PATIENCE)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), hosts
 
 
