@@ -19,6 +19,7 @@ from hdit.config import ConfigError
 from hdit.config.schema import KeepSpec
 from hdit.errors import UserError
 from hdit.runs import checkpoint, saver
+from hdit.runs.checkpoint import CheckpointError
 from hdit.runs.saver import disk_need, dispensable, need
 from hdit.training.trainer import Trainer
 
@@ -131,6 +132,11 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_whole(
     assert folders(tmp_path) == [32]
     monkeypatch.undo()
     assert Trainer(config.load(tiny, ["sampling.grid=0"]), tmp_path).fit()
+
+
+def test_shard_that_is_not_where_another_process_wrote_it_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^shard-2 of another process is not there; .* disk"):
+        saver._move(tmp_path / "shard-2", tmp_path / "to")
 
 
 # ---- killed at any time --------------------------------------------------------------------------
