@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +28,7 @@ from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.folder import RunFolder
 from hdit.runs.saver import disk_need
 from hdit.sampling.sample import check_null_class, settle_sampling
-from hdit.training.distributed import Parallel, Replicated, Sharded
+from hdit.training.distributed import Parallel, Replicated, Sharded, outline
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
@@ -143,7 +142,7 @@ def prepare(
     # model could not take may be large by itself.
     first(source)
     backbone = make_network(config, shape)
-    ema = deepcopy(backbone).eval().requires_grad_(False)
+    ema = outline(backbone)
     if t.gradient_checkpointing:
         backbone.checkpoint_blocks()
     if compiled:
@@ -153,8 +152,8 @@ def prepare(
         warn("training.parallel: 'fsdp' has nothing to share in a single process")
     elif t.parallel == "fsdp":
         parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
-    for module in (backbone, ema):
-        parallel.place(module)
+    parallel.place(backbone)
+    parallel.place(ema, average_of=backbone)
     optimizer = adamw(backbone, t.optimizer)
     if isinstance(source, Latents):
         told, used = origin_of(config.data), source.manifest.origin

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hdit import config
 from hdit.config import ConfigError
@@ -18,6 +19,7 @@ from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.conversion import convert
 from hdit.runs.trained import Trained
+from hdit.training.distributed import Replicated, outline
 from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -220,3 +222,18 @@ def test_single_process_has_nothing_to_shard_and_says_so(runs, tmp_path, capfd):
     assert "training.parallel: 'fsdp' has nothing to share in a single process" in (
         capfd.readouterr().err
     )
+
+
+def test_average_takes_no_memory_until_it_is_placed_and_then_is_the_model(runs):
+    settings = config.load(runs / "tiny.toml")
+    model = build(settings.model, checkpoint.find(runs / "one", print).state.shape)
+    average = outline(model)
+    assert all(p.is_meta and not p.requires_grad for p in average.parameters())
+    assert not average.training
+    assert model.training
+    Replicated(Accelerator(cpu=True)).place(average, average_of=model)
+    assert average.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        found = average.state_dict()[name]
+        assert torch.equal(found, tensor)
+        assert found.data_ptr() != tensor.data_ptr()
