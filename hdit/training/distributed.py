@@ -42,6 +42,9 @@ class Parallel(Protocol):
     def keeping_gradients(self, network: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, gradients are summed up in each process and not yet averaged."""
 
+    def reset(self, network: nn.Module) -> None:
+        """Puts a network in order again after a forward pass that failed in all processes."""
+
 
 class Replicated:
     """Each process has the whole model."""
@@ -70,6 +73,9 @@ class Replicated:
         """See Parallel."""
         with self.accelerator.no_sync(network):
             yield
+
+    def reset(self, network: nn.Module) -> None:
+        """See Parallel."""
 
 
 class Sharded:
@@ -128,6 +134,12 @@ class Sharded:
             yield
         finally:
             network.set_requires_gradient_sync(True)
+
+    def reset(self, network: nn.Module) -> None:
+        """See Parallel. What is gathered of a block would stay so, in place of its shards."""
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def outline(backbone: BackboneModule) -> BackboneModule:

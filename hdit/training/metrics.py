@@ -11,13 +11,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hdit.config.schema import TrainingSpec
 from hdit.data.source import Skipped
 from hdit.device import peak_memory
 from hdit.errors import UserError
+from hdit.training.hosts import Hosts
 from hdit.training.optim import ema_decay
 
 USUAL = 5  # lines before a speed is usual
@@ -31,14 +31,20 @@ class TrainingError(UserError):
 class Metrics:
     """Sums up the steps since the last line of metrics, over all processes.
 
-    `name_file` is told of each file that was skipped, once.
+    `name_file` is told of each file that this process skipped, once.
     """
 
     def __init__(
-        self, accelerator: Accelerator, spec: TrainingSpec, name_file: Callable[[Skipped], None]
+        self,
+        device: torch.device,
+        spec: TrainingSpec,
+        hosts: Hosts,
+        name_file: Callable[[Skipped], None],
     ):
-        self.accelerator, self.spec, self.name_file = accelerator, spec, name_file
-        self.skipped: dict[str, Skipped] = {}
+        self.device, self.spec, self.hosts, self.name_file = device, spec, hosts, name_file
+        self.skipped: dict[str, Skipped] = {}  # in any process, as of the last line
+        self.met: dict[str, Skipped] = {}  # in this one
+        self.told = 0  # how many of those it met the others know of
         self.start()
 
     def start(self) -> None:
@@ -49,7 +55,7 @@ class Metrics:
         self._begin_line()
 
     def _begin_line(self) -> None:
-        self.loss, self.taken = torch.zeros(2, device=self.accelerator.device).unbind()
+        self.loss, self.taken = torch.zeros(2, device=self.device).unbind()
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
 
     @property
@@ -80,21 +86,34 @@ class Metrics:
     def note_skipped(self, files: list[Skipped]) -> None:
         """Names each file that is skipped for the first time, and keeps it for the count."""
         for file in files:
-            if file.path not in self.skipped:
-                self.skipped[file.path] = file
+            if file.path not in self.met:
+                self.met[file.path] = file
                 self.name_file(file)
+
+    def gather_skipped(self) -> list[Skipped]:
+        """The files that any process skipped since the last line, and none did before.
+
+        All processes call it.
+        """
+        news = list(self.met.values())[self.told :]
+        if not self.hosts.any_of(bool(news)):
+            return []
+        self.told = len(self.met)
+        found = {file.path: file for part in self.hosts.gathered(news) for file in part}
+        new = [file for path, file in found.items() if path not in self.skipped]
+        self.skipped |= found
+        return new
 
     def line(self, images: int, step: int, norm: Tensor) -> dict[str, Any]:
         """The metrics after `step` steps and `images` images; `norm` is the last gradient's.
 
         Loss and norm are left out where they are not finite, as of steps that were not taken.
         """
-        device, t = self.accelerator.device, self.spec
+        device, t = self.device, self.spec
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # or launches would be timed instead of steps
         seconds = time.monotonic() - self.started
         self.seconds += seconds
-        skipped = torch.tensor(float(len(self.skipped)), device=device)
         line = {
             "images": images,
             "step": step,
@@ -105,7 +124,7 @@ class Metrics:
             "images_per_second": self.steps * t.batch_size / seconds,
             "data_wait_share": self.waited / seconds,
             "peak_memory": peak_memory(device),  # bytes, of this process and session
-            "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
+            "skipped_files": len(self.skipped),
         }
         self._begin_line()
         return {key: n for key, n in line.items() if math.isfinite(n)}

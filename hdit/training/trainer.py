@@ -27,10 +27,11 @@ from hdit.report.grids import save_grid
 from hdit.runs.checkpoint import State
 from hdit.runs.folder import RunFolder
 from hdit.runs.saver import Saver
-from hdit.sampling.sample import sample
 from hdit.tensors import NotFiniteError
 from hdit.training.distributed import clip_gradient
+from hdit.training.grid import Sampler
 from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_step
+from hdit.training.hosts import Hosts
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
@@ -38,10 +39,6 @@ from hdit.training.optim import ema_decay, optimizer_tensors, set_learning_rate,
 from hdit.training.progress import Progress
 from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_outputs, check_tensors, what_to_do
-
-
-class _Stopped(Exception):
-    """Ends the sampling of a grid."""
 
 
 def _short(value: Any) -> str:
@@ -59,9 +56,11 @@ class Trainer:
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
+        self.hosts = Hosts(hosts)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self._alone():
             setup = prepare(config, self.run, self.accelerator, hosts, self._say, self._warn)
+            self.hosts.meet()  # as the main process may take a new folder away again
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
         self.shape, self.source, self.space = setup.shape, setup.source, setup.space
         self.backbone, self.ema, self.optimizer = setup.backbone, setup.ema, setup.optimizer
@@ -74,8 +73,12 @@ class Trainer:
         self.stream: dict[str, Any] | None = None
         if setup.found:
             self._stand_at(setup.found.state)
-        self.interrupts = Interrupts(hosts)
-        self.metrics = Metrics(self.accelerator, self.config.training, self._name_skipped)
+        self.interrupts = Interrupts(self.hosts)
+        self.sampler = Sampler(
+            *(self.ema, self.config, self.shape, self.space),
+            *(self.device, self.parallel, self.interrupts),
+        )
+        self.metrics = Metrics(self.device, self.config.training, self.hosts, self._name_skipped)
         t = self.config.training
         self.guard = Guard(self.layout.processes)
         self.spikes, self.rollbacks = Spikes(t.guard.spike), 0
@@ -114,6 +117,7 @@ class Trainer:
         with self._alone(), self.interrupts.watching(), float32_products(precision):
             if self.main and not finished:
                 self.run.prepare(self.config, self.images, self.source.classes, self._warn)
+            self.hosts.meet()  # or others would wait in a GPU's first step where that failed
             # The stream before the bar, or its workers would inherit that.
             stream = None if finished else self._open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
@@ -208,12 +212,15 @@ class Trainer:
 
     def _log(self, norm: Tensor) -> float | None:
         """Writes a line of metrics, and returns its loss, if any: the mean since the last."""
+        new_files = self.metrics.gather_skipped()
         line = self.metrics.line(self.images, self.step, norm)
         line["skipped_steps"], line["rollbacks"] = self.guard.skipped, self.rollbacks
         if self.config.training.gradient_noise_scale:
             line["gradient_noise_scale"] = self.noise_scale.scale
         if self.main:
             self.run.log(line)
+            for file in new_files:
+                self.run.note("file skipped", self.images, path=file.path, reason=file.reason)
             for event in self.metrics.events(line):
                 self._tell(**event)
         return line.get("loss")
@@ -240,8 +247,11 @@ class Trainer:
         # graphs know no hooks, is not looked into.
         batches = () if self.setup.compiled else step.batches
         found = [first_bad_module(self.backbone, partial(self.objective, b)) for b in batches]
-        module = next(filter(None, found), "none: loss or gradient" if found else "not known")
-        counters = [int(n) for batch in step.batches for n in batch.counters]
+        mine = [int(n) for batch in step.batches for n in batch.counters]
+        everyone = self.hosts.gathered((next(filter(None, found), None), mine))
+        modules = [module for module, _ in everyone if module]
+        module = [*modules, "none: loss or gradient" if found else "not known"][0]
+        counters = sorted(n for _, counters in everyone for n in counters)
         self._tell(
             "step skipped",
             images=step.images,
@@ -257,7 +267,7 @@ class Trainer:
         """
         spec = self.config.training.guard
         self.saver.finish()
-        self.accelerator.wait_for_everyone()
+        self.hosts.meet()
         found = self.run.newest(self._warn) if self.rollbacks < spec.rollbacks else None
         if found is None:
             times = f", after going back {self.rollbacks} times" if self.rollbacks else ""
@@ -272,7 +282,7 @@ class Trainer:
         self.stream, self.passed_over = stream, drawn - self.images
         self.guard.forget()
         self.rollbacks += 1
-        self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
+        self.hosts.meet()  # or one would cut the metrics that another reads
         if self.main:
             self.run.keep_metrics(self.images, self._warn)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
@@ -315,6 +325,7 @@ class Trainer:
         )
         with self.bar.doing("saving"):
             self.saver.save(state, tensors, self.parallel.sharded)
+            self.hosts.meet()  # here, not within a GPU's next step, which has less patience
         self.saved = self.step
         return True
 
@@ -331,7 +342,7 @@ class Trainer:
             except NotFiniteError as error:
                 reason = str(error)
             # Before the next check, in which a sharded network runs in all processes or in none.
-            if self.interrupts.any_of(bool(reason)):
+            if self.hosts.any_of(bool(reason)):
                 return reason or "its part in another process is not finite"
         return ""
 
@@ -352,58 +363,32 @@ class Trainer:
 
         That is so after a signal: the next session makes the grid, if no step was done in between.
         """
-        if self._all_agree(self._lacks_grid() and not self.signalled):
+        if self.hosts.any_of(self._lacks_grid() and not self.signalled):
             self._make_grid()
-        self.accelerator.wait_for_everyone()
         asked = self.config.sampling.grid > 0
         return asked and self.interrupts.agreed(0)  # at once, not only every few steps
 
-    def _all_agree(self, mine: bool) -> bool:
-        """Whether this process is to do what the main one would by itself.
-
-        A sharded network runs in all processes or in none.
-        """
-        return self.interrupts.any_of(mine) if self.parallel.sharded else mine
-
     def _lacks_grid(self) -> bool:
-        """Whether the config asks this process for a grid that is not there yet."""
+        """Whether the config asks for a grid that is not there yet, and this process writes it."""
         grid = self.run.grid(self.images)
         return self.main and self.config.sampling.grid > 0 and not grid.exists()
 
     def _make_grid(self) -> None:
-        """The grid of the present EMA, unless a signal ends its sampling.
+        """The grid of the present EMA, unless a signal ends its sampling. All processes call it.
 
         One that cannot be made is named, and training goes on.
         """
-        n, path = self.config.sampling.grid, self.run.grid(self.images)
-
-        def stop_if_signalled() -> None:
-            if self._all_agree(bool(self.signalled)):
-                raise _Stopped
-
-        classes = self.shape.num_classes
-        labels = [i % classes for i in range(n)] if classes else None
+        path, classes = self.run.grid(self.images), self.shape.num_classes
         try:
             with self.bar.doing("sampling"):
-                parts = sample(
-                    self.ema,
-                    self.config,
-                    self.shape,
-                    list(range(n)),
-                    labels,
-                    self.device,
-                    stop_if_signalled,
-                    space=self.space,
-                )
-                images = torch.cat([part.images for part in parts])
-            if not self.main:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
-        except _Stopped:
-            return
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
-            self._warn(f"{path}: the grid cannot be made: {error}")
+                images, problem = self.sampler()
+            if self.main and images is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if problem:
+            self._warn(f"{path}: the grid cannot be made: {problem}")
 
     def _warn(self, text: str) -> None:
         self._say(f"warning: {text}")
@@ -413,10 +398,8 @@ class Trainer:
             self._print(text)
 
     def _name_skipped(self, file: Skipped) -> None:
-        """Each process names the files that it met; the main one keeps its own as events."""
+        """Each process names the files that it met; they are events at the next line of metrics."""
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
-        if self.main:
-            self.run.note("file skipped", self.images, path=file.path, reason=file.reason)
 
     def _print(self, text: str) -> None:
         say(self.console, text)
