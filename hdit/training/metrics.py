@@ -58,6 +58,11 @@ class Metrics:
         self.loss, self.taken = torch.zeros(2, device=self.device).unbind()
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
 
+    def drop(self) -> None:
+        """Begins the line anew: what its steps did is undone."""
+        self.seconds = self.elapsed
+        self._begin_line()
+
     @property
     def elapsed(self) -> float:
         """Seconds of training in this session; pauses are not counted."""

@@ -24,7 +24,7 @@ from hdit.names import printable
 from hdit.processes import host_group
 from hdit.protocols import Network
 from hdit.report.grids import save_grid
-from hdit.runs.checkpoint import State
+from hdit.runs.checkpoint import Checkpoint, CheckpointError, State
 from hdit.runs.folder import RunFolder
 from hdit.runs.saver import Saver
 from hdit.tensors import NotFiniteError
@@ -156,7 +156,9 @@ class Trainer:
             before, self.images = self.images, self.images + t.batch_size
             self.step += 1
             if self._is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
-                self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+                with self.metrics.paused():
+                    self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+                self.metrics.drop()
                 continue
             if limit is not None and self.metrics.elapsed >= limit:
                 self.interrupts.is_time_up = True
@@ -217,6 +219,7 @@ class Trainer:
         line["skipped_steps"], line["rollbacks"] = self.guard.skipped, self.rollbacks
         if self.config.training.gradient_noise_scale:
             line["gradient_noise_scale"] = self.noise_scale.scale
+        self.saver.check()  # not only at the next checkpoint
         if self.main:
             self.run.log(line)
             for file in new_files:
@@ -268,7 +271,7 @@ class Trainer:
         spec = self.config.training.guard
         self.saver.finish()
         self.hosts.meet()
-        found = self.run.newest(self._warn) if self.rollbacks < spec.rollbacks else None
+        found = self._newest() if self.rollbacks < spec.rollbacks else None
         if found is None:
             times = f", after going back {self.rollbacks} times" if self.rollbacks else ""
             advice = what_to_do(self.run, self.config)
@@ -281,11 +284,25 @@ class Trainer:
         self._stand_at(found.state)
         self.stream, self.passed_over = stream, drawn - self.images
         self.guard.forget()
+        self.spikes = Spikes(spec.spike)
         self.rollbacks += 1
         self.hosts.meet()  # or one would cut the metrics that another reads
         if self.main:
-            self.run.keep_metrics(self.images, self._warn)
+            self.run.go_back(self.images, self._warn)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go back to. Raises CheckpointError where processes see others."""
+        found = self.run.newest(self._warn)
+        images = found.state.images if found else 0
+        most, least = self.hosts.most([images, -images])
+        if most != -least:
+            raise CheckpointError(
+                f"{self.run.checkpoints}: a process finds the checkpoint after {most:,} images, "
+                f"and another that after {-least:,}; a run lies on a disk that all of them share. "
+                "The same command resumes"
+            )
+        return found
 
     def _tell(self, kind: str, images: int, **facts: Any) -> None:
         """Says that something happened that whoever comes later should know, and keeps it."""
@@ -326,7 +343,7 @@ class Trainer:
         with self.bar.doing("saving"):
             self.saver.save(state, tensors, self.parallel.sharded)
             self.hosts.meet()  # here, not within a GPU's next step, which has less patience
-        self.saved = self.step
+        self.saved, self.stream = self.step, stream
         return True
 
     def _why_ruined(self, tensors: dict[str, dict[str, Tensor]]) -> str:
