@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -25,6 +25,7 @@ Made = TypeVar("Made")
 MOST = 65_536  # processes
 QUIET = 30.0  # seconds of waiting before it is told who is missing
 POLL = 0.1  # seconds between two looks
+GRACE = 3.0  # seconds in which processes that end hear of each other why
 FIX = "start the processes with torchrun, which sets it, or unset {} for a single one"
 MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -104,12 +105,13 @@ def join(
     limit: float,
     patience: timedelta,
     say: Callable[[str], None],
+    device_patience: timedelta | None = None,
 ) -> dist.ProcessGroup:
     """Makes torch's default group of all processes of `run`, once all of them are there.
 
     Returns the group in which their CPUs talk. After half a minute `say` is told who is missing. In
-    a group, a process waits for another for `patience` at most. Raises ProcessError if somebody is
-    missing after `limit` seconds.
+    a group, a process waits for another for `patience` at most, and in that of the devices for
+    `device_patience`. Raises ProcessError if somebody is missing after `limit` seconds.
     """
     host, port = read_address()
     waiting = _Waiting(limit, say)
@@ -129,7 +131,11 @@ def join(
 
         def connect() -> dist.ProcessGroup:
             dist.init_process_group(
-                backend, store=store, rank=world.rank, world_size=world.size, timeout=patience
+                backend,
+                store=store,
+                rank=world.rank,
+                world_size=world.size,
+                timeout=device_patience or patience,
             )
             return host_group(patience)
 
@@ -147,6 +153,18 @@ def join(
 def host_group(patience: timedelta) -> dist.ProcessGroup:
     """A group of all processes in which their CPUs talk."""
     return dist.new_group(backend="gloo", timeout=patience)
+
+
+def answered_in(patience: timedelta, ask: Callable[[], None]) -> None:
+    """Asks the others in a group, in a thread. Raises ProcessError without an answer in time."""
+    waiting = _Waiting(patience.total_seconds(), lambda text: None)
+    try:
+        _in_time(ask, waiting, str)
+    except ProcessError:
+        raise ProcessError(
+            f"another process of this run does not answer within {waiting.limit:g} s; "
+            "start all of them again to resume"
+        ) from None
 
 
 class _Waiting:
@@ -238,21 +256,83 @@ def _open_store(host: str, port: int, rank: int, waiting: _Waiting) -> dist.Stor
 def closing() -> Iterator[None]:
     """Ends the group of processes with the block.
 
-    Raises ProcessError in place of what torch raises where another process is gone.
+    Of a UserError that several processes have, the first of them tells, and the others end by
+    SystemExit. Where one is gone, and told nothing, the first that is left raises ProcessError
+    with its rank, in place of what torch raises.
     """
+    words: _LastWords | None = None
     try:
         yield
-    except RuntimeError as error:
-        if not _is_of_a_lost_process(error):
+    except BaseException as error:
+        if not dist.is_initialized():
             raise
-        raise ProcessError(
-            "another process of this run is gone, and its message says why "
-            f"({_first_line(error)}); start all of them again to resume"
-        ) from None
+        words = _LastWords(error)
+        if (told := words.told_for_all()) is error:
+            raise
+        raise told from None
     finally:
         if dist.is_initialized():
             gc.collect()  # what still holds the group, or its threads abort the process
             dist.destroy_process_group()
+        if words is not None:
+            words.wait_for_readers()
+
+
+class _LastWords:
+    """The error that this process ends with, told to the others; and what they end with."""
+
+    def __init__(self, error: BaseException):
+        self.error, self.rank, self.size = error, dist.get_rank(), dist.get_world_size()
+        self.is_of_another = isinstance(error, RuntimeError) and _is_of_a_lost_process(error)
+        self.store = dist.PrefixStore("last words", dist.distributed_c10d._get_default_store())
+        self.end = time.monotonic() + GRACE
+        self.said = {self.rank: "" if self.is_of_another else str(error) or type(error).__name__}
+        with suppress(RuntimeError):  # of a store that is gone with rank 0
+            self.store.set(str(self.rank), self.said[self.rank])
+
+    def told_for_all(self) -> BaseException:
+        """What to raise: the error, one of who is gone, or SystemExit where another says it."""
+        if self.is_of_another:
+            self._listen(lambda: any(self.said.values()))
+            if any(self.said.values()) or min(self.said) < self.rank:
+                return SystemExit(1)
+            return self._of_the_lost()
+        if self.rank and isinstance(self.error, UserError):
+            mine = self.said[self.rank]
+
+            def is_told() -> bool:
+                return any(r < self.rank and text == mine for r, text in self.said.items())
+
+            self._listen(is_told)
+            if is_told():
+                return SystemExit(1)
+        return self.error
+
+    def wait_for_readers(self) -> None:
+        """Keeps the store, which rank 0 may hold, until the others have read in it."""
+        if self.rank == 0:
+            self._listen(lambda: False)
+
+    def _listen(self, enough: Callable[[], bool]) -> None:
+        """Takes in what others say, until it is enough, all have spoken, or time is up."""
+        while not enough() and len(self.said) < self.size and time.monotonic() < self.end:
+            try:
+                for rank in range(self.size):
+                    if rank not in self.said and self.store.check([str(rank)]):
+                        self.said[rank] = self.store.get(str(rank)).decode()
+            except RuntimeError:
+                return
+            time.sleep(POLL)
+
+    def _of_the_lost(self) -> ProcessError:
+        silent = [str(rank) for rank in range(self.size) if rank not in self.said]
+        who = "another process"
+        if silent:
+            who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent[:8])} of {self.size}"
+        return ProcessError(
+            f"{who} of this run: gone without a word, as after kill -9 or where memory ran out "
+            f"({_first_line(self.error)}); start all of them again to resume"
+        )
 
 
 def _is_of_a_lost_process(error: RuntimeError) -> bool:

@@ -214,7 +214,7 @@ def test_process_that_outlives_a_killed_one_says_so_in_one_line(address, monkeyp
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     killed = subprocess.Popen([sys.executable, "-c", GOING])
-    gone = pytest.raises(ProcessError, match="another process of this run is gone")
+    gone = pytest.raises(ProcessError, match="rank 1 of 2 of this run: gone without a word")
     with gone as error, closing():
         join(World(0, 2, 0), "run", "gloo", 60, PATIENCE, print)
         assert killed.wait() == -9

@@ -136,15 +136,23 @@ class RunFolder:
         write_text(self.path / "config.toml", config.dump())
         if classes:
             write_json(self.path / "classes.json", {name: i for i, name in enumerate(classes)})
+        if self.checkpoints.is_dir():
+            for part in self.checkpoints.glob(".*.part"):  # of a killed run
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        self.go_back(images, warn)
+
+    def go_back(self, images: int, warn: Say) -> None:
+        """Sets aside what came after the checkpoint at `images`.
+
+        That is lines, snapshots and damaged checkpoints.
+        """
         self.keep_lines(images, warn)
         self.keep_snapshots(images, warn)
         self.note_saved(images)  # 0 if there is none yet, however many lines come before one
-        if not self.checkpoints.is_dir():
-            return
-        for part in self.checkpoints.glob(".*.part"):  # of a killed run
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        later = [p for p in checkpoint.checkpoint_folders(self.checkpoints) if int(p.name) > images]
         for folder in later:
             folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
+            self.grid(int(folder.name)).unlink(missing_ok=True)  # of weights that are not any more
         if later and images:
             newest = checkpoint.folder_name(images)
             write_text(self.checkpoints / "latest", newest + "\n")

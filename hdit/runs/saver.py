@@ -74,6 +74,11 @@ class Saver:
         if not background:
             self.finish()
 
+    def check(self) -> None:
+        """Raises what went wrong with a checkpoint, if it is known already."""
+        if self.running is not None and self.running.done():
+            self.finish()
+
     def finish(self) -> None:
         """Waits for the checkpoint that is being written. Raises what went wrong with it."""
         running, self.running = self.running, None
@@ -106,10 +111,10 @@ class Saver:
             shutil.rmtree(parts, ignore_errors=True)  # of a killed run
         dist.barrier(self.group)
 
-        def publish() -> None:
+        def publish(names: list[str]) -> None:
             def move(folder: Path) -> None:
-                for path in parts.iterdir():
-                    path.rename(folder / path.name)
+                for name in names:
+                    _move(parts / name, folder / name)
 
             done(checkpoint.publish(root, self.config, state, move, latest=latest))
 
@@ -126,6 +131,17 @@ class Saver:
         ):
             remove(saved.parent / checkpoint.folder_name(folder))
         self.run.name_best()
+
+
+def _move(shard: Path, to: Path) -> None:
+    """Raises CheckpointError where a shard does not lie where the process that wrote it put it."""
+    try:
+        shard.rename(to)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{shard.name} of another process is not there; a run lies on a disk that all "
+            "processes share"
+        ) from None
 
 
 COPIES = 3

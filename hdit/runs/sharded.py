@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hdit.errors import UserError
+
 # It tells of each file that it reads and writes.
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
 
@@ -49,24 +51,25 @@ def part_of(tensor: Tensor, target: Tensor) -> Tensor:
 class _Writer(HuggingFaceStorageWriter):
     """Calls `publish` in the first process when all processes have written their parts."""
 
-    def __init__(self, folder: Path, publish: Callable[[], None]):
+    def __init__(self, folder: Path, publish: Callable[[list[str]], None]):
         super().__init__(str(folder), save_distributed=True)
         self.publish = publish
 
     def finish(self, metadata: Any, results: Any) -> None:
-        self.publish()
+        self.publish(sorted({r.storage_data.relative_path for rank in results for r in rank}))
 
 
 def write(
     tensors: Mapping[str, dict[str, Tensor]],
     folder: Path,
     group: dist.ProcessGroup,
-    publish: Callable[[], None],
+    publish: Callable[[list[str]], None],
 ) -> Future[Any]:
     """Copies the tensors, and writes them into `folder` while the caller goes on.
 
     Every process of `group` calls it. `publish` is called in the first one once all is on the disk,
-    in another thread. The future ends after that, with what went wrong in any process.
+    in another thread, with the names of the files that all processes wrote. The future ends after
+    that, with what went wrong in any process.
     """
     flat = {f"{name}/{key}": t for name, part in tensors.items() for key, t in part.items()}
     writer = _Writer(folder, publish)
@@ -114,13 +117,17 @@ def _reader(folder: Path) -> HuggingFaceStorageReader:
 
 def _stored(reader: HuggingFaceStorageReader, name: str) -> dict[str, Any]:
     """What is known of each tensor of a set. Raises FileNotFoundError where there are none."""
-    found = {
+    found: dict[str, Any] = {
         key.removeprefix(f"{name}/"): tensor
         for key, tensor in reader.read_metadata().state_dict_metadata.items()
         if key.startswith(f"{name}/")
     }
     if not found:
         raise FileNotFoundError(name)
+    for key, tensor in found.items():
+        # What no shard holds would be left as it is where it is read into.
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+            raise UserError(f"{reader.path}: a shard is missing, with a part of {name}/{key}")
     return found
 
 

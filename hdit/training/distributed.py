@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from copy import deepcopy
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from hdit.device import Precision
 from hdit.errors import UserError
+from hdit.models import BackboneModule
 from hdit.protocols import Backbone
+from hdit.runs.sharded import local
 
 
 class Parallel(Protocol):
@@ -27,14 +30,20 @@ class Parallel(Protocol):
 
     sharded: bool  # whether each process holds a part of each parameter
 
-    def place(self, backbone: Backbone) -> None:
-        """Puts a backbone that is the same in every process into place, before its first step."""
+    def place(self, backbone: Backbone, average_of: Backbone | None = None) -> None:
+        """Puts a backbone that is the same in every process into place, before its first step.
+
+        One that `outline` made takes the values of the one in place that it is to be an average of.
+        """
 
     def trained(self, backbone: Backbone) -> nn.Module:
         """The network to call for a loss: its backward averages the gradient."""
 
     def keeping_gradients(self, network: nn.Module) -> AbstractContextManager[None]:
         """While it lasts, gradients are summed up in each process and not yet averaged."""
+
+    def reset(self, network: nn.Module) -> None:
+        """Puts a network in order again after a forward pass that failed in all processes."""
 
 
 class Replicated:
@@ -45,10 +54,13 @@ class Replicated:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
-    def place(self, backbone: Backbone) -> None:
-        """Moves it to this process's device."""
+    def place(self, backbone: Backbone, average_of: Backbone | None = None) -> None:
+        """Moves it to this process's device. See Parallel."""
         assert isinstance(backbone, nn.Module), "a backbone is a module"
-        backbone.to(self.accelerator.device)
+        if average_of is None:
+            backbone.to(self.accelerator.device)
+        else:
+            _fill(backbone, average_of, self.accelerator.device)
 
     def trained(self, backbone: Backbone) -> nn.Module:
         """The backbone itself, or with several processes torch's DistributedDataParallel of it."""
@@ -61,6 +73,9 @@ class Replicated:
         """See Parallel."""
         with self.accelerator.no_sync(network):
             yield
+
+    def reset(self, network: nn.Module) -> None:
+        """See Parallel."""
 
 
 class Sharded:
@@ -88,16 +103,22 @@ class Sharded:
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
 
-    def place(self, backbone: Backbone) -> None:
-        """Shards it in place; names and shapes of its parameters stay."""
+    def place(self, backbone: Backbone, average_of: Backbone | None = None) -> None:
+        """Shards it in place; names and shapes of its parameters stay. See Parallel.
+
+        An average is gathered in float32, as it may be sampled in any precision.
+        """
         assert isinstance(backbone, nn.Module), "a backbone is a module"
+        policy = self.in_blocks if average_of is None else MixedPrecisionPolicy()
         # FSDP warns of an output that is a view, as an in-place change of it would go wrong.
         backbone.register_forward_hook(lambda module, inputs, output: output.clone())
         for block in backbone.blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=self.in_blocks)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
         # By default what no block has stays gathered after a forward pass, for the backward pass,
         # which there is none of where an EMA is sampled.
         fully_shard(backbone, mesh=self.mesh, reshard_after_forward=True)
+        if average_of is not None:
+            _fill(backbone, average_of, torch.device(self.mesh.device_type))
 
     def trained(self, backbone: Backbone) -> nn.Module:
         """The backbone itself: its hooks gather and reduce."""
@@ -113,6 +134,29 @@ class Sharded:
             yield
         finally:
             network.set_requires_gradient_sync(True)
+
+    def reset(self, network: nn.Module) -> None:
+        """See Parallel. What is gathered of a block would stay so, in place of its shards."""
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def outline(backbone: BackboneModule) -> BackboneModule:
+    """A copy to be an average of the backbone's weights: it takes no memory until it is placed."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), False) for p in backbone.parameters()}
+    return deepcopy(backbone, memo).eval()
+
+
+@torch.no_grad()
+def _fill(average: nn.Module, model: Backbone, device: torch.device) -> None:
+    """Gives an outline memory, and in it the model's values, of which each process has its part."""
+    assert isinstance(model, nn.Module), "a backbone is a module"
+    average.to_empty(device=device)
+    pairs = (average.parameters(), model.parameters()), (average.buffers(), model.buffers())
+    for own, others in pairs:
+        for target, source in zip(own, others, strict=True):
+            local(target).copy_(local(source))
 
 
 def _mesh(device: torch.device, processes: int, replicate: int) -> DeviceMesh:

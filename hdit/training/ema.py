@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +24,7 @@ from hdit.config.schema import EMASpec
 from hdit.models import BackboneModule
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.sharded import local
+from hdit.training.distributed import outline
 
 MAIN = "ema"
 """The name of the average that samples are made of."""
@@ -104,16 +104,13 @@ class Averages:
     """All averages of a model's weights, each a module: "ema", then those that the settings add."""
 
     def __init__(self, model: BackboneModule, spec: EMASpec):
-        """They begin as the model stands; each is put in place as the model is, by the caller."""
+        """They are outlines: the caller puts each in place, where it begins as the model stands."""
         self.decays = {MAIN: spec} | {
             name: spec.model_copy(update={"max_decay": decay})
             for name, decay in spec.plain_sets.items()
         }
         self.gammas = {name: gamma_of(width) for name, width in spec.power_sets.items()}
-        self.modules = {
-            name: deepcopy(model).eval().requires_grad_(False)
-            for name in (*self.decays, *self.gammas)
-        }
+        self.modules = {name: outline(model) for name in (*self.decays, *self.gammas)}
         # On the device, as the host of a GPU learns later which steps were taken.
         self.taken = torch.zeros((), dtype=torch.float64)
         self.begun = dict.fromkeys(self.gammas, 0)  # steps taken before each

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from hdit import signals
+from hdit.training.hosts import Hosts
 
 AGREE_EVERY = 8  # steps between two questions of several processes whether to stop
 
@@ -19,12 +17,11 @@ AGREE_EVERY = 8  # steps between two questions of several processes whether to s
 class Interrupts:
     """Whether this process, or any other of the run, was told to end.
 
-    `hosts` is the group of all processes, on their CPUs, or None for a single process: to ask a
-    GPU, the host would wait for its steps.
+    They ask each other by their CPUs: to ask a GPU, the host would wait for its steps.
     """
 
-    def __init__(self, hosts: dist.ProcessGroup | None = None):
-        self.hosts = hosts
+    def __init__(self, hosts: Hosts | None = None):
+        self.hosts = hosts or Hosts()
         self.clear()
 
     def clear(self) -> None:
@@ -48,23 +45,13 @@ class Interrupts:
         with signals.handled(note) as before:
             yield
 
-    def any_of(self, mine: bool) -> bool:
-        """Whether it holds in any process: the same answer for all, which have to ask together."""
-        if self.hosts is None:
-            return mine
-        said = torch.tensor(float(mine))
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.hosts)
-        return bool(said)
-
     def agreed(self, step: int) -> bool:
         """Whether some process was told to end: the same answer, at the same step, for all."""
-        if self.hosts is None:
+        if self.hosts.size == 1:
             return bool(self.signalled or self.is_time_up)
         if step % AGREE_EVERY:
             return False
-        said = torch.tensor([self.signalled, self.is_time_up], dtype=torch.float)
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.hosts)
-        signalled, is_time_up = map(int, said.tolist())
+        signalled, is_time_up = self.hosts.most([self.signalled, self.is_time_up])
         # A signal that arrives during the reduce counts at the next one, or ranks would disagree.
         if signalled:
             self.signalled = signalled

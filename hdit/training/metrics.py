@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from hdit.config.schema import TrainingSpec
@@ -20,6 +20,7 @@ from hdit.data.source import Skipped
 from hdit.device import peak_flops, peak_memory, precision_on, to_device
 from hdit.errors import UserError
 from hdit.training.ema import ema_decay
+from hdit.training.hosts import Hosts
 from hdit.training.objective import BINS
 
 USUAL = 5  # lines before a speed is usual
@@ -33,26 +34,28 @@ class TrainingError(UserError):
 class Metrics:
     """Sums up the steps since the last line of metrics, over all processes.
 
-    `name_file` is told of each file that was skipped, once. `macs` are those of a forward pass of
-    one image, and `edges` the BINS + 1 noise levels between which losses are told.
+    `name_file` is told of each file that this process skipped, once. `macs` are those of a forward
+    pass of one image, and `edges` the BINS + 1 noise levels between which losses are told.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        device: torch.device,
         spec: TrainingSpec,
+        hosts: Hosts,
         name_file: Callable[[Skipped], None],
         macs: int,
         edges: list[float],
     ):
-        self.accelerator, self.spec, self.name_file = accelerator, spec, name_file
+        self.device, self.spec, self.hosts, self.name_file = device, spec, hosts, name_file
         self.macs, self.edges = 3 * macs, edges  # of a step: the backward pass takes twice as many
-        device = accelerator.device
         self.peak = 1e12 * spec.peak_tflops if spec.peak_tflops else None  # of one device
         if self.peak is None:
             self.peak = peak_flops(device, precision_on(device, spec.precision))
         self.before = 0.0  # seconds of training in earlier sessions
-        self.skipped: dict[str, Skipped] = {}
+        self.skipped: dict[str, Skipped] = {}  # in any process, as of the last line
+        self.met: dict[str, Skipped] = {}  # in this one
+        self.told = 0  # how many of those it met the others know of
         self.start()
 
     def start(self) -> None:
@@ -63,11 +66,16 @@ class Metrics:
         self._begin_line()
 
     def _begin_line(self) -> None:
-        self.loss, self.taken = torch.zeros(2, device=self.accelerator.device).unbind()
+        self.loss, self.taken = torch.zeros(2, device=self.device).unbind()
         # Sums of losses, and how many they are, by noise level: since the last line, of a step.
-        zeros = torch.zeros(2, 2, BINS, dtype=torch.float64, device=self.accelerator.device)
+        zeros = torch.zeros(2, 2, BINS, dtype=torch.float64, device=self.device)
         self.by_sigma, self.of_step = zeros.unbind()
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
+
+    def drop(self) -> None:
+        """Begins the line anew: what its steps did is undone."""
+        self.seconds = self.elapsed
+        self._begin_line()
 
     @property
     def elapsed(self) -> float:
@@ -105,9 +113,23 @@ class Metrics:
     def note_skipped(self, files: list[Skipped]) -> None:
         """Names each file that is skipped for the first time, and keeps it for the count."""
         for file in files:
-            if file.path not in self.skipped:
-                self.skipped[file.path] = file
+            if file.path not in self.met:
+                self.met[file.path] = file
                 self.name_file(file)
+
+    def gather_skipped(self) -> list[Skipped]:
+        """The files that any process skipped since the last line, and none did before.
+
+        All processes call it.
+        """
+        news = list(self.met.values())[self.told :]
+        if not self.hosts.any_of(bool(news)):
+            return []
+        self.told = len(self.met)
+        found = {file.path: file for part in self.hosts.gathered(news) for file in part}
+        new = [file for path, file in found.items() if path not in self.skipped]
+        self.skipped |= found
+        return new
 
     def line(self, images: int, step: int, norm: Tensor) -> dict[str, Any]:
         """The metrics after `step` steps and `images` images; `norm` is the last gradient's.
@@ -115,12 +137,11 @@ class Metrics:
         Loss and norm are left out where they are not finite, as of steps that were not taken. Of
         noise levels that no image had, the loss is None.
         """
-        device, t = self.accelerator.device, self.spec
+        device, t = self.device, self.spec
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # or launches would be timed instead of steps
         seconds = time.monotonic() - self.started
         self.seconds += seconds
-        skipped = torch.tensor(float(len(self.skipped)), device=device)
         speed = self.steps * t.batch_size / seconds
         line = {
             "images": images,
@@ -132,14 +153,16 @@ class Metrics:
             "images_per_second": speed,
             "data_wait_share": self.waited / seconds,
             "peak_memory": peak_memory(device),  # bytes, of this process and session
-            "skipped_files": int(self.accelerator.reduce(skipped, reduction="sum")),
+            "skipped_files": len(self.skipped),
             "seconds": self.before + self.seconds,
             "macs": images * self.macs,
         }
         if self.peak is not None:
             flops = 2 * self.macs * speed
-            line["mfu"] = flops / (self.peak * self.accelerator.num_processes)
-        sums, numbers = self.accelerator.reduce(self.by_sigma, reduction="sum").tolist()
+            line["mfu"] = flops / (self.peak * self.hosts.size)
+        if self.hosts.size > 1:
+            dist.all_reduce(self.by_sigma)
+        sums, numbers = self.by_sigma.tolist()
         by_sigma = [a / n if n else None for a, n in zip(sums, numbers, strict=True)]
         self._begin_line()
         finite = {key: n for key, n in line.items() if math.isfinite(n)}

@@ -37,7 +37,11 @@ from hdit.training.optim import adamw, load_optimizer
 from hdit.training.resume import check_resume, keep_precision
 from hdit.training.validation import Validation
 
-PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves and samples
+PATIENCE = timedelta(hours=2)  # how long processes wait for the one that saves
+STEP_PATIENCE = timedelta(minutes=20)
+"""How long they wait within a step, with compilation and the first images of a stream. NCCL does
+not tell of another process on the same machine that is gone, so that this long may be lost."""
+
 Say = Callable[[str], None]
 
 
@@ -58,7 +62,7 @@ def open_processes(
         hosts = host_group(PATIENCE)
     else:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        hosts = join(world, run, backend, limit, PATIENCE, say)
+        hosts = join(world, run, backend, limit, PATIENCE, say, STEP_PATIENCE)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), hosts
 
 
@@ -221,8 +225,9 @@ def _build(
         warn("training.parallel: 'fsdp' has nothing to share in a single process")
     elif t.parallel == "fsdp":
         parallel = Sharded(device, precision_on(device, t.precision), t.replicate)
-    for module in (backbone, *averages.modules.values()):
-        parallel.place(module)
+    parallel.place(backbone)
+    for average in averages.modules.values():
+        parallel.place(average, average_of=backbone)
     return parallel, backbone, averages
 
 

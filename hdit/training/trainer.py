@@ -24,13 +24,14 @@ from hdit.names import printable
 from hdit.processes import host_group
 from hdit.protocols import Network, Space
 from hdit.report.grids import save_grid
-from hdit.runs.checkpoint import State
+from hdit.runs.checkpoint import Checkpoint, CheckpointError, State
 from hdit.runs.folder import RunFolder
 from hdit.runs.saver import Saver
-from hdit.sampling.sample import sample
 from hdit.tensors import NotFiniteError
 from hdit.training.distributed import clip_gradient
+from hdit.training.grid import Sampler
 from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_step
+from hdit.training.hosts import Hosts
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
@@ -41,10 +42,6 @@ from hdit.training.setup import PATIENCE, open_processes, prepare
 from hdit.training.soundness import check_outputs, check_tensors, what_to_do
 from hdit.training.tracking import Tracking
 from hdit.training.validation import evaluating
-
-
-class _Stopped(Exception):
-    """Ends the sampling of a grid."""
 
 
 def _short(value: Any) -> str:
@@ -69,6 +66,7 @@ class Trainer:
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
         self.accelerator, hosts = open_processes(folder.name, limit, self._print)
+        self.hosts = Hosts(hosts)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         track = config.training.track if self.main else ()
         self.tracking = Tracking(track, self.run, self._warn)
@@ -76,6 +74,7 @@ class Trainer:
             setup = prepare(
                 config, self.run, self.accelerator, hosts, self._say, self._warn, opened
             )
+            self.hosts.meet()  # as the main process may take a new folder away again
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
         self.shape, self.source, self.space = setup.shape, setup.source, setup.space
         self.backbone, self.optimizer = setup.backbone, setup.optimizer
@@ -89,12 +88,16 @@ class Trainer:
         self.stream: dict[str, Any] | None = None
         if setup.found:
             self._stand_at(setup.found.state)
-        self.interrupts = Interrupts(hosts)
+        self.interrupts = Interrupts(self.hosts)
         self.validation = setup.validation(self.device, hosts, self._name_skipped)
+        self.sampler = Sampler(
+            *(self.ema, self.config, self.shape, self.space),
+            *(self.device, self.parallel, self.interrupts),
+        )
         macs = sum(part.macs for part in self.backbone.parts(self.shape))
         edges = sigma_edges(self.config, self.shape)
         t = self.config.training
-        self.metrics = Metrics(self.accelerator, t, self._name_skipped, macs, edges)
+        self.metrics = Metrics(self.device, t, self.hosts, self._name_skipped, macs, edges)
         self.guard = Guard(self.layout.processes)
         self.spikes, self.rollbacks = Spikes(t.guard.spike), 0
         # Another thread talks in this group, whose words must not mix with those of `hosts`.
@@ -134,6 +137,7 @@ class Trainer:
             if self.main and not finished:
                 self.run.prepare(self.config, self.images, self.source.classes, self._warn)
                 self.metrics.before = self.run.last_line(self.run.metrics).get("seconds", 0.0)
+            self.hosts.meet()  # or others would wait in a GPU's first step where that failed
             # The stream before the bar, or its workers would inherit that.
             stream = None if finished else self._open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
@@ -174,7 +178,9 @@ class Trainer:
             before, self.images = self.images, self.images + t.batch_size
             self.step += 1
             if self._is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
-                self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+                with self.metrics.paused():
+                    self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
+                self.metrics.drop()
                 continue
             if limit is not None and self.metrics.elapsed >= limit:
                 self.interrupts.is_time_up = True
@@ -242,13 +248,17 @@ class Trainer:
 
     def _log(self, norm: Tensor) -> float | None:
         """Writes a line of metrics, and returns its loss, if any: the mean since the last."""
+        new_files = self.metrics.gather_skipped()
         line = self.metrics.line(self.images, self.step, norm)
         line["skipped_steps"], line["rollbacks"] = self.guard.skipped, self.rollbacks
         if self.config.training.gradient_noise_scale:
             line["gradient_noise_scale"] = self.noise_scale.scale
+        self.saver.check()  # not only at the next checkpoint
         if self.main:
             self.run.log(line)
             self.tracking.line(line)
+            for file in new_files:
+                self._note("file skipped", self.images, path=file.path, reason=file.reason)
             for event in self.metrics.events(line):
                 self._tell(**event)
         return line.get("loss")
@@ -272,7 +282,12 @@ class Trainer:
         line = self.run.last_line(self.run.validation) if self.main else {}
         due = self._is_validation_due(line.get("images", 0), True, self._is_at_end())
         lacks = self.main and due and line.get("images") != self.images
-        return self.interrupts.any_of(lacks) and self._validate()
+        return self.hosts.any_of(lacks) and self._validate()
+
+    def _is_signalled(self) -> bool:
+        """Whether a signal came: to any process, where a sharded network has all do the same."""
+        mine = bool(self.signalled)
+        return self.hosts.any_of(mine) if self.parallel.sharded else mine
 
     def _is_at_end(self) -> bool:
         return self.images >= self.config.training.images
@@ -285,7 +300,7 @@ class Trainer:
         assert self.validation is not None, "or it would not be due"
         networks = self._networks({"model": self.backbone.state_dict(), **self.averages.tensors()})
         with self.bar.doing("validating"), evaluating(self.backbone, self.ema):
-            found = self.validation.measure(networks, lambda: self._all_agree(bool(self.signalled)))
+            found = self.validation.measure(networks, self._is_signalled)
         if found is not None and self.main:
             line = {"images": self.images, "step": self.step} | found
             self.run.log_validation(line)
@@ -317,8 +332,11 @@ class Trainer:
         # graphs know no hooks, is not looked into.
         batches = () if self.setup.compiled else step.batches
         found = [first_bad_module(self.backbone, partial(self.objective, b)) for b in batches]
-        module = next(filter(None, found), "none: loss or gradient" if found else "not known")
-        counters = [int(n) for batch in step.batches for n in batch.counters]
+        mine = [int(n) for batch in step.batches for n in batch.counters]
+        everyone = self.hosts.gathered((next(filter(None, found), None), mine))
+        modules = [module for module, _ in everyone if module]
+        module = [*modules, "none: loss or gradient" if found else "not known"][0]
+        counters = sorted(n for _, counters in everyone for n in counters)
         self._tell(
             "step skipped",
             images=step.images,
@@ -334,8 +352,8 @@ class Trainer:
         """
         spec = self.config.training.guard
         self.saver.finish()
-        self.accelerator.wait_for_everyone()
-        found = self.run.newest(self._warn) if self.rollbacks < spec.rollbacks else None
+        self.hosts.meet()
+        found = self._newest() if self.rollbacks < spec.rollbacks else None
         if found is None:
             times = f", after going back {self.rollbacks} times" if self.rollbacks else ""
             advice = what_to_do(self.run, self.config)
@@ -348,13 +366,26 @@ class Trainer:
         self._stand_at(found.state)
         self.stream, self.passed_over = stream, drawn - self.images
         self.guard.forget()
+        self.spikes = Spikes(spec.spike)
         self.rollbacks += 1
-        self.accelerator.wait_for_everyone()  # or one would cut the metrics that another reads
+        self.hosts.meet()  # or one would cut the metrics that another reads
         if self.main:
-            self.run.keep_lines(self.images, self._warn)
-            self.run.keep_snapshots(self.images, self._warn)
+            self.run.go_back(self.images, self._warn)
             self.tracking.go_back(self.images)
         self._tell("rollback", images=self.images, reason=reason, passed_over=self.passed_over)
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go back to. Raises CheckpointError where processes see others."""
+        found = self.run.newest(self._warn)
+        images = found.state.images if found else 0
+        most, least = self.hosts.most([images, -images])
+        if most != -least:
+            raise CheckpointError(
+                f"{self.run.checkpoints}: a process finds the checkpoint after {most:,} images, "
+                f"and another that after {-least:,}; a run lies on a disk that all of them share. "
+                "The same command resumes"
+            )
+        return found
 
     def _tell(self, kind: str, images: int, **facts: Any) -> None:
         """Says that something happened that whoever comes later should know, and keeps it."""
@@ -387,7 +418,8 @@ class Trainer:
             return False
         with self.bar.doing("saving"):
             self.saver.save(self._state(stream), tensors, self.parallel.sharded)
-        self.saved = self.step
+            self.hosts.meet()  # here, not within a GPU's next step, which has less patience
+        self.saved, self.stream = self.step, stream
         return True
 
     def _save_snapshot(self) -> bool:
@@ -398,6 +430,7 @@ class Trainer:
             return False
         with self.bar.doing("saving"):
             self.saver.snapshot(self._state(), tensors, self.parallel.sharded)
+            self.hosts.meet()
         return True
 
     def _state(self, stream: dict[str, Any] | None = None) -> State:
@@ -429,7 +462,7 @@ class Trainer:
             except NotFiniteError as error:
                 reason = str(error)
             # Before the next check, in which a sharded network runs in all processes or in none.
-            if self.interrupts.any_of(bool(reason)):
+            if self.hosts.any_of(bool(reason)):
                 return reason or "its part in another process is not finite"
         return ""
 
@@ -452,59 +485,33 @@ class Trainer:
 
         That is so after a signal: the next session makes the grid, if no step was done in between.
         """
-        if self._all_agree(self._lacks_grid() and not self.signalled):
+        if self.hosts.any_of(self._lacks_grid() and not self.signalled):
             self._make_grid()
-        self.accelerator.wait_for_everyone()
         asked = self.config.sampling.grid > 0
         return asked and self.interrupts.agreed(0)  # at once, not only every few steps
 
-    def _all_agree(self, mine: bool) -> bool:
-        """Whether this process is to do what the main one would by itself.
-
-        A sharded network runs in all processes or in none.
-        """
-        return self.interrupts.any_of(mine) if self.parallel.sharded else mine
-
     def _lacks_grid(self) -> bool:
-        """Whether the config asks this process for a grid that is not there yet."""
+        """Whether the config asks for a grid that is not there yet, and this process writes it."""
         grid = self.run.grid(self.images)
         return self.main and self.config.sampling.grid > 0 and not grid.exists()
 
     def _make_grid(self) -> None:
-        """The grid of the present EMA, unless a signal ends its sampling.
+        """The grid of the present EMA, unless a signal ends its sampling. All processes call it.
 
         One that cannot be made is named, and training goes on.
         """
-        n, path = self.config.sampling.grid, self.run.grid(self.images)
-
-        def stop_if_signalled() -> None:
-            if self._all_agree(bool(self.signalled)):
-                raise _Stopped
-
-        classes = self.shape.num_classes
-        labels = [i % classes for i in range(n)] if classes else None
+        path, classes = self.run.grid(self.images), self.shape.num_classes
         try:
             with self.bar.doing("sampling"):
-                parts = sample(
-                    self.ema,
-                    self.config,
-                    self.shape,
-                    list(range(n)),
-                    labels,
-                    self.device,
-                    stop_if_signalled,
-                    space=self.space,
-                )
-                images = torch.cat([part.images for part in parts])
-            if not self.main:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
-            self.tracking.grid(self.images, path)
-        except _Stopped:
-            return
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
-            self._warn(f"{path}: the grid cannot be made: {error}")
+                images, problem = self.sampler()
+            if self.main and images is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_grid(images, path, columns=classes if 1 < classes <= 16 else None)
+                self.tracking.grid(self.images, path)
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if problem:
+            self._warn(f"{path}: the grid cannot be made: {problem}")
 
     def _warn(self, text: str) -> None:
         self._say(f"warning: {text}")
@@ -514,9 +521,8 @@ class Trainer:
             self._print(text)
 
     def _name_skipped(self, file: Skipped) -> None:
-        """Each process names the files that it met; the main one keeps its own as events."""
+        """Each process names the files that it met; they are events at the next line of metrics."""
         self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
-        self._note("file skipped", self.images, path=file.path, reason=file.reason)
 
     def _print(self, text: str) -> None:
         say(self.console, text)

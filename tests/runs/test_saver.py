@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from hdit.config import ConfigError
 from hdit.config.schema import KeepSpec
 from hdit.errors import UserError
 from hdit.runs import checkpoint, saver
+from hdit.runs.checkpoint import CheckpointError
 from hdit.runs.saver import disk_need, dispensable, need
 from hdit.training.trainer import Trainer
 
@@ -142,6 +144,21 @@ def test_checkpoint_that_cannot_be_written_ends_the_run_with_the_last_one_whole(
     assert folders(tmp_path) == [32]
     monkeypatch.undo()
     assert Trainer(config.load(tiny, ["sampling.grid=0"]), tmp_path).fit()
+
+
+def test_checkpoint_that_failed_is_told_of_before_the_next_one(tiny, tmp_path):
+    trainer = Trainer(config.load(tiny, ["sampling.grid=0"]), tmp_path)
+    trainer.saver.running = Future()
+    trainer.saver.check()
+    trainer.saver.running.set_exception(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert trainer.images == 16, "at the first line"
+
+
+def test_shard_that_is_not_where_another_process_wrote_it_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^shard-2 of another process is not there; .* disk"):
+        saver._move(tmp_path / "shard-2", tmp_path / "to")
 
 
 # ---- killed at any time --------------------------------------------------------------------------

@@ -7,18 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from hdit import config
 from hdit.config import ConfigError
 from hdit.errors import UserError
+from hdit.manifest import describe
 from hdit.models import build
 from hdit.protocols import Cond
 from hdit.runs import checkpoint
 from hdit.runs.conversion import convert
 from hdit.runs.snapshots import open_snapshots
 from hdit.runs.trained import Trained
+from hdit.training.distributed import Replicated, outline
 from hdit.training.posthoc import Wanted, make
 from hdit.training.trainer import Trainer
 
@@ -33,6 +38,7 @@ import json, math, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from hdit import config
+from hdit.errors import UserError
 from hdit.processes import closing
 from hdit.training.trainer import Trainer
 
@@ -53,12 +59,26 @@ def ruin(trainer):
         return norm
     trainer._step = changed
 
+def no_memory(trainer):  # for the first block of what is sampled
+    network = trainer.sampler.network
+    def fail(module, inputs):
+        if network.failed:  # within a call by the sampler
+            raise torch.OutOfMemoryError("no memory")
+    next(iter(trainer.ema.blocks)).register_forward_pre_hook(fail)
+
+def no_share(trainer):
+    def fail():
+        raise UserError("no samples")
+    trainer.sampler._share = fail
+
+FAULTS = {"loss": poison, "shard": ruin, "memory": no_memory, "share": no_share}
+
 torch.set_num_threads(1)
 with closing():
     for folder, toml, overrides, fault in json.loads(Path(sys.argv[1]).read_text()):
         trainer = Trainer(config.load(toml, overrides), Path(folder))
-        if fault and trainer.accelerator.process_index == 1:
-            {"loss": poison, "shard": ruin}[fault](trainer)
+        if fault and (trainer.accelerator.process_index == 1 or fault.endswith("everywhere")):
+            FAULTS[fault.split()[0]](trainer)
         assert trainer.fit()
         dist.barrier()
 """
@@ -72,7 +92,7 @@ SHORT = ["training.images=96", "training.checkpoint_every=32"]
 def together(tmp_path, *runs):
     """Trains runs (folder, config, overrides, fault), one after the other, by two processes.
 
-    The fault is one of the second process alone.
+    The fault is one of the second process alone, unless it is "everywhere".
     """
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "runs.json").write_text(json.dumps(runs, default=str))
@@ -95,7 +115,10 @@ def runs(trained, tmp_path_factory):
     toml.write_text(f"{text}\n[training.ema]\n{averages}")
     assert Trainer(config.load(toml), folder / "one").fit()
     few = ["training.images=48", "sampling.grid=0"]
-    together(
+    grids = ["training.images=32", "sampling.grid=5"]
+    adaptive = "sampling.sampler={ kind = 'dpm_adaptive' }"
+    bad_files = pictures(folder / "pictures")
+    told = together(
         folder,
         (folder / "ddp", toml, [], ""),
         (folder / "fsdp", toml, [FSDP], ""),
@@ -106,7 +129,13 @@ def runs(trained, tmp_path_factory):
         (folder / "ruined", toml, [*few, FSDP, *SHORT], "shard"),
         (folder / "accumulated", toml, [*few, FSDP, "training.accumulate=4"], ""),
         (folder / "held", toml, [*few, HELD], ""),
+        (folder / "skips", toml, [*few, FSDP, bad_files], ""),
+        (folder / "grid-adaptive", toml, [*grids, FSDP, adaptive], ""),
+        (folder / "grid-share", toml, [*grids, FSDP], "share"),
+        (folder / "grid-memory", toml, grids, "memory"),
+        (folder / "grid-memory-everywhere", toml, [*grids, FSDP], "memory everywhere"),
     )
+    (folder / "told").write_text(told)
     half = checkpoint.folder_name(STEPS * BATCH // 2)
     for name, source in (("again", "fsdp"), ("from-one", "one"), ("to-one", "fsdp")):
         shutil.copytree(folder / source, folder / name)
@@ -124,6 +153,16 @@ def runs(trained, tmp_path_factory):
     assert Trainer(config.load(toml, [*few, HELD]), folder / "held-one").fit()
     assert Trainer(config.load(toml), folder / "to-one").fit()
     return folder
+
+
+def pictures(folder):
+    """The setting of a folder of images of which two cannot be read."""
+    folder.mkdir()
+    for i in range(10):
+        Image.effect_noise((8, 8), 60).save(folder / f"{i}.png")
+    for name in ("bad", "worse"):
+        (folder / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return f"data={{kind='folder', path='{folder}', size=8, max_bad_share=0.5}}"
 
 
 def lines(run):
@@ -278,3 +317,75 @@ def test_single_process_has_nothing_to_shard_and_says_so(runs, tmp_path, capfd):
     assert "training.parallel: 'fsdp' has nothing to share in a single process" in (
         capfd.readouterr().err
     )
+
+
+# ---- what processes share besides the model ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_grid_that_processes_share_is_that_of_one(runs, name):
+    """But for the last bit: the weights differ by what sums in another order leave."""
+    file = f"samples/{checkpoint.folder_name(STEPS * BATCH)}.png"
+    one, two = (np.asarray(Image.open(runs / run / file), int) for run in ("one", name))
+    assert one.shape == two.shape
+    assert one.std() > 10
+    assert abs(one - two).max() <= 1
+
+
+def test_grid_is_made_where_each_process_takes_other_steps(runs):
+    assert (runs / "grid-adaptive" / "samples" / "000000000032.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("grid-share", "rank 1: no samples"),
+        ("grid-memory", "rank 1: no memory"),
+        ("grid-memory-everywhere", "no memory"),
+    ],
+)
+def test_grid_that_a_process_cannot_make_is_named_and_all_go_on(runs, name, reason):
+    grid = runs / name / "samples" / "000000000032.png"
+    told = (runs / "told").read_text()
+    assert f"warning: {grid}: the grid cannot be made: {reason}\n" in told
+    assert not grid.exists()
+    assert checkpoint.find(runs / name, print).state.images == 32
+
+
+def test_files_that_any_process_skipped_are_events_once(runs):
+    text = (runs / "skips" / "events.jsonl").read_text()
+    events = [json.loads(line) for line in text.splitlines()]
+    skipped = [Path(e["path"]).name for e in events if e["kind"] == "file skipped"]
+    assert sorted(skipped) == ["bad.png", "worse.png"]
+    assert lines(runs / "skips")[-1]["skipped_files"] == 2
+
+
+def test_skipped_step_is_told_of_with_the_images_of_all_processes(runs):
+    event = json.loads((runs / "bad" / "events.jsonl").read_text())
+    assert event["counters"] == list(range(32, 48))
+
+
+def test_missing_shard_is_found_though_the_manifest_does_not_know_it(runs, tmp_path):
+    """As of a folder that not all processes shared."""
+    shutil.copytree(runs / "fsdp" / "checkpoints" / "000000000480", tmp_path / "480")
+    min((tmp_path / "480").glob("shard-*")).unlink()  # without the last, tensors are too short
+    (tmp_path / "480" / "manifest.json").unlink()
+    manifest = {"format": checkpoint.FORMAT, "files": describe(tmp_path / "480")}
+    (tmp_path / "480" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="480: a shard is missing, with a part of model/"):
+        checkpoint.find(tmp_path / "480", print).tensors("model")
+
+
+def test_average_takes_no_memory_until_it_is_placed_and_then_is_the_model(runs):
+    settings = config.load(runs / "tiny.toml")
+    model = build(settings.model, checkpoint.find(runs / "one", print).state.shape)
+    average = outline(model)
+    assert all(p.is_meta and not p.requires_grad for p in average.parameters())
+    assert not average.training
+    assert model.training
+    Replicated(Accelerator(cpu=True)).place(average, average_of=model)
+    assert average.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        found = average.state_dict()[name]
+        assert torch.equal(found, tensor)
+        assert found.data_ptr() != tensor.data_ptr()

@@ -109,6 +109,56 @@ def test_run_goes_back_to_its_last_checkpoint_and_past_those_images(tiny, tmp_pa
     assert checkpoint.find(tmp_path, print).state.passed_over == state.passed_over
 
 
+def test_run_goes_back_past_a_checkpoint_that_was_damaged_meanwhile(tiny, tmp_path):
+    """It comes to the same number of images again, where the damaged one must not be in the way."""
+    overrides = ["training.guard.patience=2", "training.images=128"]
+    trainer = Trainer(config.load(tiny, overrides), tmp_path)
+    poison(trainer, {4 * STEP, 5 * STEP})
+    step, root = trainer._step, tmp_path / "checkpoints"
+
+    def damaging(stream):
+        if trainer.images == 4 * STEP:
+            trainer.saver.finish()
+            file = root / "000000000064" / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+            trainer._step = step
+        return step(stream)
+
+    trainer._step = damaging
+    assert trainer.fit()
+    assert sorted(path.name for path in root.iterdir()) == [
+        "000000000032",
+        "000000000064",
+        "000000000064.damaged",
+        "000000000096",
+        "000000000128",
+        "latest",
+    ]
+    assert checkpoint.find(tmp_path, print).state.passed_over == 64
+
+
+def test_line_after_a_rollback_is_of_the_steps_since(tiny, tmp_path):
+    """From 112 images back to 64: the loss of the step from 64 on, which is undone, is no part."""
+    overrides = ["training.guard.patience=2", "training.images=128", "training.log_every=64"]
+    overrides += ["training.checkpoint_every=64", "sampling.grid=0"]
+    trainer = Trainer(config.load(tiny, overrides), tmp_path)
+    poison(trainer, {5 * STEP, 6 * STEP})
+    losses, judge = [], trainer.guard.judge
+
+    def watched(*arguments):
+        bad, loss = judge(*arguments)
+        losses.append(float(loss))
+        return bad, loss
+
+    trainer.guard.judge = watched
+    assert trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [64, 128]
+    assert len(losses) == 11
+    assert lines[0]["loss"] == pytest.approx(np.mean(losses[:4]))
+    assert lines[1]["loss"] == pytest.approx(np.mean(losses[7:]))
+
+
 def test_run_that_diverges_again_and_again_ends_with_what_was_tried(tiny, tmp_path):
     overrides = ["sampling.grid=0", "training.guard.patience=1", "training.guard.rollbacks=2"]
     trainer = Trainer(config.load(tiny, [*overrides, "training.images=1600"]), tmp_path)

@@ -15,7 +15,7 @@ from hdit import config
 from hdit.errors import UserError
 from hdit.runs import checkpoint
 from hdit.runs.checkpoint import CheckpointError
-from hdit.training import trainer as training
+from hdit.training import grid as grids
 from hdit.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -317,14 +317,14 @@ def test_metrics_that_are_a_pipe_are_refused(tiny, run):
 def test_grid_that_a_signal_interrupts_is_made_by_the_next_session(
     tiny, trained, tmp_path, monkeypatch, at
 ):
-    trainer, sample = Trainer(config.load(tiny), tmp_path / "run"), training.sample
+    trainer, sample = Trainer(config.load(tiny), tmp_path / "run"), grids.sample
 
     def interrupted(*arguments, **options):
         trainer.interrupts.signalled |= trainer.images == at
         return sample(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "sample", interrupted)
+        patch.setattr(grids, "sample", interrupted)
         assert not trainer.fit()
     assert checkpoint.find(tmp_path / "run", print).state.images == at, "no step without its grid"
     assert not trainer.run.grid(at).exists()
@@ -339,14 +339,14 @@ def test_grid_that_is_interrupted_again_is_still_made(tiny, run, monkeypatch):
     before = grid.read_bytes()
     grid.unlink()
     settings = config.load(tiny, ["training.images=112"])
-    trainer, sample = Trainer(settings, run), training.sample
+    trainer, sample = Trainer(settings, run), grids.sample
 
     def interrupted(*arguments, **options):
         trainer.interrupts.signalled = True
         return sample(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "sample", interrupted)
+        patch.setattr(grids, "sample", interrupted)
         assert not trainer.fit()
     assert not (run / "checkpoints" / "000000000112").exists()
     assert Trainer(settings, run).fit()
