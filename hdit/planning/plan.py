@@ -46,13 +46,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Fit:
-    """The most images at once that a card holds in a mode, and the batch in as few parts."""
+    """A process's batch in as few parts as a card holds in a mode."""
 
     mode: Mode
-    images: int  # at once; 0 if not even one fits
+    images: int  # of a part, at once; 0 if not even one fits
     accumulate: int  # parts of the batch, or 0
     peak: int  # bytes, of those parts
-    at_once: int = 0  # images of a part
 
 
 @dataclass(frozen=True)
@@ -221,18 +220,22 @@ def _fit(config: RunConfig, shape: DataShape, asked: Asked, mode: Mode) -> Fit:
 def largest(mode: Mode, peak: Callable[[int, int], int], room: float, batch: int) -> Fit:
     """The fewest parts of a process's `batch` whose peak, of (images, parts), is within `room`.
 
-    A step's memory is a line in its images: two of them tell where to look.
+    A step's memory grows in its images no slower the more there are: the line through the batch
+    and its half is below it, and tells which parts need no look.
     """
-    one = peak(1, 1)
-    if one > room:
-        return Fit(mode, 0, 0, one)
-    slope = max(peak(2, 1) - one, 1)
-    most = 1 + int((room - one) // slope)
-    for images in (n for n in range(min(most, batch), 0, -1) if batch % n == 0):
+    whole = peak(batch, 1)
+    if whole <= room:
+        return Fit(mode, batch, 1, whole)
+    half = batch // 2
+    slope = (whole - peak(half, 1)) / (batch - half) if half else 0
+    taken = whole
+    for images in (n for n in range(half, 0, -1) if batch % n == 0):
+        if images > 1 and whole - slope * (batch - images) > room:
+            continue
         taken = peak(images, batch // images)
         if taken <= room:
-            return Fit(mode, most, batch // images, taken, images)
-    return Fit(mode, 0, 0, peak(1, batch))
+            return Fit(mode, images, batch // images, taken)
+    return Fit(mode, 0, 0, taken)
 
 
 # ---- how long ------------------------------------------------------------------------------------
@@ -341,8 +344,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "process_memory": plan.process,
         "fits": [
             _mode_dict(fit.mode)
-            | {"most_at_once": fit.images, "images_at_once": fit.at_once}
-            | {"accumulate": fit.accumulate, "peak": fit.peak}
+            | {"images_at_once": fit.images, "accumulate": fit.accumulate, "peak": fit.peak}
             for fit in plan.fits
         ],
         "speed": asdict(speed) if speed else None,

@@ -57,7 +57,7 @@ def fits_table(plan: Plan) -> Table:
         caption=f"{1 - USABLE:.0%} are left for CUDA, kernels' buffers and fragmentation",
     )
     table.add_column("", no_wrap=True)
-    for name in ("most at once", "accumulate", "GiB at the peak"):
+    for name in ("images at once", "accumulate", "GiB at the peak"):
         table.add_column(name, justify="right")
     for fit in plan.fits:
         cells = [f"{fit.images:,}", f"{fit.accumulate:,}"] if fit.images else ["none fits", ""]
