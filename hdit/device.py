@@ -113,38 +113,6 @@ def precision_on(
     return "fp32"
 
 
-PEAKS: tuple[tuple[str, dict[Precision, float]], ...] = (
-    ("A100", {"bf16": 312, "tf32": 156, "fp32": 19.5}),
-    ("H100 80GB HBM3", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),  # SXM
-    ("H200", {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9}),  # SXM
-    ("A10", {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
-    ("L40S", {"bf16": 362.05, "tf32": 183, "fp32": 91.6}),
-    ("GeForce RTX 4090", {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-    ("Tesla V100-SXM2", {"fp32": 15.7}),
-)
-"""Dense peaks of GPUs in TFLOP/s, as NVIDIA's data sheets have them; bf16 sums up in float32.
-
-A name is what the driver says after "NVIDIA ", up to its memory or its form.
-"""
-
-FORMS = r"(?:-(?:SXM4|PCIE|PCIe|SXM2))?(?: ?PCIe)?(?:[- ]\d+GB)?(?: PCIe)?"
-
-
-def known_peak(name: str, precision: Precision) -> float | None:
-    """FLOP/s of a GPU at best, by the name that its driver tells; None if that is not known."""
-    for known, peaks in PEAKS:
-        if re.fullmatch(rf"(?:NVIDIA )?{known}{FORMS}", name):
-            return 1e12 * peaks[precision] if precision in peaks else None
-    return None
-
-
-def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """FLOP/s of a device at best, where they are known: of some GPUs, see PEAKS."""
-    if device.type != "cuda":
-        return None
-    return known_peak(torch.cuda.get_device_name(device), precision)
-
-
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
     """What the network's call is autocast to, or None."""
     return torch.bfloat16 if precision == "bf16" else None

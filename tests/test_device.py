@@ -72,31 +72,3 @@ def test_cuda_multiplies_bf16_from_capability_8_on(monkeypatch, major, hip, want
 
 def test_an_untested_device_takes_fp32():
     assert device.auto_precision(torch.device("mps")) == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("NVIDIA A100-PCIE-40GB", "tf32", 156),
-        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
-        ("NVIDIA H100 PCIe", "bf16", None),
-        ("NVIDIA H200", "tf32", 494.7),
-        ("NVIDIA H200 NVL", "bf16", None),
-        ("NVIDIA GH200 480GB", "bf16", None),
-        ("NVIDIA A10", "bf16", 125),
-        ("NVIDIA A10G", "bf16", None),
-        ("NVIDIA L40S", "fp32", 91.6),
-        ("NVIDIA L40", "fp32", None),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
-        ("Tesla V100-SXM2-16GB", "fp32", 15.7),
-        ("Tesla V100-SXM2-16GB", "bf16", None),
-        ("Tesla V100-PCIE-16GB", "fp32", None),
-    ],
-)
-def test_peak_is_that_of_the_data_sheet_or_unknown(name, precision, tflops):
-    found = device.known_peak(name, precision)
-    assert found == (None if tflops is None else pytest.approx(1e12 * tflops))

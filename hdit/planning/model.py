@@ -66,8 +66,7 @@ class Mode:
 def averages_of(config: RunConfig) -> int:
     """How many averages of the weights training keeps."""
     ema = config.training.ema
-    further = [*getattr(ema, "decays", ()), *getattr(ema, "widths", ())]
-    return 1 + len(further)
+    return 1 + len(ema.decays) + len(ema.widths)
 
 
 def step_memory(

@@ -301,8 +301,10 @@ def _hours(
     checkpoints = -(-t.images // t.checkpoint_every)
     # A forward pass of a batch is a third of its training, or as fast as a grid's.
     passes = speed.evaluations_per_second or 3 * speed.images_per_second
-    number, every = getattr(t, "validate_images", 0), getattr(t, "validate_every", None)
-    validated = (t.images // every) * number * (1 + averages_of(config)) if every else 0
+    validated = 0
+    if t.validate_every and t.validate_images:
+        rounds = t.images // t.validate_every
+        validated = rounds * t.validate_images * (1 + averages_of(config))
     seconds = Hours(
         training=t.images / (speed.images_per_second * asked.gpus),
         grids=checkpoints * config.sampling.grid * evaluated / passes,

@@ -17,14 +17,22 @@ from torch import Tensor
 
 from hdit.config.schema import TrainingSpec
 from hdit.data.source import Skipped
-from hdit.device import peak_flops, peak_memory, precision_on, to_device
+from hdit.device import Precision, peak_memory, precision_on, to_device
 from hdit.errors import UserError
+from hdit.models.peaks import peak_flops
 from hdit.training.ema import ema_decay
 from hdit.training.hosts import Hosts
 from hdit.training.objective import BINS
 
 USUAL = 5  # lines before a speed is usual
 WAITING = 0.2  # share of the time spent waiting for data that is told of
+
+
+def _peak(device: torch.device, precision: Precision) -> float | None:
+    """FLOP/s of a GPU at best, where they are known."""
+    if device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), precision)
 
 
 class TrainingError(UserError):
@@ -51,7 +59,7 @@ class Metrics:
         self.macs, self.edges = 3 * macs, edges  # of a step: the backward pass takes twice as many
         self.peak = 1e12 * spec.peak_tflops if spec.peak_tflops else None  # of one device
         if self.peak is None:
-            self.peak = peak_flops(device, precision_on(device, spec.precision))
+            self.peak = _peak(device, precision_on(device, spec.precision))
         self.before = 0.0  # seconds of training in earlier sessions
         self.skipped: dict[str, Skipped] = {}  # in any process, as of the last line
         self.met: dict[str, Skipped] = {}  # in this one

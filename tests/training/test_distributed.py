@@ -248,18 +248,21 @@ def test_other_ways_to_share_have_the_same_loss(runs, name, like, rel):
 
 def test_loss_that_is_not_finite_in_one_process_is_passed_over_by_both(runs):
     assert [line["skipped_steps"] for line in lines(runs / "bad")] == [0, 0, 1, 1, 1]
-    text = (runs / "bad" / "events.jsonl").read_text()
-    [event] = [json.loads(line) for line in text.splitlines()]
-    assert (event["kind"], event["images"]) == ("step skipped", 32)
+    assert happened(runs / "bad", "step skipped") == [32]
+    assert happened(runs / "bad", "rollback") == []
+
+
+def happened(run, kind):
+    """The images at each event of a kind. Of others there may be some: a busy machine is slow."""
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return [event["images"] for event in events if event["kind"] == kind]
 
 
 def test_shard_that_is_ruined_in_one_process_sends_both_back(runs):
     """Before the checkpoint at 64 images, to the one at 32."""
     state = checkpoint.find(runs / "ruined", print).state
     assert (state.images, state.passed_over) == (96, 32)
-    text = (runs / "ruined" / "events.jsonl").read_text()
-    [event] = [json.loads(line) for line in text.splitlines()]
-    assert (event["kind"], event["images"]) == ("rollback", 32)
+    assert happened(runs / "ruined", "rollback") == [32]
 
 
 def test_sharded_checkpoint_is_opened_and_converted_by_one_process(runs, tmp_path):
