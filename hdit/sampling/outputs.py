@@ -54,7 +54,12 @@ class Output:
 
     def __init__(self, out: Path, plan: Plan, record: dict[str, Any]):
         """`record` is what is told of the set that is asked for."""
-        self.out, self.plan, self.asked = out, plan, record
+        self.out, self.plan = out, plan
+        self.asked = record | {"form": self.form()}
+
+    def form(self) -> str:
+        """What is told of the form: sets of other forms are others."""
+        raise NotImplementedError
 
     # ---- what is there
 
@@ -183,6 +188,10 @@ class Folder(Output):
         self.pictures = Pictures(out, plan, lambda index: text_of(record, plan, index))
         self.store = self.pictures
 
+    def form(self) -> str:
+        """See Output."""
+        return "folder"
+
     def files(self) -> list[Path]:
         """See Output. Images are left out, as they are many."""
         return [self.out / LINES]
@@ -253,9 +262,13 @@ class Npz(_File):
     """arr_0, (n h w c) uint8, and with classes arr_1, (n,) int64, as ADM writes its samples."""
 
     def __init__(self, out: Path, plan: Plan, record: dict[str, Any]):
-        super().__init__(out, plan, record, out.name.removesuffix(".npz"))
+        super().__init__(out, plan, record, out.name)
         self.pixels = Pixels(self.work, plan)
         self.store = self.pixels
+
+    def form(self) -> str:
+        """See Output."""
+        return "npz"
 
     def files(self) -> list[Path]:
         """See Output."""
@@ -306,7 +319,7 @@ class Tars(_File):
     def __init__(self, out: Path, plan: Plan, record: dict[str, Any]):
         self.shards = _shards(out)
         base = re.sub(r"[-_.]*\{.*\}[-_.]*", "", out.name.removesuffix(".tar"))
-        super().__init__(out, plan, record, base or "samples")
+        super().__init__(out, plan, record, f"{base or 'samples'}.tar")
         self.text = lambda index: text_of(record, plan, index)
         self.pictures = Pictures(self.work, plan, self.text)
         self.store = self.pictures
@@ -314,6 +327,10 @@ class Tars(_File):
             raise UserError(
                 f"--out: {out} names {len(self.shards)} files for {plan.number} images; name fewer"
             )
+
+    def form(self) -> str:
+        """See Output. What a shard holds goes by their number."""
+        return self.out.name
 
     def files(self) -> list[Path]:
         """See Output."""

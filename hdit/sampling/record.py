@@ -147,7 +147,7 @@ def make_record(
 
 def recipe(record: Mapping[str, Any]) -> dict[str, Any]:
     """What makes an image what it is, of a record: two sets are one where it is the same."""
-    same = ("sha256", "weights", "sigma_range", "shape", "labels", "seeds")
+    same = ("sha256", "weights", "sigma_range", "shape", "labels", "seeds", "form")
     told: dict[str, Any] = {key: record.get(key) for key in same}
     sampling = dict(_table(record.get("sampling")))
     for key in ("batch_size", "compile", "grid"):

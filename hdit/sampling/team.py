@@ -6,6 +6,7 @@ and that one alone says why.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from hdit import signals
 from hdit.processes import World, join
 
 Made = TypeVar("Made")
 
+LEAVE = 1.0  # seconds that the process which failed has to say why
 PATIENCE = timedelta(hours=2)  # for a batch of another process, or for the files of the first
 
 
@@ -118,5 +121,9 @@ class Team:
         if not any(failures):
             return
         if failure is None or failures.index(True) != self.world.rank:
-            raise SystemExit(1)  # one message is enough
+            # One message is enough. torchrun ends all processes once one has ended: the one that
+            # has something to say must not be ended before, nor this one say that it was ended.
+            signals.ignore()
+            time.sleep(LEAVE)
+            raise SystemExit(1)
         raise failure

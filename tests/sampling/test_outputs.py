@@ -88,12 +88,13 @@ def test_all_forms_hold_the_same_images_and_nothing_else_is_left(here, hdit):
     assert folder.shape == (NUMBER, 8, 8)
     assert np.array_equal(images(here, "npz"), folder)
     assert np.array_equal(images(here, "tar"), folder)
-    beside = [f"out.{name}" for name in ("grid.png", "npz", "samples.json")]
-    assert left(here) == ["out", "out-0.tar", "out-1.tar", "out-2.tar", *beside]
+    beside = [f"out.{k}{part}" for k in ("npz", "tar") for part in (".grid.png", ".samples.json")]
+    shards = ["out-0.tar", "out-1.tar", "out-2.tar"]
+    assert left(here) == sorted(["out", "out.npz", *shards, *beside])
     assert [p.name for p in (here / "out").iterdir() if p.name.startswith(".")] == []
-    grids = [Image.open(here / name) for name in ("out/grid.png", "out.grid.png")]
+    grids = [Image.open(here / name) for name in ("out/grid.png", "out.npz.grid.png")]
     assert np.array_equal(*map(np.asarray, grids))
-    assert json.loads((here / "out.samples.json").read_text())["evaluations"] == 2
+    assert json.loads((here / "out.npz.samples.json").read_text())["evaluations"] == 2
 
 
 def test_npz_is_that_of_adm(here, hdit):
@@ -250,10 +251,23 @@ def test_blocks_of_pixels_are_whole_or_not_there(tmp_path):
     assert np.flatnonzero(~store.there()).tolist() == [3, 4]
 
 
+def test_shards_of_another_number_are_another_set(here, hdit):
+    """Their images lie elsewhere in them."""
+    sample(hdit, "out-{0..2}.tar")
+    before = {path.name: path.read_bytes() for path in here.glob("*.tar")}
+    status, _, err = hdit("sample", "run", "--out", "out-{0..4}.tar", *COMMAND)
+    assert status == 1
+    assert "form is 'out-{0..2}.tar' there, and 'out-{0..4}.tar' is asked for" in err
+    assert {path.name: path.read_bytes() for path in here.glob("*.tar")} == before
+    (here / "out-1.tar").unlink()
+    assert "(3 of them now)" in sample(hdit, "out-{0..2}.tar")
+    assert {path.name: path.read_bytes() for path in here.glob("*.tar")} == before
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("taken", ["out.npz", "out.samples.json", "out.grid.png"])
+@pytest.mark.parametrize("taken", ["out.npz", "out.npz.samples.json", "out.npz.grid.png"])
 def test_file_in_the_place_of_another_is_kept(here, hdit, taken):
     (here / taken).write_text("{}" if taken.endswith("json") else "mine")
     status, _, err = hdit("sample", "run", "--out", "out.npz", *COMMAND)
