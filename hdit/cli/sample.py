@@ -126,7 +126,8 @@ def sample(
     console = error_console()
 
     def request() -> Request:
-        trained = Trained.open(source, warn)
+        told = warn if team.is_first else lambda text: None
+        trained = Trained.open(source, told)
         trained = with_options(trained, source, options, overrides or [], guide is not None)
         return Request(
             trained,
@@ -136,7 +137,7 @@ def sample(
             out,
             raw=raw,
             overwrite=overwrite,
-            guide=open_guide(guide, trained, warn) if guide else None,
+            guide=open_guide(guide, trained, told) if guide else None,
             guide_scale=2.0 if guide_scale is None else guide_scale,
             check=check,
         )

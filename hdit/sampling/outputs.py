@@ -22,7 +22,7 @@ from torch import Tensor, from_numpy
 
 from hdit.arrays import read_npz
 from hdit.data.sources.shard_paths import expand
-from hdit.errors import UserError
+from hdit.errors import UserError, WritingError
 from hdit.files import check_writable, to_json, whole, write_text
 from hdit.locks import LOCK
 from hdit.protocols import NULL_LABEL
@@ -136,8 +136,12 @@ class Output:
 
     def count(self, rank: int, images: int, evaluations: int) -> None:
         """Notes the network evaluations of images, before they are stored."""
-        with (self.work / f".{COUNTS.format(rank)}").open("a", encoding="ascii") as file:
-            file.write(f"{images} {evaluations}\n")
+        path = self.work / f".{COUNTS.format(rank)}"
+        try:
+            with path.open("a", encoding="ascii") as file:
+                file.write(f"{images} {evaluations}\n")
+        except OSError as error:
+            raise WritingError(error.errno, error.strerror, str(path)) from None
 
     def evaluations(self) -> int | None:
         """The mean number of network evaluations of an image, over all sessions."""
@@ -292,15 +296,10 @@ class Npz(_File):
             labels = self.plan.labels
             if labels and NULL_LABEL not in labels.chosen:
                 with _member(archive, "arr_1", (self.plan.number,), "<i8") as file:
-                    for some in _ranges(self.plan.number):
+                    for some in self.plan.ranges():
                         found = self.plan.labels_of(some)
                         assert found is not None, "there are labels"
                         file.write(found.astype("<i8").tobytes())
-
-
-def _ranges(number: int, size: int = 2**16) -> Iterator[np.ndarray]:
-    for first in range(0, number, size):
-        yield np.arange(first, min(first + size, number))
 
 
 def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> Any:

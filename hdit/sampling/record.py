@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hdit.runs.trained import Trained
 SAMPLES, LINES, GRID = "samples.json", "samples.jsonl", "grid.png"
 MAX_RECORD = 2**28  # bytes: older ones list some two million samples
 FEW_DIGITS = 6  # of a seed in a file's name
+AT_A_TIME = 2**14  # images whose entries are made at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class Labels:
         if self.kind == "random":
             drawn = randomness.uniform(0, "sampling label", first + indices).numpy()
             place = (drawn * len(self.chosen)).astype(np.int64)
-        return np.array(self.chosen, np.int64)[place]
+        return self._array[place]
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return np.array(self.chosen, np.int64)
 
 
 @dataclass(frozen=True)
@@ -81,19 +87,31 @@ class Plan:
 
     def entry(self, index: int) -> dict[str, Any]:
         """What a record says of one image."""
-        labels = self.labels_of(np.array([index]))
-        label = None if labels is None or labels[0] == NULL_LABEL else int(labels[0])
-        return {
-            "file": f"{self.name(index)}.png",
-            "seed": self.first + index,
-            "label": label,
-            "class": None if label is None else self.classes[label],
-        }
+        return next(self.entries(np.array([index])))
+
+    def entries(self, indices: np.ndarray) -> Iterator[dict[str, Any]]:
+        """What a record says of each of these images."""
+        found = self.labels_of(indices)
+        labels = [NULL_LABEL] * len(indices) if found is None else found.tolist()
+        for index, n in zip(indices.tolist(), labels, strict=True):
+            label = None if n == NULL_LABEL else n
+            yield {
+                "file": f"{self.name(index)}.png",
+                "seed": self.first + index,
+                "label": label,
+                "class": None if label is None else self.classes[label],
+            }
+
+    def ranges(self) -> Iterator[np.ndarray]:
+        """All indices in order, so many at a time that memory stays small."""
+        for first in range(0, self.number, AT_A_TIME):
+            yield np.arange(first, min(first + AT_A_TIME, self.number))
 
     def lines(self) -> Iterator[str]:
         """The lines of samples.jsonl."""
-        for index in range(self.number):
-            yield json.dumps(self.entry(index), ensure_ascii=False) + "\n"
+        for some in self.ranges():
+            for entry in self.entries(some):
+                yield json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 # ---- how they are made ---------------------------------------------------------------------------

@@ -78,7 +78,12 @@ def write_samples(request: Request, console: Console, team: Team | None = None) 
     team = team or Team()
     keep_freed_memory()
     device = _device(team)
-    request, output = team.all_do(lambda: _settled(request, device, console))
+
+    def warn(text: str) -> None:
+        if team.is_first:
+            say(console, f"warning: {text}")
+
+    request, output = team.all_do(lambda: _settled(request, device, warn))
     _check_alike(team, output)
     with ExitStack() as stack:
         complete = team.first_does(lambda: _open_place(output, request.overwrite, stack))
@@ -98,14 +103,14 @@ def write_samples(request: Request, console: Console, team: Team | None = None) 
     return "\n".join(filter(None, [told, checked]))
 
 
-def _settled(request: Request, device: torch.device, console: Console) -> tuple[Request, Output]:
+def _settled(
+    request: Request, device: torch.device, warn: Callable[[str], None]
+) -> tuple[Request, Output]:
     """The request with what "auto" comes to on this device, and the form of its output."""
     trained, guide = request.trained, request.guide
     distinct = list(request.labels.chosen) if request.labels else None
     check_null_class(trained.config, trained.shape, distinct, guide.config if guide else None)
-    config = settle_sampling(
-        trained.config, device, request.number, lambda text: say(console, f"warning: {text}")
-    )
+    config = settle_sampling(trained.config, device, request.number, warn)
     request = replace(request, trained=trained.configured(config))
     plan = request.plan()
     record = make_record(request.trained, plan, request.raw, guide, request.guide_scale)
