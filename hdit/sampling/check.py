@@ -12,7 +12,7 @@ from hdit.sampling.outputs import Output
 from hdit.sampling.record import Plan
 from hdit.sampling.sample import Samples
 
-TOLERANCE = {"fp32": 2, "tf32": 8, "bf16": 64}
+TOLERANCE = {"fp32": 2, "tf32": 8, "bf16": 32}
 """Levels of 0..255 that an image may change by with the size of its batch, by precision: sums in
 another order round another way, and a sampler carries that on."""
 
