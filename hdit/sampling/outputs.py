@@ -234,6 +234,12 @@ class Folder(Output):
         with whole(self.out / LINES) as part, part.open("w", encoding="utf-8") as file:
             file.writelines(self.plan.lines())
 
+    def clean(self) -> None:
+        """See Output."""
+        super().clean()
+        if self.out.is_dir():
+            self.pictures.sweep()
+
     def remove(self) -> None:
         """See Output."""
         for name in self._old():

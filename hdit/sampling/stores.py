@@ -88,8 +88,16 @@ class Pictures:
     def put(self, indices: np.ndarray, images: Tensor) -> None:
         """See Store."""
         for index, image in zip(indices.tolist(), images, strict=True):
-            with whole(self.path(index), durable=False) as part:
+            # Shared: a process of a session that was killed may be at its last batch still.
+            with whole(self.path(index), shared=True, durable=False) as part:
                 part.write_bytes(to_png(image, self.text(index)))
+
+    def sweep(self) -> None:
+        """Removes what killed processes left of images that they had begun to write."""
+        for entry in os.scandir(self.folder):
+            begun = re.fullmatch(r"\.([0-9]+\.png)\..*\.part", entry.name)
+            if begun and self.plan.index(begun[1]) is not None:
+                Path(entry.path).unlink(missing_ok=True)
 
     def get(self, index: int) -> Tensor:
         """See Store."""
@@ -141,7 +149,7 @@ class Pixels:
         ends = np.flatnonzero(np.diff(indices) != 1) + 1
         for row, block in zip(np.split(indices, ends), np.split(pixels, ends), strict=True):
             path = self.folder / f"{row[0]}-{len(row)}.npy"
-            with whole(path, durable=False) as part, part.open("wb") as file:
+            with whole(path, shared=True, durable=False) as part, part.open("wb") as file:
                 np.save(file, np.ascontiguousarray(block))
 
     def get(self, index: int) -> Tensor:

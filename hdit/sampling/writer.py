@@ -225,7 +225,8 @@ class Maker:
 
 def _make_all(output: Output, make: Maker, todo: np.ndarray, console: Console, team: Team) -> None:
     """Makes the images that are to do, of which this process takes its part, and stores them."""
-    plan, spec, (rank, size) = output.plan, make.trained.config.sampling, _part(team)
+    plan, spec = output.plan, make.trained.config.sampling
+    rank, size = team.world.rank, team.world.size
     most = max(1, min(spec.batch_size, -(-len(todo) // size)))
     batches = [todo[i : i + most] for i in range(0, len(todo), most)]
     ours = batches[rank::size]
@@ -245,7 +246,8 @@ def _make_all(output: Output, make: Maker, todo: np.ndarray, console: Console, t
 
     done = plan.number - len(todo)
     threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // size))
-    parts = make(plan, np.concatenate([todo[:0], *ours]), most, on_step)
+    # Without an image to make it would tell of what is wrong with all images.
+    parts = make(plan, np.concatenate(ours), most, on_step) if ours else iter(())
     with (
         _nothing_of_a_ruined_model(output, team),
         Writer(output.store.put, threads) as writer,
@@ -258,10 +260,6 @@ def _make_all(output: Output, make: Maker, todo: np.ndarray, console: Console, t
             raise AssertionError("all batches were taken")
         bar.doing("storing")
         team.end(writer.flush)
-
-
-def _part(team: Team) -> tuple[int, int]:
-    return team.world.rank, team.world.size
 
 
 @contextmanager

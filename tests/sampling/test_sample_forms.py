@@ -200,7 +200,9 @@ def test_set_that_was_interrupted_as_it_was_packed_is_gone_on_with(here, hdit, f
     assert (here / "out-0.tar").exists() == (form == "tar")
     with monkeypatch.context() as patch:  # none is made again
         patch.setattr(stores, "whole", None)
-        assert "(0 of them now)" in sample(hdit, FORMS[form])
+        status, said, err = hdit("sample", "run", "--out", FORMS[form], *COMMAND)
+    assert (status, err) == (0, "")
+    assert "(0 of them now)" in said
     assert len(images(here, form)) == NUMBER
 
 
@@ -234,6 +236,19 @@ def test_image_that_a_power_failure_cut_off_is_made_again(here, hdit):
     (here / "out" / "000006.png").unlink()
     assert "(2 of them now)" in sample(hdit, "out")
     assert (here / "out" / "000004.png").read_bytes() == whole
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(here, hdit, stopped):
+    patch = stopped(2)
+    try:
+        assert hdit("sample", "run", "--out", "out", *COMMAND)[0] != 0
+    finally:
+        patch.undo()
+    for name in (".000003.png.host.12.part", ".000099.png.host.12.part", ".mine.part"):
+        (here / "out" / name).write_bytes(b"half")
+    sample(hdit, "out")
+    hidden = sorted(p.name for p in (here / "out").iterdir() if p.name.startswith("."))
+    assert hidden == [".000099.png.host.12.part", ".mine.part"], "which are none of this set"
 
 
 def test_blocks_of_pixels_are_whole_or_not_there(tmp_path):
