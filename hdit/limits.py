@@ -10,7 +10,7 @@ MAX_WIDTH = 2**16
 MAX_STEPS = 100_000
 MAX_BATCH = 10**6
 MAX_IMAGES = 10**12
-MAX_SAMPLES = 10**6  # whose samples.json can be read again
+MAX_SAMPLES = 10**6  # files that a folder can still be listed with
 MAX_CLASSES = 10**6
 """Beyond it a label is rather an identifier, and its table of embeddings would not fit."""
 MAX_WORKERS = 1024

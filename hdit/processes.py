@@ -106,15 +106,17 @@ def join(
     patience: timedelta,
     say: Callable[[str], None],
     device_patience: timedelta | None = None,
+    setting: str = "training.start_timeout",
 ) -> dist.ProcessGroup:
     """Makes torch's default group of all processes of `run`, once all of them are there.
 
     Returns the group in which their CPUs talk. After half a minute `say` is told who is missing. In
     a group, a process waits for another for `patience` at most, and in that of the devices for
-    `device_patience`. Raises ProcessError if somebody is missing after `limit` seconds.
+    `device_patience`. Raises ProcessError if somebody is missing after `limit` seconds; `setting`
+    is what sets them, if anything does.
     """
     host, port = read_address()
-    waiting = _Waiting(limit, say)
+    waiting = _Waiting(limit, say, f" ({setting})" if setting else "")
     key = "rank {}".format
     everyone = [key(rank) for rank in range(world.size)]
 
@@ -170,8 +172,9 @@ def answered_in(patience: timedelta, ask: Callable[[], None]) -> None:
 class _Waiting:
     """Waits for the others, `limit` seconds in all; tells of it once."""
 
-    def __init__(self, limit: float, say: Callable[[str], None]):
-        self.limit, self.say, self.began, self.told = limit, say, time.monotonic(), False
+    def __init__(self, limit: float, say: Callable[[str], None], setting: str = ""):
+        self.limit, self.say, self.setting = limit, say, setting
+        self.began, self.told = time.monotonic(), False
 
     @property
     def left(self) -> float:
@@ -184,7 +187,7 @@ class _Waiting:
         while not ready():
             if self.left <= 0:
                 raise ProcessError(
-                    f"{problem()} within {self.limit:g} s (training.start_timeout); "
+                    f"{problem()} within {self.limit:g} s{self.setting}; "
                     "start all of them, or unset WORLD_SIZE for a single process"
                 )
             if self.limit - self.left >= QUIET and not self.told:

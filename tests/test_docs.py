@@ -61,6 +61,8 @@ NOT_RUN = {
     "hdit train configs/hdit-imagenet256.toml": "a GPU",
     "tensorboard --logdir runs/tracked/tensorboard": "a server that does not end",
     "zip -q -0 -r imagenet.zip imagenet": "no command of hdit",
+    "torchrun --nproc_per_node 8 -- $(which hdit) sample runs/digits-hdit -n 50000 "
+    "--out set.npz": "eight GPUs; tests/sampling/test_sample_processes.py has two processes",
     "python scripts/bench_attention.py": "minutes, on a quiet machine",
     "python scripts/bench_models.py --only flowers --only ffhq --only dit": "minutes, likewise",
     "python scripts/bench_models.py --only pixels --pairs 5": "minutes, likewise",

@@ -34,6 +34,7 @@ from hdit.diffusion.beta_schedules import AnyBetaSchedule, CosineSchedule, Linea
 from hdit.diffusion.brownian import too_close
 from hdit.diffusion.context import Context, DependentSpec, Problem, under
 from hdit.diffusion.densities import CosineInterpolated, Density
+from hdit.diffusion.guidance import APG
 from hdit.diffusion.parametrization import EDM, CNoise, Parametrization
 from hdit.diffusion.samplers import Sampler, spec_of
 from hdit.diffusion.sigmas import AnySigmas, Karras
@@ -390,6 +391,7 @@ class GuidanceSpec(DependentSpec):
     )
     channels: Width | None = Field(None, description="how many are guided; all if absent")
     rescale: float = Field(0.0, ge=0, le=1, description="of the guided image's contrast")
+    apg: APG | None = Field(None, description="adaptive projected guidance, as in { eta = 0 }")
     batched: bool = Field(True, description="one call of double batch, or two calls")
 
     def check(self, context: Context) -> Iterator[Problem]:
@@ -449,6 +451,13 @@ class SamplingSpec(DependentSpec):
                         f"draws: the noise levels {close[0]:.9g} and {close[1]:.9g} are too close; "
                         "take fewer steps",
                     )
+        apg = self.guidance.apg
+        if apg and apg.momentum and self.sampler.kind == "dpm_adaptive":
+            yield (
+                "guidance.apg.momentum",
+                f"must be 0, got {apg.momentum:g}: dpm_adaptive tries steps and takes them back, "
+                "so that its evaluations have no order to average over",
+            )
         start, end = self.guidance.interval or (0, high)
         if low < high and (start >= high or end < low):
             yield (

@@ -33,8 +33,8 @@ from hdit.errors import UserError
 from hdit.names import escape, path_of
 from hdit.reading import parse_json
 from hdit.runs.trained import Trained
+from hdit.sampling.record import MAX_RECORD, SAMPLES, read_samples, sample_names
 from hdit.sampling.sample import check_null_class, sample, settle_sampling
-from hdit.sampling.writer import MAX_RECORD, SAMPLES, read_samples, sample_names
 
 Prepare = Callable[[Tensor], Tensor] | None
 """Of one image, (3 h w) uint8, what a batch is stacked of; None is the image itself."""

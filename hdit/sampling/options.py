@@ -16,6 +16,7 @@ from hdit.errors import UserError
 from hdit.names import escape, printable, unescape
 from hdit.protocols import NULL_LABEL
 from hdit.runs.trained import Trained
+from hdit.sampling.record import Labels
 
 SHOWN_CLASSES = 20  # in an error
 
@@ -92,25 +93,26 @@ def _only_sampling(override: str) -> None:
         )
 
 
-def choose_labels(text: str | None, number: int, trained: Trained) -> list[int] | None:
-    """The label of each image; None for a model without classes.
+def choose_labels(text: str | None, trained: Trained) -> Labels | None:
+    """The labels of a set; None for a model without classes.
 
     `text` lists classes as a line of CSV does. Each is a name as it is written, or else `#` and an
-    index, or `none`. Raises UserError for what is none of these.
+    index, or `none`. `random` alone draws them. Raises UserError for what is none of these.
     """
     classes = trained.classes
     if not classes:
         if text is not None:
             raise UserError("--labels: the model was trained without classes")
         return None
+    everyone = tuple(range(len(classes)))
     if text is None:
-        chosen = list(range(len(classes)))
-    else:
-        indices: dict[str, list[int]] = {}
-        for index, name in enumerate(classes):
-            indices.setdefault(name, []).append(index)
-        chosen = [_label(part, indices, len(classes)) for part in _listed(text)]
-    return [chosen[i % len(chosen)] for i in range(number)]
+        return Labels("balanced", everyone)
+    indices: dict[str, list[int]] = {}
+    for index, name in enumerate(classes):
+        indices.setdefault(name, []).append(index)
+    if text.strip() == "random" and "random" not in indices:
+        return Labels("random", everyone)
+    return Labels("given", tuple(_label(part, indices, len(classes)) for part in _listed(text)))
 
 
 def _listed(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,7 +123,9 @@ def _guided(
 ) -> Callable[[Cond], Denoise]:
     """Conditions -> the denoiser of the first network, guided by the second and by no class."""
     guidance = config.sampling.guidance
-    options = guidance.model_dump(exclude={"scale", "batched"})
+    options: dict[str, Any] = {
+        key: getattr(guidance, key) for key in ("interval", "channels", "rescale", "apg")
+    }
     options["batching"] = Batching(guidance.batched)  # one, as it remembers what did not fit
     denoiser = make_denoiser(networks[0], config, shape, precision)
     worse = guide and make_denoiser(networks[1], guide.config, shape, precision)

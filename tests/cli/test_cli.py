@@ -13,7 +13,9 @@ from PIL import Image
 from hdit import __version__ as version
 from hdit.models import memory
 from hdit.runs.checkpoint import find
-from hdit.sampling import writer as samples
+from hdit.runs.trained import Trained
+from hdit.sampling import outputs, stores, writer
+from hdit.sampling.record import hash_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_MEMORY = memory.Memory(0, 0, 0, 0, {}, 0, 0)
@@ -53,6 +55,9 @@ def test_train_for_no_time_is_refused(tiny, hdit, tmp_path, minutes):
     assert not (tmp_path / "run").exists()
 
 
+BESIDE = ["grid.png", "samples.json", "samples.jsonl"]
+
+
 def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     out = tmp_path / "out"
     options = [
@@ -71,7 +76,7 @@ def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     assert status == 0, err
     assert str(out) in said
     names = sorted(p.name for p in out.iterdir())
-    assert names == [*[f"{seed:06d}.png" for seed in range(7, 12)], "grid.png", "samples.json"]
+    assert names == [*[f"{seed:06d}.png" for seed in range(7, 12)], *BESIDE]
     record = json.loads((out / "samples.json").read_text())
     assert record["sampling"]["steps"] == 3
     assert record["sampling"]["sampler"]["kind"] == "euler"
@@ -79,8 +84,11 @@ def test_sample_writes_pictures_grid_and_record(run, hdit, tmp_path):
     assert record["evaluations"] == 6  # 3 steps, and each with and without the class
     assert "5 images of 6 network evaluations each" in said
     assert record["guide"] is None
-    assert [s["label"] for s in record["samples"]] == [3, None, 3, None, 3]
-    assert [s["seed"] for s in record["samples"]] == [7, 8, 9, 10, 11]
+    assert record["seeds"] == {"first": 7, "number": 5}
+    assert record["labels"]["kind"] == "given"
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [3, None, 3, None, 3]
+    assert [line["seed"] for line in lines] == [7, 8, 9, 10, 11]
     assert np.asarray(Image.open(out / "000007.png")).shape == (8, 8)
 
 
@@ -121,25 +129,25 @@ def test_sample_keeps_what_is_there(run, hdit, tmp_path):
 
 
 def test_two_samples_into_one_folder_at_once_do_not_mix(run, hdit, tmp_path, monkeypatch):
-    """The other begins while the first has written one image, and again once it is done."""
-    out, save, others = tmp_path / "out", samples.save_png, []
+    """The other begins while the first has made its images, and again once it is done."""
+    out, count, others = tmp_path / "out", outputs.Folder.count, []
     command = "sample", run, "--out", out, "--overwrite"
 
-    def begin_another(image, path):
+    def begin_another(*arguments):
         if not others:
             others.append(None)
             others[:] = [hdit(*command, "-n", 1, "--seed", 5)]
-        save(image, path)
+        count(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "save_png", begin_another)
+        patch.setattr(outputs.Folder, "count", begin_another)
         assert hdit(*command, "-n", 2)[0] == 0
     [(status, _, err)] = others
     assert status == 1
     assert f"{out}: another process is writing samples here (process {os.getpid()} on" in err
     assert "or name another --out" in err
     names = sorted(p.name for p in out.iterdir())
-    assert names == ["000000.png", "000001.png", "grid.png", "samples.json"]
+    assert names == ["000000.png", "000001.png", *BESIDE]
     assert hdit(*command, "-n", 1, "--seed", 5)[0] == 0
     assert sorted(p.name for p in out.glob("0*")) == ["000005.png"]
 
@@ -298,7 +306,11 @@ def test_sample_with_a_guide_model_guides_away_from_it(run, hdit, tmp_path):
     assert any((guided[name] != plain[name]).any() for name in plain)
     assert alone["evaluations"] == 2
     assert record["evaluations"] == 4
-    assert record["guide"] == {"checkpoint": str(guide), "scale": 40}
+    assert record["guide"] == {
+        "checkpoint": str(guide),
+        "sha256": hash_of(Trained.open(guide).tensors()),
+        "scale": 40,
+    }
     assert by_default["guide"]["scale"] == 2
 
 
@@ -400,7 +412,7 @@ def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
     (out / "mine.png").write_bytes(b"mine")
     assert hdit("sample", run, "-n", 2, "--out", out, "--overwrite")[0] == 0
     names = sorted(p.name for p in out.iterdir())
-    assert names == ["000000.png", "000001.png", "grid.png", "mine.png", "samples.json"]
+    assert names == ["000000.png", "000001.png", "grid.png", "mine.png", *BESIDE[1:]]
     (out / "samples.json").write_text("{")
     status, _, err = hdit("sample", run, "-n", 1, "--out", out, "--overwrite")
     assert status == 1
@@ -409,20 +421,21 @@ def test_sample_overwrites_its_own_pictures_only(run, hdit, tmp_path):
 
 
 def test_sample_overwrites_what_an_interrupt_left(run, hdit, tmp_path, monkeypatch):
-    out, save = tmp_path / "out", samples.save_png
+    out, save = tmp_path / "out", stores.whole
 
-    def stop_at_the_third(image, path):
+    def stop_at_the_third(path, **options):
         if path.name == "000002.png":
             raise KeyboardInterrupt
-        save(image, path)
+        return save(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "save_png", stop_at_the_third)
+        patch.setattr(stores, "whole", stop_at_the_third)
+        patch.setattr(writer, "MOST_THREADS", 1)
         assert hdit("sample", run, "-n", 4, "--out", out)[0] != 0
     assert json.loads((out / "samples.json").read_text())["evaluations"] is None
     assert sorted(p.name for p in out.glob("*.png")) == ["000000.png", "000001.png"]
     assert hdit("sample", run, "-n", 1, "--out", out, "--overwrite")[0] == 0
-    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "grid.png", "samples.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png", *BESIDE]
     assert json.loads((out / "samples.json").read_text())["evaluations"] == 2
 
 

@@ -176,6 +176,7 @@ def test_config_takes_every_kind_and_reads_it_back(key, kind):
         "sampling={sigmas={kind='linear_t', sections=[10, 15, 25]}}",
         "sampling={sigmas={kind='linear_t', stride=true}, sampler={kind='ddim', eta=0.5}}",
         "sampling={guidance={scale=2, interval=[0, 3], channels=2, rescale=0.7, batched=false}}",
+        "sampling={guidance={scale=2, apg={eta=0.1, norm_threshold=5, momentum=-0.75}}}",
     ],
 )
 def test_config_with_settings_of_a_kind_reads_back_from_its_dump(override):
@@ -685,6 +686,13 @@ def test_config_learned_variance_that_the_model_has_not_is_named():
     [line] = complaints("sampling.sampler={kind='ddpm', variance='learned'}")
     assert line.startswith("sampling.sampler.variance: must be 'lower' or 'upper', got 'learned': ")
     assert "diffusion.learned_variance" in line
+
+
+def test_config_momentum_of_guidance_needs_a_sampler_that_goes_straight_on():
+    adaptive = "sampling.sampler={kind='dpm_adaptive'}"
+    [line] = complaints(adaptive, "sampling.guidance={scale=2, apg={}}")
+    assert line.startswith("sampling.guidance.apg.momentum: must be 0, got -0.5: dpm_adaptive")
+    changed(adaptive, "sampling.guidance={scale=2, apg={momentum=0}}")
 
 
 @pytest.mark.parametrize("interval", ["[2, 1]", "[1, 1]"])

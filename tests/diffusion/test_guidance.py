@@ -8,8 +8,8 @@ from known_answers import hfill
 
 from hdit.diffusion.beta_schedules import LinearSchedule
 from hdit.diffusion.denoiser import Denoiser
-from hdit.diffusion.guidance import Batching, cfg
-from hdit.diffusion.parametrization import EDM
+from hdit.diffusion.guidance import APG, Batching, cfg
+from hdit.diffusion.parametrization import EDM, EpsVP
 from hdit.protocols import Cond, DenoiseWithVariance
 
 SHAPE = (3, 4, 3, 5)
@@ -148,6 +148,116 @@ def test_cfg_rescale_keeps_the_channels_that_are_not_guided():
     cond, uncond = Counted(2), Counted(0.7)
     actual = cfg(cond, uncond, 4, channels=3, rescale=0.7)(x(), sigmas())
     assert torch.equal(actual[:, 3:], cond(x(), sigmas())[:, 3:])
+
+
+# ---- as papers define it -------------------------------------------------------------------------
+
+
+def test_cfg_is_edm2s_interpolation_between_reference_and_network():
+    """D_ref.lerp(D, guidance) (Karras et al., 2024): 1 is none, and 2 doubles the difference."""
+    net, reference = Counted(2), Counted(0.7)
+    at = sigmas().double()
+    expected = torch.lerp(reference(x().double(), at), net(x().double(), at), 1.85)
+    actual = cfg(net, reference, 1.85)(x().double(), at)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_cfg_of_three_channels_is_dits_of_the_noise():
+    """forward_with_cfg of Peebles & Xie (2023) guides eps of the first 3 channels of 4 alone."""
+
+    class Eps:
+        def __call__(self, x, c_noise, cond):
+            label = cond.labels.to(x.dtype)[:, None, None, None]
+            return torch.sin((1 + label / 10) * x)
+
+    denoiser = Denoiser(Eps(), EpsVP(), "timestep", 1.0, LinearSchedule())
+    noisy, at = x().double(), sigmas().double()
+    guided = cfg(denoiser.bind(LABELS), denoiser.bind(LABELS.null()), 1.5, channels=3)
+    s = at[:, None, None, None]
+    x_vp = noisy / torch.sqrt(1 + s**2)
+    cond, uncond = (Eps()(x_vp, None, c) for c in (LABELS, LABELS.null()))
+    eps = torch.cat([(uncond + 1.5 * (cond - uncond))[:, :3], cond[:, 3:]], dim=1)
+    torch.testing.assert_close(guided(noisy, at), noisy - s * eps, rtol=1e-12, atol=1e-12)
+
+
+def apg_by_hand(conds, unconds, scale, eta, r, beta):
+    """The guided D after the last of some evaluations, of one image as a vector."""
+    average = torch.zeros_like(conds[0])
+    for d_c, d_u in zip(conds, unconds, strict=True):
+        average = (d_c - d_u) + beta * average
+        update = average * min(1.0, r / average.norm().item())
+        unit = d_c / d_c.norm()
+        parallel = torch.dot(update, unit) * unit
+        result = d_c + (scale - 1) * (update - parallel + eta * parallel)
+    return result
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    scale=st.floats(0, 20),
+    eta=st.floats(0, 1),
+    r=st.floats(0.1, 50),
+    beta=st.floats(-0.9, 0.9),
+    channels=st.sampled_from([None, 3]),
+)
+def test_apg_is_that_of_sadat_et_al_over_the_evaluations_of_a_sample(scale, eta, r, beta, channels):
+    cond, uncond = Counted(2), Counted(0.7)
+    apg = APG(eta=eta, norm_threshold=r, momentum=beta)
+    guided = cfg(cond, uncond, scale, apg=apg, channels=channels)
+    levels = [sigmas(s, s, s).double() for s in (5.0, 2.0, 0.5)]
+    states = [(1 + s[0]) * x().double() for s in levels]
+    for noisy, level in zip(states, levels, strict=True):
+        actual = guided(noisy, level)
+    for i in range(SHAPE[0]):
+        conds, unconds = (
+            [f(a, b)[i, :channels].flatten() for a, b in zip(states, levels, strict=True)]
+            for f in (cond, uncond)
+        )
+        expected = conds[-1] if scale == 1 else apg_by_hand(conds, unconds, scale, eta, r, beta)
+        found = actual[i, :channels].flatten()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    if channels:
+        assert torch.equal(actual[:, 3:], cond(states[-1], levels[-1])[:, 3:])
+
+
+def test_apg_with_all_of_the_parallel_part_and_no_more_is_cfg():
+    cond, uncond = Counted(2), Counted(0.7)
+    apg = APG(eta=1, momentum=0)
+    actual = cfg(cond, uncond, 4, apg=apg)(x().double(), sigmas().double())
+    expected = cfg(cond, uncond, 4)(x().double(), sigmas().double())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_apg_without_the_parallel_part_adds_nothing_along_cond():
+    """So that the norm grows by the added part alone, as in a right triangle."""
+    cond, uncond = Counted(2), Counted(0.7)
+    actual = cfg(cond, uncond, 9, apg=APG(norm_threshold=0.3))(x().double(), sigmas().double())
+    d = cond(x().double(), sigmas().double())
+    added = (actual - d).flatten(1)
+    assert ((added * d.flatten(1)).sum(1).abs() < 1e-12).all()
+    assert (added.norm(dim=1) <= 8 * 0.3 + 1e-12).all()
+    assert added.norm(dim=1).min() > 0.1
+
+
+def test_apg_averages_an_image_over_what_is_guided_of_it():
+    """The second evaluation is outside the interval for the first image alone."""
+    cond, uncond, apg = Counted(2), Counted(0.7), APG(momentum=0.5)
+    guided = cfg(cond, uncond, 3, apg=apg, interval=(1.0, 9.0))
+    levels = [sigmas(s, t, t).double() for s, t in ((5.0, 5.0), (0.5, 4.0), (2.0, 2.0))]
+    for level in levels:
+        actual = guided(x().double(), level)
+    for i, seen in enumerate(([0, 2], [0, 1, 2])):
+        conds, unconds = (
+            [f(x().double(), levels[k])[i].flatten() for k in seen] for f in (cond, uncond)
+        )
+        expected = apg_by_hand(conds, unconds, 3, 0, math.inf, 0.5)
+        torch.testing.assert_close(actual[i].flatten(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cond", [lambda x, s: 0 * x, lambda x, s: x])
+def test_apg_of_denoisers_that_agree_or_see_nothing_is_finite(cond):
+    guided = cfg(cond, cond, 5, apg=APG(norm_threshold=1))
+    assert torch.equal(guided(x(), sigmas()), cond(x(), sigmas()))
 
 
 # ---- one call or two -----------------------------------------------------------------------------

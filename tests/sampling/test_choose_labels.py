@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from hdit.errors import UserError
@@ -10,7 +11,8 @@ from hdit.sampling.options import choose_labels
 
 
 def chosen(text: str | None, *classes: str, number: int = 4) -> list[int] | None:
-    return choose_labels(text, number, SimpleNamespace(classes=classes))
+    labels = choose_labels(text, SimpleNamespace(classes=classes))
+    return None if labels is None else labels.of(0, np.arange(number)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,23 @@ def test_name_of_two_classes_is_an_error_that_tells_their_indices():
     assert chosen("dog,#2", "crane", "dog", "crane") == [1, 2, 1, 2]
     with pytest.raises(UserError, match="'crane' are #0 and #2; write one of these"):
         chosen("crane", "crane", "dog", "crane")
+
+
+def test_random_labels_are_drawn_by_the_seed_of_an_image():
+    """Each class about as often: of 6,000, the standard deviation of a count is 37."""
+    labels = choose_labels("random", SimpleNamespace(classes=("a", "b", "c")))
+    assert labels.kind == "random"
+    drawn = labels.of(0, np.arange(6000))
+    assert all(abs((drawn == k).sum() - 2000) < 5 * 37 for k in range(3))
+    assert not np.array_equal(drawn[:3000], drawn[3000:])
+    assert np.array_equal(labels.of(1000, np.arange(7)), drawn[1000:1007])
+    assert labels.of(0, np.array([5, 17])).tolist() == drawn[[5, 17]].tolist()
+
+
+def test_class_of_the_name_random_is_no_draw():
+    assert chosen("random", "cat", "random") == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="'random' is no class"):
+        chosen("random,cat", "cat", "dog")
 
 
 def test_labels_of_a_model_without_classes_are_an_error():

@@ -392,6 +392,19 @@ def test_sample_with_a_guide_model_and_guidance_guides_what_the_guide_gave(setti
     assert close(images(strong, run, guide=GuideModel(guide, run, 2)), expected)
 
 
+APG = f"{GUIDANCE}={{scale=3, apg={{momentum=-0.5, norm_threshold=5}}}}"
+
+
+def test_sample_with_projected_guidance_is_the_same_in_any_batch(settings):
+    """The average over evaluations is of a batch, and begins anew with the next."""
+    some = [by("heun"), APG, "sampling.steps=8"]
+    whole = images(Normal(), settings(*some, "sampling.batch_size=5"), list(range(5)))
+    part = images(Normal(), settings(*some, "sampling.batch_size=2"), [3, 1, 4])
+    assert close(part, whole[[3, 1, 4]])
+    plain = images(Normal(), settings(*some[:1], f"{GUIDANCE}={{scale=3}}", some[2]), [3, 1, 4])
+    assert not close(part, plain)
+
+
 # ---- learned variance ----------------------------------------------------------------------------
 
 
