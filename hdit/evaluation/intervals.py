@@ -26,6 +26,18 @@ def interval(value: float, error: float, method: str, freedom: int = 0) -> dict[
     return {"low": value - reach, "high": value + reach, "error": error, "method": method}
 
 
+def share_interval(share: float, n: int, method: str) -> dict[str, Any]:
+    """Wilson's interval (1927) of a share of n images: at 0 and 1 it is not empty either.
+
+    `error` is the standard error of the share, which is that of the delete-one jackknife.
+    """
+    square = NORMAL**2 / n
+    middle = (share + square / 2) / (1 + square)
+    reach = math.sqrt(NORMAL**2 * share * (1 - share) / n + square**2 / 4) / (1 + square)
+    made = {"low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
+    return made | {"error": math.sqrt(share * (1 - share) / (n - 1)), "method": method}
+
+
 def groups_of(n: int, groups: int = GROUPS) -> Tensor:
     """The group of each of n rows, as equal in size as can be, at random but always alike: (n,)."""
     order = np.random.Generator(np.random.Philox(key=[GROUPS_SEED, n])).permutation(n)
@@ -50,12 +62,18 @@ def frechet_error(
     all 20 distances are of n (1 - 1/20) images and share one bias, which their spread is free of.
     `whole` is the Gaussian of all images, of which there may be more than rows.
     """
-    groups, root_b = groups_of(len(rows)), root(reference.cov)
-    parts = [_moments(rows[groups == i]) for i in range(GROUPS)]
-    total = _moments(rows)
-    values = []
-    for part in parts:
-        values.append(distance_to(total.without(part).gaussian(), reference, root_b))
+    groups, values = groups_of(len(rows)), []
+    few = len(rows) <= rows.shape[1]  # whose covariance has the rows themselves as a root
+    if not few:
+        root_b, total = root(reference.cov), _moments(rows)
+    for i in range(GROUPS):
+        if few:
+            left = _moments(rows[groups != i]).gaussian()
+            root_a = (rows[groups != i].double() - left.mean).T / math.sqrt(left.n - 1)
+            values.append(distance_to(reference, left, root_a))
+        else:
+            left = total.without(_moments(rows[groups == i])).gaussian()
+            values.append(distance_to(left, reference, root_b))
         tell()
     return jackknife_error(torch.tensor(values)) * math.sqrt(len(rows) / whole.n)
 

@@ -42,7 +42,7 @@ class CleanResize:
 
     def __call__(self, image: Tensor) -> Tensor:
         channels = [
-            Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            np.asarray(Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
             for channel in image.numpy().astype(np.float32)
         ]
         return torch.from_numpy(np.stack(channels).clip(0, 255))  # bicubic overshoots

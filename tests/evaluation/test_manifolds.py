@@ -1,7 +1,5 @@
 """Nearest rows, and precision and recall, against the definitions by brute force."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -44,8 +42,8 @@ def test_precision_and_recall_do_not_depend_on_an_offset():
 
 def test_a_set_lies_in_itself_and_one_far_away_does_not():
     x = normal(40, 3)
-    assert precision_recall(x, x)[:2] == (1, 1)
-    assert precision_recall(x, x + 100)[:2] == (0, 0)
+    assert precision_recall(x, x) == (1, 1)
+    assert precision_recall(x, x + 100) == (0, 0)
 
 
 def test_a_collapsed_set_is_precise_and_recalls_little():
@@ -54,16 +52,6 @@ def test_a_collapsed_set_is_precise_and_recalls_little():
     found = precision_recall(x, y)
     assert found.precision == 1
     assert found.recall <= 1 / len(y)
-
-
-def test_precision_has_the_error_of_a_share():
-    x, y = normal(60, 5, seed=1), normal(47, 5, seed=2) * 0.7 + 0.4
-    found = precision_recall(x, y)
-    left_out = [
-        precision_recall(torch.cat([x[:i], x[i + 1 :]]), y).precision for i in range(len(x))
-    ]
-    jackknife = math.sqrt(59 * np.var(left_out))
-    assert found.precision_error == pytest.approx(jackknife, rel=1e-9)
 
 
 @pytest.mark.parametrize("tile", [2**24, 3000])

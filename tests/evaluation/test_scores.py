@@ -15,6 +15,7 @@ from hdit.evaluation.intervals import (
     groups_of,
     interval,
     jackknife_error,
+    share_interval,
     sliced_error,
 )
 from hdit.evaluation.sliced import sliced_wasserstein
@@ -153,6 +154,31 @@ def test_sliced_error_is_the_deviation_of_draws():
     ]
     values, errors = zip(*found, strict=True)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
+
+
+@pytest.mark.parametrize("n", [50, 200])
+def test_frechet_error_is_the_jackknifes_however_it_is_computed(n):
+    """Of fewer rows than features by the rows themselves, of more by moments."""
+    rows, reference = normal(n, 60, seed=1), gaussian(normal(90, 60, seed=2) * 1.2)
+    groups = groups_of(n)
+    values = [frechet_distance(gaussian(rows[groups != i]), reference) for i in range(GROUPS)]
+    wanted = math.sqrt((GROUPS - 1) / GROUPS * sum((v - np.mean(values)) ** 2 for v in values))
+    found = frechet_error(rows, gaussian(rows), reference, lambda: None)
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_interval_of_a_share_is_wilsons_and_its_error_the_jackknifes():
+    """The ends x of 30 of 100, and of 100 of 100, solve (p - x)^2 = z^2 x (1 - x) / n."""
+    for share in (0.3, 1.0):
+        made = share_interval(share, 100, "x")
+        for end in (made["low"], made["high"]):
+            wanted = 1.959964**2 * end * (1 - end) / 100
+            assert (share - end) ** 2 == pytest.approx(wanted, abs=1e-9)
+        assert made["low"] < share <= made["high"]
+    inside = torch.arange(100.0) < 30
+    left_out = (inside.sum() - inside.double()) / 99
+    jackknife = math.sqrt(99 * left_out.var(correction=0))
+    assert share_interval(0.3, 100, "x")["error"] == pytest.approx(jackknife, rel=1e-9)
 
 
 def test_interval_of_few_groups_is_wider_than_the_normals():
