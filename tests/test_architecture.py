@@ -90,7 +90,8 @@ def test_kernels_is_a_source_root_and_no_package():
 
 
 VERBS = (
-    "train", "sample", "evaluate", "encode", "convert", "info", "configs", "doctor", "data check",
+    "train", "sample", "evaluate", "compare", "encode", "convert", "info", "configs", "doctor",
+    "data check",
 )  # fmt: skip
 
 

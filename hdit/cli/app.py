@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import hdit
-from hdit.cli import configs, convert, data_check, doctor, encode, evaluate, info, sample, train
+from hdit.cli import (
+    compare,
+    configs,
+    convert,
+    data_check,
+    doctor,
+    encode,
+    evaluate,
+    info,
+    sample,
+    train,
+)
 from hdit.cli.output import listen_to_loggers
 from hdit.errors import UserError
 from hdit.messages import echo
@@ -45,6 +56,7 @@ for verb in (
     train.train,
     sample.sample,
     evaluate.evaluate,
+    compare.compare,
     encode.encode,
     convert.convert,
     info.info,

@@ -135,7 +135,7 @@ def evaluate(
         "--html": html,
         "--write-reference": write_reference,
     }.items():
-        _check_file(option, path)
+        check_file(option, path)
     if protocol is not None and protocol not in PROTOCOLS:
         raise UserError(f"--protocol: {protocol!r} is none; known: {', '.join(PROTOCOLS)}")
     if (b is None) == (write_reference is None):
@@ -196,7 +196,7 @@ class Options(NamedTuple):
     details: bool
 
 
-def _check_file(option: str, path: Path | None) -> None:
+def check_file(option: str, path: Path | None) -> None:
     """Raises UserError, before the work, where a file cannot be written."""
     from hdit.errors import UserError
     from hdit.files import check_writable
