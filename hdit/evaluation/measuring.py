@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -105,20 +106,27 @@ def measure(
     taken[kept] = True
     pixels, collectors = Pixels(), {slot: _Collector(one) for slot, one in extractors.items()}
     parts = ScoreParts(n) if score is not None and n >= SPLITS else None
-    for part in images.parts([one.prepare for one in extractors.values()], batch_size, workers):
-        first = len(pixels.sizes)
-        pixels.add(part)
-        for (slot, extractor), batch in zip(extractors.items(), part.stacked, strict=True):
-            if extractor.prepare is None:
-                _check_sizes(images, pixels.sizes, first, extractor)
-            assert batch is not None, "images of one size, or resized to one"
-            if parts and slot == score:
-                rows, probabilities = extractor.with_probabilities(batch)
-                parts.add(probabilities)
-            else:
-                rows = extractor(batch)
-            collectors[slot].add(rows, taken[first : len(pixels.sizes)])
-        on_images(len(part.sizes))
+    with ThreadPoolExecutor(1) as beside:  # sums rows while the device computes the next ones
+        summing: Future[None] | None = None
+        for part in images.parts([one.prepare for one in extractors.values()], batch_size, workers):
+            first = len(pixels.sizes)
+            pixels.add(part)
+            for (slot, extractor), batch in zip(extractors.items(), part.stacked, strict=True):
+                if extractor.prepare is None:
+                    _check_sizes(images, pixels.sizes, first, extractor)
+                assert batch is not None, "images of one size, or resized to one"
+                if parts and slot == score:
+                    rows, probabilities = extractor.with_probabilities(batch)
+                    parts.add(probabilities)
+                else:
+                    rows = extractor(batch)
+                if summing:
+                    summing.result()  # raises what it raised
+                of_part = taken[first : len(pixels.sizes)]
+                summing = beside.submit(collectors[slot].add, rows, of_part)
+            on_images(len(part.sizes))
+        if summing:
+            summing.result()
     assert len(pixels.sizes) == n, "each image once"
     features = {slot: collector.features() for slot, collector in collectors.items()}
     return Measured(pixels, features, kept, parts.score() if parts else None)
