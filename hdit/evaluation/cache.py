@@ -14,12 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hdit.errors import UserError
 from hdit.evaluation.distances import Gaussian
 from hdit.evaluation.extractor import Extractor
 from hdit.evaluation.image_sets import ImageSet
 from hdit.evaluation.measuring import KID_SEED, Features, Measured, digest, kept_rows, measure
-from hdit.files import make_folder, whole, write_text
+from hdit.files import make_folder, whole
 from hdit.tensors import load_tensors, save_tensors
 from hdit_kernels.native import cache_folder
 
@@ -35,7 +34,7 @@ class FeatureCache:
     """A folder of features by key, each file whole and with its checksum."""
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda text: None):
-        """`say` hears of files that are damaged."""
+        """`say` hears of files that are damaged, or cannot be written."""
         self.folder, self.say = folder, say
 
     def measure(
@@ -77,8 +76,7 @@ class FeatureCache:
         for slot, extractor in extractors.items():
             if extractor.is_whole:
                 path = self._path(measured.pixels.in_order, extractor, which)
-                self._write(path, measured.features[slot])
-                write_text(self._mark(images, extractor), path.name + "\n")
+                self._keep(path, measured.features[slot], self._mark(images, extractor))
         return measured
 
     def _has_seen(self, images: ImageSet, extractors: Mapping[str, Extractor]) -> bool:
@@ -121,16 +119,19 @@ class FeatureCache:
             self.say(f"{path}: is damaged and made anew: {error}")
             return None
 
-    def _write(self, path: Path, features: Features) -> None:
-        make_folder(self.folder)
+    def _keep(self, path: Path, features: Features, mark: Path) -> None:
+        """Writes features, and a mark that their set was seen. A full disk costs no figures."""
         gaussian = features.gaussian
         tensors = {"mean": gaussian.mean, "cov": gaussian.cov, "rows": features.rows}
         checksum = torch.tensor(list(_checksum(tensors)), dtype=torch.uint8)
         try:
+            make_folder(self.folder)
             with whole(path, shared=True, durable=False) as part:
                 save_tensors({**tensors, "checksum": checksum}, part)
+            with whole(mark, shared=True, durable=False) as part:
+                part.write_text(path.name + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{error}; add --no-cache, or make room") from None
+            self.say(f"warning: features are not kept: {error}; --no-cache does without")
 
 
 def _hash(facts: Any) -> str:

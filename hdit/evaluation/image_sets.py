@@ -31,9 +31,10 @@ from hdit.data.sources.listing import list_images
 from hdit.data.sources.tree import walk
 from hdit.data.transforms import to_mode, to_tensor
 from hdit.errors import UserError
+from hdit.evaluation import recipes
 from hdit.models.cost import cost
 from hdit.names import escape, path_of
-from hdit.reading import parse_json, read_json
+from hdit.reading import parse_json
 from hdit.runs.trained import Trained
 from hdit.sampling.sample import Samples, check_null_class, sample, settle_sampling
 from hdit.sampling.writer import MAX_RECORD, SAMPLES, read_samples, sample_names
@@ -151,7 +152,7 @@ class FolderFiles:
         record = root / SAMPLES
         if SAMPLES in files:
             self.names = read_samples(record)
-            self.recipe, self.classes, self.labels = _recorded(read_json(record, MAX_RECORD))
+            self.recipe, self.classes, self.labels = recipes.of_folder(root, len(self.names))
             if missing := set(self.names) - set(names):
                 raise DataError(f"{root / min(missing)}: is not there, but {record} lists it")
             if not self.names:
@@ -181,38 +182,12 @@ def by_folder(names: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(indices), [indices[name] for name in tops]
 
 
-RECIPE = ("checkpoint", "weights", "sampling", "sigma_range", "evaluations", "guide", "macs")
-
-
-def _recorded(content: Any) -> tuple[dict[str, Any], list[str], list[int]]:
-    """What the content of a samples.json, whose list of files was read, tells of the sampling:
-    (facts for a card, classes, index of each image)."""
-    samples = content["samples"]
-    found = {key: content[key] for key in RECIPE if content.get(key) is not None}
-    if content.get("images") is not None:
-        found["trained_images"] = content["images"]
-    seeds = [entry.get("seed") for entry in samples]
-    if seeds and all(isinstance(seed, int) for seed in seeds):
-        found["seeds"] = [min(seeds), max(seeds)]
-    names = [entry.get("class") for entry in samples]
-    if not all(isinstance(name, str) for name in names):
-        return found, [], []
-    indices = {name: i for i, name in enumerate(sorted(set(names)))}
-    return found, list(indices), [indices[name] for name in names]
-
-
 class Chosen:
     """Some images of others, by their index there."""
 
-    def __init__(
-        self,
-        files: Files,
-        indices: list[int],
-        recorded: tuple[dict[str, Any], list[str], list[int]],
-    ):
-        """`recorded` is what `_recorded` tells of them."""
+    def __init__(self, files: Files, indices: list[int], recipe: recipes.Recipe):
         self.files, self.indices = files, indices
-        self.recipe, self.classes, self.labels = recorded
+        self.recipe, self.classes, self.labels = recipe
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -246,7 +221,7 @@ def zip_files(place: str) -> Files:
         raise DataError(f"{where}: lists no images")
     if missing := set(listed) - set(indices):
         raise DataError(f"{place}/{min(missing)}: is not there, but {where} lists it")
-    return Chosen(archive, [indices[name] for name in listed], _recorded(content))
+    return Chosen(archive, [indices[name] for name in listed], recipes.recipe_of(content))
 
 
 class Listed:
@@ -259,7 +234,7 @@ class Listed:
     def __init__(self, files: Files, place: str, kind: str):
         self.files = files
         self.record: dict[str, Any] = {"place": place, "kind": kind}
-        self.record |= getattr(files, "recipe", {})
+        self.record |= getattr(files, "recipe", {}) or recipes.beside(place, kind)
         self.classes, self.labels = _classes_of(files)
         told = getattr(files, "warnings", [])
         self.warnings = [text.removeprefix("data.path: ") for text in told]

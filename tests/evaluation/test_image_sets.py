@@ -289,3 +289,23 @@ def test_pictures_are_read_again_by_their_index(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=array)
     found = open_set(str(tmp_path / "a.npz")).pictures([2, 0])
     np.testing.assert_array_equal(torch.stack(found).permute(0, 2, 3, 1), array[[2, 0]])
+
+
+def test_samples_told_by_their_seeds_have_their_classes_in_lines(tmp_path):
+    from hdit.evaluation.recipes import beside, of_folder
+
+    record = {
+        "images": 640, "weights": "ema", "labels": {"kind": "balanced", "number": 2},
+        "seeds": {"first": 4, "number": 3}, "digits": 6,
+    }  # fmt: skip
+    facts = {"weights": "ema", "trained_images": 640, "labels": "balanced", "seeds": [4, 6]}
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    lines = [json.dumps({"file": f"{i}.png", "class": "ab"[i % 2]}) for i in (4, 5, 6)]
+    assert of_folder(tmp_path, 3) == (facts, [], [])
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    assert of_folder(tmp_path, 3) == (facts, ["a", "b"], [0, 1, 0])
+    assert of_folder(tmp_path, 2) == (facts, [], [])
+    for name, place in (("x", "x.npz"), ("x", "x-{00..07}.tar"), ("y", "y.tar")):
+        (tmp_path / f"{name}.samples.json").write_text(json.dumps(record))
+        assert beside(str(tmp_path / place), place.rpartition(".")[2]) == facts
+    assert beside(str(tmp_path / "z.npz"), "npz") == {}

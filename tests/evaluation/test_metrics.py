@@ -383,6 +383,13 @@ def test_damaged_features_are_made_anew(here, hdit):
     assert "from_cache" in card(hdit, "a.npz", "b.npz")[0]["b"]
 
 
+def test_a_cache_that_cannot_be_written_costs_no_figures(here, hdit):
+    (here / "cache").write_text("a file")
+    found, err = card(hdit, "a.npz", "b.npz")
+    assert found["fid"] > 0
+    assert "warning: features are not kept: " in err
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
