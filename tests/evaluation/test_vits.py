@@ -189,3 +189,50 @@ def test_clip_is_transformers_model_of_a_folder(tmp_path):
         wanted = model((batch.float() / 255 - mean) / deviation).image_embeds
     torch.testing.assert_close(extractor(batch), F.normalize(wanted, dim=1))
     assert len(extractor.sha256) == 64
+
+
+def openai_names(tensors, layers):
+    """The image tower of transformers' CLIP by OpenAI's names."""
+    model, made = "vision_model.", {}
+    for ours, theirs in {
+        "class_embedding": "embeddings.class_embedding",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+    }.items():
+        made[ours] = tensors[f"{model}{theirs}"]
+    for part in ("weight", "bias"):
+        made[f"ln_pre.{part}"] = tensors[f"{model}pre_layrnorm.{part}"]
+        made[f"ln_post.{part}"] = tensors[f"{model}post_layernorm.{part}"]
+        for i in range(layers):
+            block, layer = f"transformer.resblocks.{i}.", f"{model}encoder.layers.{i}."
+            rows = [tensors[f"{layer}self_attn.{name}_proj.{part}"] for name in "qkv"]
+            made[f"{block}attn.in_proj_{part}"] = torch.cat(rows)
+            for ours, theirs in {
+                "attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1",
+                "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+            }.items():  # fmt: skip
+                made[f"{block}{ours}.{part}"] = tensors[f"{layer}{theirs}.{part}"]
+    made["proj"] = tensors["visual_projection.weight"].T
+    return {f"visual.{name}": tensor.clone() for name, tensor in made.items()}
+
+
+@pytest.mark.slow
+def test_clip_is_the_same_from_openais_file_in_timm_and_from_transformers(tmp_path):
+    transformers = imported("transformers")
+    imported("timm")
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, projection_dim=512, num_hidden_layers=12,
+        num_attention_heads=12, image_size=224, patch_size=32, hidden_act="quick_gelu",
+    )  # fmt: skip
+    model = transformers.CLIPVisionModelWithProjection(config).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.02 * torch.randn_like(tensor))
+    model.save_pretrained(tmp_path / "clip")
+    torch.save(openai_names(model.state_dict(), 12), tmp_path / "clip.pt")
+    one, other = clip(tmp_path / "clip.pt", CPU), clip(tmp_path / "clip", CPU)
+    assert one.name == "CLIP ViT-B/32-224"
+    batch = torch.stack([one.prepare(image) for image in IMAGES])
+    torch.testing.assert_close(one(batch), other(batch), atol=1e-5, rtol=1e-4)
+    assert (one(batch)[0] - one(batch)[1]).norm() > 0.01
