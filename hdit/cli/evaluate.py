@@ -124,18 +124,14 @@ def evaluate(
     from hdit.data.check import processes
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
-    from hdit.evaluation import image_sets
     from hdit.evaluation.metrics import chosen
     from hdit.evaluation.pipelines import PROTOCOLS
     from hdit.names import escape, path_of
     from hdit.runs.trained import is_trained
 
-    for option, path in {
-        "--out": out,
-        "--html": html,
-        "--write-reference": write_reference,
-    }.items():
-        check_file(option, path)
+    check_file("--out", out)
+    check_file("--html", html)
+    check_file("--write-reference", write_reference)
     if protocol is not None and protocol not in PROTOCOLS:
         raise UserError(f"--protocol: {protocol!r} is none; known: {', '.join(PROTOCOLS)}")
     if (b is None) == (write_reference is None):
@@ -150,7 +146,6 @@ def evaluate(
         processes() if workers is None else workers, html is not None,
     )  # fmt: skip
     reference = None if b is None else _reference(or_preset(b))
-    candidate: ImageSet
     if is_trained(path_of(a)):
         settings = {
             "--steps": ("steps", steps),
@@ -163,19 +158,13 @@ def evaluate(
     else:
         given: dict[str, Any] = {"-n": number, "--seed": seed, "--steps": steps}
         given |= {"--guidance": guidance, "--raw": raw or None, "--set": overrides or None}
-        if idle := [name for name, value in given.items() if value is not None]:
-            raise UserError(f"{idle[0]}: has no effect, as A ({a}) is no model to sample")
-        candidate = image_sets.open_set(or_preset(a))
-    told = [
-        *getattr(candidate, "warnings", []),
-        *getattr(reference and reference[0], "warnings", []),
-    ]
-    for text in dict.fromkeys(told):
+        candidate = _images(a, given)
+    told = [getattr(one, "warnings", []) for one in (candidate, reference and reference[0])]
+    for text in dict.fromkeys(text for texts in told for text in texts):
         warn(text)
     if write_reference is not None:
-        _write_reference(
-            candidate, write_reference, options, given_too=[metrics, dinov2, clip, out, html]
-        )
+        idle = [metrics, dinov2, clip, out, html, as_json or None, None if cache else True]
+        _write_reference(candidate, write_reference, options, idle)
     else:
         assert reference is not None, "one of both"
         _compare(candidate, reference, options, out, html, as_json)
@@ -218,6 +207,17 @@ def _reference(place: str) -> tuple[ImageSet | None, Statistics | None]:
     statistics = read_statistics(path_of(place)) if what_is(place) == "npz" else None
     images = open_set(place) if statistics is None or statistics.has_images else None
     return images, statistics
+
+
+def _images(place: str, given: dict[str, Any]) -> ImageSet:
+    """The images A. Raises UserError for options that were given for sampling them."""
+    from hdit.config.presets import or_preset
+    from hdit.errors import UserError
+    from hdit.evaluation.image_sets import open_set
+
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{idle[0]}: has no effect, as A ({place}) is no model to sample")
+    return open_set(or_preset(place))
 
 
 def _samples(
@@ -331,8 +331,8 @@ def _compare(
         plain_console().print(card.table(found))
 
 
-def _write_reference(images: ImageSet, path: Path, options: Options, given_too: list[Any]) -> None:
-    """Writes the statistics of A and its images."""
+def _write_reference(images: ImageSet, path: Path, options: Options, idle: list[Any]) -> None:
+    """Writes the statistics of A and its images. `idle` are options that have no effect on it."""
     from hdit.device import default_device
     from hdit.errors import UserError
     from hdit.evaluation.features import open_features
@@ -340,10 +340,10 @@ def _write_reference(images: ImageSet, path: Path, options: Options, given_too: 
     from hdit.evaluation.references import write_reference
     from hdit.messages import echo
 
-    if any(value is not None for value in given_too):
+    if any(value is not None for value in idle):
         raise UserError(
-            "--write-reference: goes without --metrics, --dinov2, --clip, --out and --html: it "
-            "measures nothing"
+            "--write-reference: goes without --metrics, --dinov2, --clip, --out, --html, --json "
+            "and --no-cache: it measures nothing"
         )
     extractor = open_features(options.features, default_device(), echo, options.protocol)
     with progress() as bar:

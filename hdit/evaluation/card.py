@@ -63,6 +63,7 @@ def compare(
     metrics: Sequence[str] = DEFAULT,
     named: Collection[str] = (),
     details: bool = False,
+    jackknives: bool = True,
     cache: FeatureCache | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -73,9 +74,10 @@ def compare(
 
     `extractors` are by slot (SLOTS); one alone is that of "features". Of `metrics` that are
     impossible, those that are `named` raise, and others are left out with the reason. `details` add
-    the nearest reference images and figures by class. Features of `b` may come from a `cache`.
-    `on_images` hears after each batch of which set, "A" or "B", it was, and how many. Raises
-    UserError where a set has fewer than two images, or an image or a figure cannot be had.
+    the nearest reference images and figures by class; `jackknives` are as of `compute`. Features of
+    `b` may come from a `cache`. `on_images` hears after each batch of which set, "A" or "B", it
+    was, and how many. Raises UserError where a set has fewer than two images, or an image or a
+    figure cannot be had.
     """
     if isinstance(extractors, Extractor):
         extractors = {"features": extractors}
@@ -106,7 +108,7 @@ def compare(
         )
     sides = _sides(one, other, statistics, extractors)
     device = next(iter(extractors.values())).device
-    found = compute(wanted, *sides, device, one.score, on_step)
+    found = compute(wanted, *sides, device, one.score, on_step, jackknives)
     card: dict[str, Any] = {
         **found.values,
         "intervals": found.intervals,

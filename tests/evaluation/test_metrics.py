@@ -324,6 +324,7 @@ def test_damaged_statistics_are_refused(here, hdit, arrays, words):
         (("a.npz",), "B: name the reference, or instead of it --write-reference"),
         (("a.npz", "b.npz", "--write-reference", "x.npz"), "B: name the reference, or instead"),
         (("a.npz", "--write-reference", "x.npz", "--metrics", "fid"), "it measures nothing"),
+        (("a.npz", "--write-reference", "x.npz", "--no-cache"), "it measures nothing"),
     ],
 )
 def test_a_reference_is_written_without_another(here, hdit, arguments, words):
