@@ -65,9 +65,9 @@ def nearest(x: Tensor, y: Tensor | None, k: int = 1, tile: int = TILE) -> Neares
     for part in tiles(x, others, tile):
         found = part.squared if y is not None else without_itself(part)
         band = slice(part.top, part.top + len(found))
-        places = torch.arange(part.left, part.left + found.shape[1], device=x.device)
-        both = torch.cat([squared[band], found], 1)
-        which = torch.cat([indices[band], places.expand(len(found), -1)], 1)
+        least, places = found.topk(min(k, found.shape[1]), dim=1, largest=False)
+        both = torch.cat([squared[band], least], 1)
+        which = torch.cat([indices[band], places + part.left], 1)
         squared[band], order = both.topk(k, dim=1, largest=False, sorted=True)
         indices[band] = which.gather(1, order)
     return Nearest(squared, indices)
