@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hdit.evaluation.intervals import groups_of
+
 SPLITS = 10
 
 
@@ -25,23 +27,26 @@ class InceptionScore(NamedTuple):
 
 
 class ScoreParts:
-    """Sums of class probabilities of n images that come in order, in `splits` equal parts.
+    """Sums of class probabilities of n images, in `splits` parts of about the same size.
 
-    A part's score is exp of the mean of KL(p(y|x) || p(y)), p(y) the mean of the part itself.
+    A part's score is exp of the mean of KL(p(y|x) || p(y)), p(y) the mean of the part itself. Parts
+    are drawn at random, but always alike: of a folder that is sorted by class, parts in its order
+    would have a class each, and a score near 1.
     """
 
     def __init__(self, n: int, splits: int = SPLITS):
         """n is at least `splits`."""
         assert n >= splits, "a part needs an image"
         self.n, self.splits, self.seen = n, splits, 0
+        self.places = groups_of(n, splits)
         self.counts = torch.zeros(splits, dtype=torch.float64)
         self.negentropies = torch.zeros(splits, dtype=torch.float64)  # sums of p ln p
         self.probabilities: Tensor | None = None  # (splits c), sums
 
     def add(self, p: Tensor) -> None:
-        """The next images' probabilities p (b c)."""
+        """The next images' probabilities p (b c), in the order of the set."""
         p = p.double()
-        place = torch.arange(self.seen, self.seen + len(p)) * self.splits // self.n
+        place = self.places[self.seen : self.seen + len(p)]
         if self.probabilities is None:
             self.probabilities = p.new_zeros(self.splits, p.shape[1])
         self.probabilities.index_add_(0, place, p)

@@ -52,7 +52,7 @@ DEFAULT = ("fid", "kid", "is", "precision", "recall")
 BETTER = {name: "higher" if name in ("is", "precision", "recall") else "lower" for name in SLOTS}
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "is": {"splits": SPLITS, "order": "as read"},
+    "is": {"splits": SPLITS, "parts": "drawn"},
     "precision": {"k": NEIGHBOURS},
     "recall": {"k": NEIGHBOURS},
     "swd": {"projections": PROJECTIONS, "seed": 0},

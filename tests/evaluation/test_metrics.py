@@ -15,6 +15,7 @@ from PIL import Image
 from hdit.evaluation import cache as cache_module
 from hdit.evaluation import inception, references
 from hdit.evaluation.extractor import sha256
+from hdit.evaluation.intervals import groups_of
 from hdit.evaluation.metrics import SLOTS, chosen
 
 RANDOM = np.random.default_rng(0)
@@ -118,7 +119,7 @@ def test_metrics_are_those_of_the_features_by_other_formulas(here, hdit):
     )
     p = np.exp(20 * x[:, :4])
     p /= p.sum(1, keepdims=True)
-    parts = [p[6 * i : 6 * i + 6] for i in range(10)]
+    parts = [p[groups_of(60, 10).numpy() == i] for i in range(10)]
     scores = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in parts]
     assert found["is"] == pytest.approx(np.mean(scores), rel=1e-9)
 
