@@ -68,6 +68,7 @@ def compare(
     order = list(named) if unranked else comparing.ranked(named, chosen)
     notes = [f"differs: {text}" for text in told]
     notes += [] if unranked else comparing.ties(named, order, chosen)
+    notes += comparing.others(named, chosen)
     lines = comparing.rows(named, order, chosen, not unranked, published)
     text = comparing.markdown(lines, notes)
     if out is not None:

@@ -99,6 +99,16 @@ def refuse_differences(cards: Mapping[str, Card], metric: str) -> None:
         )
 
 
+def others(cards: Mapping[str, Card], metric: str) -> list[str]:
+    """A sentence for each other metric that the table shows and that does not compare."""
+    told = []
+    for name in SLOTS:
+        having = {one: card for one, card in cards.items() if name in measured(card)}
+        if name != metric and having and (found := differences(having, name)):
+            told.append(f"{TITLES[name]} does not compare: {'; '.join(found)}")
+    return told
+
+
 def ranked(cards: Mapping[str, Card], metric: str) -> list[str]:
     """Names of the cards, the best first."""
     sign = -1 if BETTER[metric] == "higher" else 1
