@@ -63,6 +63,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def features_cache(tmp_path_factory):
+    """Features that tests keep do not lie among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("features")
+        patch.setattr("hdit.evaluation.cache.default_folder", lambda: folder)
+        yield folder
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A config file that trains in a second: 6 steps, 3 checkpoints."""

@@ -91,8 +91,8 @@ def test_kernels_is_a_source_root_and_no_package():
 
 
 VERBS = (
-    "train", "watch", "sample", "evaluate", "encode", "convert", "ema", "info", "plan", "configs",
-    "doctor",
+    "train", "watch", "sample", "evaluate", "compare", "encode", "convert", "ema", "info", "plan",
+    "configs", "doctor",
     "data check",
 )  # fmt: skip
 

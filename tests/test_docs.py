@@ -67,6 +67,8 @@ NOT_RUN = {
     "python scripts/bench_models.py --only flowers --only ffhq --only dit": "minutes, likewise",
     "python scripts/bench_models.py --only pixels --pairs 5": "minutes, likewise",
     "python scripts/bench_noise.py": "a minute, likewise",
+    "python scripts/bench_features.py images --workers 2": "minutes, likewise",
+    "hdit evaluate samples VIRTUAL_imagenet256_labeled.npz --protocol adm": "ADM's file",
     "python scripts/table_triton.py": "minutes: it compiles every kernel",
     "python scripts/table_triton.py --default --dtype bf16 fp32 --d-head 32 64 128": "likewise",
     "python scripts/table_triton.py --capability 90 --default --dtype bf16 fp32 "

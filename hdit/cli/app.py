@@ -10,6 +10,7 @@ import typer
 
 import hdit
 from hdit.cli import (
+    compare,
     configs,
     convert,
     data_check,
@@ -59,6 +60,7 @@ for verb in (
     watch.watch,
     sample.sample,
     evaluate.evaluate,
+    compare.compare,
     encode.encode,
     convert.convert,
     info.info,

@@ -25,7 +25,7 @@ TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows")
 PACKAGES = {
     "natten": ("NATTEN's CUDA kernels", "pip install --no-build-isolation natten"),
     "triton": ("CUDA: fused kernels, torch.compile", "pip install triton"),
-    "clean-fid": ("FID", 'pip install "hdit[fid]"'),
+    "timm": ("FDD, KDD and CMMD", 'pip install "hdit[metrics]"'),
     "diffusers": ("latents of VAEs", 'pip install "hdit[latent]"'),
     "datasets": ("images of Hugging Face", 'pip install "hdit[data]"'),
     "matplotlib": ("plots", 'pip install "hdit[plots]"'),

@@ -42,6 +42,15 @@ class Moments:
         self.mean += shift * (b / (self.n + b))
         self.n += b
 
+    def without(self, part: Moments) -> Moments:
+        """The moments of the rows that are left when those of `part`, which are in, go."""
+        left = Moments(len(self.mean))
+        left.n = self.n - part.n
+        left.mean = self.mean + (self.mean - part.mean) * (part.n / left.n)
+        shift = (part.mean - left.mean)[:, None] * (left.n * part.n / self.n) ** 0.5
+        left.scatter = self.scatter - part.scatter - shift @ shift.T
+        return left
+
     def gaussian(self) -> Gaussian:
         """Of two rows or more."""
         assert self.n > 1, "a covariance needs two rows"
@@ -61,8 +70,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     a, b = sorted((a, b), key=lambda gaussian: gaussian.n)  # the lower rank is the one to root
     for moments in (*a[1:], *b[1:]):
         _check(moments)  # LAPACK has no answer for others
-    r = root(a.cov)  # (d rank)
-    product = _check(r.T @ b.cov @ r)
+    return distance_to(b, a, root(a.cov))
+
+
+def distance_to(a: Gaussian, b: Gaussian, root_b: Tensor) -> float:
+    """The distance of `frechet_distance` where a root (d rank) of the covariance of b is known."""
+    product = _check(root_b.T @ a.cov @ root_b)
     covariance = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * covariance
     return max(0.0, _check(distance).item())  # max would make 0 of nan

@@ -87,9 +87,9 @@ def markdown(records: Sequence[Record], missing: dict[str, str]) -> str:
     """Both tables, and the cells that are missing, with the reason."""
     parts = [f"# {title(records)}"]
     if records:
-        parts += [_markdown(table(records)), *map(_inline, notes(records))]
+        parts += [markdown_table(table(records)), *map(_inline, notes(records))]
         parts += ["Mean of (D - x0)^2 on held-out images, by noise level:"]
-        parts.append(_markdown(bins(records)))
+        parts.append(markdown_table(bins(records)))
     parts += [f"- missing: {_inline(name)}: {_inline(why)}" for name, why in missing.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -129,7 +129,8 @@ def _inline(text: str) -> str:
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown_table(lines: list[list[str]]) -> str:
+    """A table whose first line is its head, as Markdown; columns but the first are numbers."""
     head, *rest = [[_inline(cell) for cell in line] for line in lines]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rest))
@@ -142,10 +143,15 @@ def page(records: Sequence[Record], missing: dict[str, str]) -> str:
         parts.append(f"<p><b>missing</b>: {escape(name)}: {escape(reason)}</p>")
     if records:
         parts += _measures(records) + _pictures(records)
+    return document(title(records), parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """An HTML file of such parts that needs nothing else."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title(records))}</title><style>{STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body>\n{body}\n</body></html>\n"
     )
 
@@ -166,10 +172,10 @@ def _measures(records: Sequence[Record]) -> list[str]:
         name: list(zip(middles, group[0]["x0_loss"], strict=True)) for name, group in rows.items()
     }
     return [
-        _html(table(records)),
+        html_table(table(records)),
         *(f'<p class="note">{escape(note)}</p>' for note in notes(records)),
         "<h2>x0 loss by noise level</h2>",
-        _html(bins(records)),
+        html_table(bins(records)),
         plot_lines(by_sigma, "sigma", "x0 loss", log_x=True, log_y=True),
         "<h2>Training</h2>",
         '<p class="note">Of the first seed of each row. Losses of rows with other weights or noise '
@@ -198,7 +204,8 @@ def _pictures(records: Sequence[Record]) -> list[str]:
     return parts
 
 
-def _html(lines: list[list[str]]) -> str:
+def html_table(lines: list[list[str]]) -> str:
+    """A table whose first line is its head, as HTML."""
     head, *rest = lines
     rows = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     rows += [

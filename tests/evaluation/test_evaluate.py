@@ -12,7 +12,7 @@ from PIL import Image
 
 from hdit.evaluation.card import compare, protocol
 from hdit.evaluation.distances import kernel_distance
-from hdit.evaluation.features import Extractor
+from hdit.evaluation.extractor import Extractor
 from hdit.evaluation.image_sets import open_set
 from scripts import train_classifier
 
@@ -104,11 +104,11 @@ def test_protocol_tells_what_can_be_compared(here, hdit):
 def test_kid_of_evaluate_is_of_the_seed_that_its_card_tells(here, monkeypatch, hdit):
     """The figure was computed by numpy alone, from its Philox generator of seed 0."""
     few = partial(kernel_distance, subsets=3, size=10)
-    monkeypatch.setattr("hdit.evaluation.card.kernel_distance", few)
+    monkeypatch.setattr("hdit.evaluation.metrics.kernel_distance", few)
     first, _ = card(hdit, "a.npz", "b.npz")
     assert first["kid"]["mean"] == pytest.approx(KID, rel=1e-9)
     assert [first["kid"][key] for key in ("subsets", "sizes", "seed")] == [3, [10, 10], 0]
-    monkeypatch.setattr("hdit.evaluation.card.KID_SEED", 1)
+    monkeypatch.setattr("hdit.evaluation.metrics.KID_SEED", 1)
     second, _ = card(hdit, "a.npz", "b.npz")
     assert second["kid"]["seed"] == 1
     assert second["kid"]["mean"] != pytest.approx(KID, rel=1e-3)

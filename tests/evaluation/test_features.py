@@ -1,22 +1,14 @@
-import importlib.util
 import os
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hdit.errors import UserError
-from hdit.evaluation import features
-from hdit.evaluation.features import INCEPTION, CleanResize, inception_file, open_features
+from hdit.evaluation.features import open_features
 
 CPU = torch.device("cpu")
-needs_clean_fid = pytest.mark.skipif(
-    importlib.util.find_spec("cleanfid") is None,
-    reason="clean-fid is not installed (pip install --no-deps clean-fid requests)",
-)
 
 
 class Pooled(torch.nn.Module):
@@ -25,22 +17,6 @@ class Pooled(torch.nn.Module):
     def forward(self, images: torch.Tensor):
         mean = images.double().mean((2, 3))
         return torch.cat([mean, mean.mean(1, keepdim=True).expand(-1, 2)], 1)
-
-
-class Layers(torch.nn.Module):
-    def forward(self, x: torch.Tensor):
-        return x.mean((2, 3)).repeat(1, 683)[:, :2048]
-
-
-class Base(torch.nn.Module):
-    """What clean-fid takes of the file: `layers`, from -1..1 to 2048 numbers an image."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = Layers()
-
-    def forward(self, x: torch.Tensor):
-        return x
 
 
 def save(module, path):
@@ -119,12 +95,6 @@ def test_a_pickle_is_not_taken_for_torchscript(tmp_path):
         open_features(str(tmp_path / "weights.pt"), CPU)
 
 
-def test_without_clean_fid_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cleanfid.downloads_helper", None)
-    with pytest.raises(UserError, match=r"pip install 'hdit\[fid\]'.*--no-deps"):
-        open_features(None, CPU)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_features_of_no_regular_file_are_refused_and_not_waited_for(tmp_path, kind):
     path = tmp_path / "it"
@@ -136,93 +106,3 @@ def test_features_of_no_regular_file_are_refused_and_not_waited_for(tmp_path, ki
         path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match="it' is no regular file"):
         open_features(str(path), CPU)
-
-
-# ---- the file of the Inception -------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """hdit's cache, empty; the Inception is a file of two bytes."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(features, "CLEAN_FID", tmp_path / "theirs")
-    (tmp_path / "right").write_bytes(b"OK")
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(tmp_path / "right"))
-    return tmp_path / "hdit"
-
-
-def never(folder):
-    raise AssertionError("nothing was to be downloaded")
-
-
-def writer(content):
-    def download(folder):
-        with open(f"{folder}/{INCEPTION}", "wb") as file:
-            file.write(content)
-
-    return download
-
-
-def test_inception_is_downloaded_once(cache):
-    path = inception_file(writer(b"OK"), print)
-    assert path == cache / INCEPTION
-    assert path.read_bytes() == b"OK"
-    assert inception_file(never, print) == path
-    assert list(cache.iterdir()) == [path]
-
-
-def test_inception_is_taken_where_clean_fid_keeps_it(cache, tmp_path):
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / INCEPTION).write_bytes(b"OK")
-    assert inception_file(never, print) == tmp_path / "theirs" / INCEPTION
-
-
-def test_a_damaged_inception_is_named_and_replaced(cache):
-    cache.mkdir()
-    (cache / INCEPTION).write_bytes(b"O")  # a download that was cut off
-    said = []
-    assert inception_file(writer(b"OK"), said.append).read_bytes() == b"OK"
-    assert "is damaged or another file" in said[0]
-
-
-def test_another_file_in_place_of_inception_is_refused_and_not_kept(cache):
-    with pytest.raises(UserError, match="is not that file"):
-        inception_file(writer(b"KO"), print)
-    assert list(cache.iterdir()) == []
-
-
-def test_without_a_network_the_error_says_where_to_put_inception(cache):
-    def download(folder):
-        raise OSError("Name or service not known")
-
-    with pytest.raises(UserError, match=f"put it into {cache} by hand"):
-        inception_file(download, print)
-
-
-# ---- clean-fid itself ----------------------------------------------------------------------------
-
-
-@needs_clean_fid
-@pytest.mark.parametrize("size", [(8, 12), (500, 330)])
-def test_pictures_are_resized_as_pillow_does_in_floating_point(size):
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    found = CleanResize()(image)
-    for channel, pixels in zip(found, image, strict=True):
-        wanted = Image.fromarray(pixels.numpy().astype(np.float32)).resize(
-            (299, 299), Image.Resampling.BICUBIC
-        )
-        np.testing.assert_array_equal(channel, np.asarray(wanted).clip(0, 255))
-    assert (found != found.round()).any()
-
-
-@needs_clean_fid
-def test_inception_gets_pictures_of_299_from_minus_one_to_one(tmp_path, monkeypatch, cache):
-    """A file with another network in it, as the real one is not at hand."""
-    cache.mkdir()
-    save(Base(), cache / INCEPTION)
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(cache / INCEPTION))
-    extractor = open_features(None, CPU)
-    image = torch.tensor([0, 128, 255]).view(3, 1, 1).expand(3, 20, 30).byte()
-    found = extractor(torch.stack([extractor.prepare(image)] * 2))
-    assert found.shape == (2, 2048)
-    torch.testing.assert_close(found[1, :3], torch.tensor([-1.0, 0, 127 / 128]))

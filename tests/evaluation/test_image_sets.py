@@ -28,8 +28,8 @@ def names(images):
 
 
 def read(images, batch_size=2, workers=0):
-    parts = list(images.parts(None, batch_size, workers))
-    return torch.cat([part.stacked for part in parts]), [d for p in parts for d in p.digests]
+    parts = list(images.parts([None], batch_size, workers))
+    return torch.cat([part.stacked[0] for part in parts]), [d for p in parts for d in p.digests]
 
 
 def test_pictures_keep_their_size_and_lie_in_any_layout(tmp_path):
@@ -233,6 +233,79 @@ def test_samples_json_is_no_pipe(tmp_path):
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("mu", "sigma", "ref_feats")])
 def test_statistics_are_no_images_and_are_named_by_their_keys(tmp_path, keys):
     np.savez(tmp_path / "stats.npz", **dict.fromkeys(keys, np.zeros(3)))
-    words = f"holds {', '.join(keys)}: statistics of features, which cannot be read yet"
+    words = f"holds {', '.join(keys)}: statistics of features, and no images"
     with pytest.raises(UserError, match=words):
         open_set(str(tmp_path / "stats.npz"))
+
+
+# ---- classes -------------------------------------------------------------------------------------
+
+
+def labels(images, workers=0):
+    parts = list(images.parts([], 2, workers))
+    return [images.classes[i] if i >= 0 else None for part in parts for i in part.labels]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_classes_are_the_outermost_folders_of_a_folder_and_of_an_archive(tmp_path, workers):
+    for name in ("cat/x/a", "dog/b", "ant/c"):
+        save(tmp_path / "set" / f"{name}.png", pixels(4, 4))
+    for top in ("", "set/"):
+        with zipfile.ZipFile(tmp_path / f"{len(top)}.zip", "w") as archive:
+            for path in sorted((tmp_path / "set").rglob("*.png")):
+                archive.write(path, f"{top}{path.relative_to(tmp_path / 'set')}")
+    for place in ("set", "0.zip", "4.zip"):
+        images = open_set(str(tmp_path / place))
+        assert list(images.classes) == ["ant", "cat", "dog"]
+        assert labels(images, workers) == ["ant", "cat", "dog"]
+    save(tmp_path / "set" / "loose.png", pixels(4, 4))
+    assert labels(open_set(str(tmp_path / "set"))) == [None] * 4
+
+
+def test_classes_are_the_labels_of_an_npz_where_they_fit_it(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=pixels(3, 4, 4, 3), arr_1=np.array([1, 0, 1]))
+    np.savez(tmp_path / "b.npz", arr_0=pixels(3, 4, 4, 3), arr_1=np.array([1, 0]))
+    images = open_set(str(tmp_path / "a.npz"))
+    assert labels(images) == [images.classes[1], images.classes[0], images.classes[1]]
+    assert labels(open_set(str(tmp_path / "b.npz"))) == [None] * 3
+
+
+def test_samples_tell_their_classes_and_how_they_were_made(tmp_path):
+    entries = [
+        {"file": f"{i}.png", "seed": i, "label": i % 2, "class": "ab"[i % 2]} for i in (4, 5, 6)
+    ]
+    for i in (4, 5, 6):
+        save(tmp_path / f"{i}.png", pixels(4, 4))
+    record = {"samples": entries, "images": 640, "weights": "ema", "evaluations": 9, "guide": None}
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    images = open_set(str(tmp_path))
+    assert labels(images) == ["a", "b", "a"]
+    facts = {"trained_images": 640, "weights": "ema", "evaluations": 9, "seeds": [4, 6]}
+    assert images.record == {"place": str(tmp_path), "kind": "folder", **facts}
+
+
+def test_pictures_are_read_again_by_their_index(tmp_path):
+    array = pixels(3, 4, 5, 3)
+    np.savez(tmp_path / "a.npz", arr_0=array)
+    found = open_set(str(tmp_path / "a.npz")).pictures([2, 0])
+    np.testing.assert_array_equal(torch.stack(found).permute(0, 2, 3, 1), array[[2, 0]])
+
+
+def test_samples_told_by_their_seeds_have_their_classes_in_lines(tmp_path):
+    from hdit.evaluation.recipes import beside, of_folder
+
+    record = {
+        "images": 640, "weights": "ema", "labels": {"kind": "balanced", "number": 2},
+        "seeds": {"first": 4, "number": 3}, "digits": 6,
+    }  # fmt: skip
+    facts = {"weights": "ema", "trained_images": 640, "labels": "balanced", "seeds": [4, 6]}
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    lines = [json.dumps({"file": f"{i}.png", "class": "ab"[i % 2]}) for i in (4, 5, 6)]
+    assert of_folder(tmp_path, 3) == (facts, [], [])
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    assert of_folder(tmp_path, 3) == (facts, ["a", "b"], [0, 1, 0])
+    assert of_folder(tmp_path, 2) == (facts, [], [])
+    for name, place in (("x", "x.npz"), ("x", "x-{00..07}.tar"), ("y", "y.tar")):
+        (tmp_path / f"{name}.samples.json").write_text(json.dumps(record))
+        assert beside(str(tmp_path / place), place.rpartition(".")[2]) == facts
+    assert beside(str(tmp_path / "z.npz"), "npz") == {}

@@ -116,5 +116,5 @@ def _held(names: list[str]) -> str:
     """What a file holds that has no images, in words."""
     held = f"it holds {', '.join(names) or 'nothing'}"
     if {"mu", "sigma"} <= set(names):
-        return f"{held}: statistics of features, which cannot be read yet; name the images"
+        return f"{held}: statistics of features, and no images; name the images"
     return held

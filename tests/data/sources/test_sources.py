@@ -457,7 +457,7 @@ def test_folder_refuses_an_index_beyond_its_end(tmp_path):
 
 def test_npz_of_statistics_is_no_images_and_says_so(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(DataError, match=r"it holds mu, sigma: statistics .* cannot be read yet"):
+    with pytest.raises(DataError, match=r"it holds mu, sigma: statistics .* and no images"):
         NpzSpec(path=str(tmp_path / "stats.npz"), size=4).open()
 
 
