@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from hdit.names import path_of
 from hdit.reading import ReadingError, parse_json, read_json, read_text
+from hdit.sampling.record import LINES, MAX_RECORD, SAMPLES
 
-RECORD, LINES = "samples.json", "samples.jsonl"
-MAX_RECORD = 2**28  # bytes, of some two million samples
 FACTS = ("checkpoint", "weights", "sampling", "sigma_range", "evaluations", "guide", "macs")
 
 
@@ -68,7 +67,7 @@ def _classes(entries: Sequence[Any]) -> tuple[list[str], list[int]]:
 def of_folder(folder: Path, number: int) -> Recipe:
     """What samples.json and samples.jsonl tell of so many samples in a folder."""
     try:
-        content = read_json(folder / RECORD, MAX_RECORD)
+        content = read_json(folder / SAMPLES, MAX_RECORD)
     except (FileNotFoundError, ReadingError):
         return NONE
     try:
@@ -87,7 +86,7 @@ def beside(place: str, kind: str) -> dict[str, Any]:
     if kind == "tar":
         base = re.sub(r"[-_.]*\{.*\}[-_.]*", "", base) or "samples"
     try:
-        content = read_json(path.with_name(f"{base}.{RECORD}"), MAX_RECORD)
+        content = read_json(path.with_name(f"{base}.{SAMPLES}"), MAX_RECORD)
     except (OSError, ReadingError):
         return {}
     return recipe_of(content).facts
