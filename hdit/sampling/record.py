@@ -25,7 +25,7 @@ from hdit.errors import UserError
 from hdit.limits import MAX_SAMPLES
 from hdit.names import escape
 from hdit.protocols import NULL_LABEL
-from hdit.reading import ReadingError, parse_json, read_json, read_text
+from hdit.reading import ReadingError, read_json
 from hdit.runs.trained import Trained
 
 SAMPLES, LINES, GRID = "samples.json", "samples.jsonl", "grid.png"
@@ -281,35 +281,6 @@ def _named_by_seed(content: dict[str, Any], record: str) -> Iterator[str]:
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a file beside another, and leads nowhere else."""
     return name == Path(name).name and name not in ("", "..") and "\0" not in name
-
-
-def labels_of(record: Path) -> list[int | None]:
-    """The label of each image that a samples.json tells of, in its order; None for no class.
-
-    Raises UserError where the record, or the samples.jsonl beside it, is damaged.
-    """
-    content = read_record(record)
-    names = sample_names(content, str(record))
-    samples = content.get("samples")
-    if samples is None:
-        samples = _read_lines(record.with_name(LINES), len(names))
-    labels: list[int | None] = []
-    for index, entry in enumerate(samples):
-        label = entry.get("label") if isinstance(entry, dict) else "?"
-        if label is not None and (type(label) is not int or label < 0):
-            raise UserError(f"{record}: the label of image {index} is {label!r:.60}; mend it")
-        labels.append(label)
-    return labels
-
-
-def _read_lines(path: Path, number: int) -> list[Any]:
-    try:
-        lines = read_text(path, MAX_RECORD).splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: is not there; sample again, and the file is written") from None
-    if len(lines) != number:
-        raise UserError(f"{path}: has {len(lines)} lines for {number} images; sample them again")
-    return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
 
 
 def mean_evaluations(counts: list[tuple[int, int]]) -> int | None:

@@ -52,17 +52,15 @@ def told(tmp_path, content, lines=None):
     return tmp_path / "samples.json"
 
 
-def test_record_gives_the_names_and_labels_of_its_images(tmp_path):
+def test_record_gives_the_names_of_its_images(tmp_path):
     path = told(tmp_path, {"seeds": {"first": 98, "number": 5}, "digits": 6}, PLAN.lines())
     assert record.read_samples(path) == [f"{PLAN.name(index)}.png" for index in range(5)]
-    assert record.labels_of(path) == [3, None, 3, None, 3]
 
 
 def test_record_of_an_older_version_gives_them_too(tmp_path):
     entries = [{"file": "7.png", "seed": 7, "label": 2}, {"file": "9.png", "label": None}]
     path = told(tmp_path, {"samples": entries})
     assert record.read_samples(path) == ["7.png", "9.png"]
-    assert record.labels_of(path) == [2, None]
 
 
 @pytest.mark.parametrize(
@@ -79,18 +77,6 @@ def test_record_of_an_older_version_gives_them_too(tmp_path):
 def test_record_that_is_damaged_is_named(tmp_path, content, message):
     with pytest.raises(UserError, match=rf"samples.json: {message}"):
         record.read_samples(told(tmp_path, content))
-
-
-def test_lines_that_are_no_record_are_named(tmp_path):
-    content = {"seeds": {"first": 98, "number": 5}, "digits": 6}
-    with pytest.raises(UserError, match=r"samples.jsonl: is not there"):
-        record.labels_of(told(tmp_path, content))
-    with pytest.raises(UserError, match=r"samples.jsonl: has 1 lines for 5 images"):
-        record.labels_of(told(tmp_path, content, ["{}\n"]))
-    with pytest.raises(UserError, match=r"samples.jsonl, line 2: not valid JSON"):
-        record.labels_of(told(tmp_path, content, ["{}\n", "{\n", *["{}\n"] * 3]))
-    with pytest.raises(UserError, match=r"the label of image 0 is 'x'"):
-        record.labels_of(told(tmp_path, content, ['{"label": "x"}\n'] * 5))
 
 
 def test_mean_of_evaluations_is_over_images():
