@@ -31,7 +31,6 @@ from hdit.tensors import NotFiniteError
 from hdit.training.distributed import clip_gradient
 from hdit.training.grid import Sampler
 from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_step
-from hdit.training.hosts import Hosts
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
@@ -65,14 +64,13 @@ class Trainer:
         """`opened` is space and data in place of the config's own."""
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
-        self.accelerator, hosts = open_processes(folder.name, limit, self._print)
-        self.hosts = Hosts(hosts)
+        self.accelerator, self.hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         track = config.training.track if self.main else ()
         self.tracking = Tracking(track, self.run, self._warn)
         with self._alone():
             setup = prepare(
-                config, self.run, self.accelerator, hosts, self._say, self._warn, opened
+                config, self.run, self.accelerator, self.hosts, self._say, self._warn, opened
             )
             self.hosts.meet()  # as the main process may take a new folder away again
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
@@ -89,7 +87,7 @@ class Trainer:
         if setup.found:
             self._stand_at(setup.found.state)
         self.interrupts = Interrupts(self.hosts)
-        self.validation = setup.validation(self.device, hosts, self._name_skipped)
+        self.validation = setup.validation(self.device, self.hosts, self._name_skipped)
         self.sampler = Sampler(
             *(self.ema, self.config, self.shape, self.space),
             *(self.device, self.parallel, self.interrupts),
