@@ -155,6 +155,8 @@ KEYS = (
 """The numbers of a line of metrics that are kept, besides the loss in BINS bins of sigma."""
 
 BINS = 8
+"""Octiles of the training density, by which losses are told."""
+
 CHUNK = 2**14  # lines
 
 

@@ -21,8 +21,9 @@ from hdit.data.held_out import Divisible, naming_held_out
 from hdit.data.source import Skipped
 from hdit.latents.store import Latents
 from hdit.protocols import DataShape, Network, Space
+from hdit.runs.history import BINS
 from hdit.training.hosts import Hosts
-from hdit.training.objective import BINS, Objective, bins_of, sigma_edges, validation_u
+from hdit.training.objective import Objective, bins_of, sigma_edges, validation_u
 
 
 class _Part(NamedTuple):
