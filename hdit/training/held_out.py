@@ -35,12 +35,12 @@ def hold_out(
     config: RunConfig,
     space: object,
     source: Source | Stream,
-    hosts: Hosts,
+    hosts: Hosts | None,
     say: Say,
 ) -> Divided:
     """Divides the images of a run as data.held_out has it. Every process of `hosts` calls it.
 
-    Raises DataError where that cannot be.
+    `hosts` is None for a single process. Raises DataError where that cannot be.
     """
     setting = config.data.held_out
     if setting is None:
@@ -53,12 +53,12 @@ def hold_out(
     return Divided(training, held_out, list(range(len(source.classes))))
 
 
-def hash_together(source: Divisible, hosts: Hosts, say: Say) -> np.ndarray:
+def hash_together(source: Divisible, hosts: Hosts | None, say: Say) -> np.ndarray:
     """(n,) uint64: the hashes of all images, of which each process of `hosts` makes its part.
 
     Raises ProcessError where they see different numbers of images.
     """
-    number, began = len(source), time.monotonic()
+    hosts, number, began = hosts or Hosts(), len(source), time.monotonic()
     if number > MANY:
         say(f"hashing {number:,} images, by which they are held out")
     sizes = hosts.gathered(number)
