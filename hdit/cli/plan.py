@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from hdit.cli.output import plain_console
 from hdit.limits import MAX_BATCH, MAX_CLASSES, MAX_SAMPLES
 from hdit.messages import echo, say
 from hdit.names import printable
+
+if TYPE_CHECKING:
+    from hdit.planning.plan import Plan
 
 MAX_GPUS = 65_536
 
@@ -106,7 +109,6 @@ def plan(
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.files import to_json
-    from hdit.planning import tables
     from hdit.planning.measure import measure as measured_here
     from hdit.planning.model import classes_of, device_here, precision_for, process_memory
     from hdit.planning.plan import Asked, cut, known_peak, make_plan, to_dict
@@ -141,20 +143,27 @@ def plan(
         if note:
             echo(note)
         typer.echo(to_json(to_dict(planned), "the plan"))
-        return
-    console, s = plain_console(), planned.shape
+    else:
+        _print(planned, printable(config.stem), note)
+
+
+def _print(plan: Plan, name: str, note: str | None) -> None:
+    """Prints the tables of a plan, and what else to know."""
+    from hdit.planning import tables
+
+    console, s = plain_console(), plan.shape
     say(
         console,
-        f"{printable(config.stem)}: {settings.model.kind} at {s.channels} x {s.height} x "
-        f"{s.width}, {number} classes: {planned.parameters:,} parameters, "
-        f"{planned.macs / 1e9:,.4g} GMAC a forward pass of one image",
+        f"{name}: {plan.config.model.kind} at {s.channels} x {s.height} x {s.width}, "
+        f"{s.num_classes} classes: {plan.parameters:,} parameters, "
+        f"{plan.macs / 1e9:,.4g} GMAC a forward pass of one image",
     )
-    console.print(tables.memory_of_modes(planned))
-    if planned.asked.card:
-        console.print(tables.fits_table(planned))
-    if planned.hours:
-        console.print(tables.time_table(planned))
-    for remark in tables.remarks(planned):
+    console.print(tables.memory_of_modes(plan))
+    if plan.asked.card:
+        console.print(tables.fits_table(plan))
+    if plan.hours:
+        console.print(tables.time_table(plan))
+    for remark in tables.remarks(plan):
         say(console, remark)
     if note:
         say(console, note)

@@ -294,7 +294,7 @@ def test_training_never_draws_what_is_held_out(tiny, tmp_path):
         for source in (trainer.source, trainer.setup.images.held_out.source)
     )
     assert not ours & theirs
-    stream = trainer._open_stream()
+    stream = trainer.open_stream()
     drawn = [next(stream).images for _ in range(2 * len(trainer.source) // 16)]
     assert {image.numpy().tobytes() for image in torch.cat(drawn)} == ours
 
