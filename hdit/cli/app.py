@@ -54,11 +54,10 @@ app = typer.Typer(
     epilog="Start with:  hdit train digits-hdit",
 )
 app.callback()(_root)
+for verb in (train.train, watch.watch, sample.sample, evaluate.evaluate):
+    app.command()(verb)
+app.command(cls=ema.ManyNumbers)(ema.ema)
 for verb in (
-    train.train,
-    watch.watch,
-    sample.sample,
-    evaluate.evaluate,
     encode.encode,
     convert.convert,
     info.info,
@@ -67,8 +66,6 @@ for verb in (
     doctor.doctor,
 ):
     app.command()(verb)
-
-app.command(cls=ema.ManyNumbers)(ema.ema)
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."
