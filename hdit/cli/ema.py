@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from hdit.cli.options import finite
 from hdit.cli.output import plain_console, progress, warn
 from hdit.limits import MAX_DECAY, MAX_IMAGES, MAX_RELATIVE_WIDTH, MIN_RELATIVE_WIDTH
+from hdit.names import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,20 +101,21 @@ def ema(
         task = bar.add_task("reading averages", total=None)
         made = make(run, wanted, at, overwrite, warn, lambda: bar.advance(task), validate=validate)
     plain_console().print(_table(made, validate))
+    for one in made:  # each whole, in a line that can be copied
+        typer.echo(printable(str(one.path)))
 
 
 def _table(made: list[Made], validated: bool) -> Table:
     """A row for each average."""
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    path = Column("model", overflow="fold")  # whole, however long it is
     losses = ("validation loss", "x0 error") if validated else ()
-    table = Table("average", "gamma", "snapshots", "profile error", *losses, path)
+    table = Table("average", "gamma", "snapshots", "profile error", *losses)
     for one in made:
         gamma = "" if one.wanted.gamma is None else f"{one.wanted.gamma:.4f}"
         name = f"{one.wanted.kind} {one.wanted.value:g}"
         told = [_number(one.losses[key]) for key in ("loss", "x0")] if one.losses else []
-        table.add_row(name, gamma, str(one.snapshots), f"{one.error:.2%}", *told, str(one.path))
+        table.add_row(name, gamma, str(one.snapshots), f"{one.error:.2%}", *told)
     return table
 
 

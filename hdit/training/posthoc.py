@@ -10,7 +10,7 @@ from typing import Any
 from hdit.config.schema import EMASpec
 from hdit.data.kinds import kind_of_model
 from hdit.data.source import Skipped
-from hdit.device import default_device, float32_products
+from hdit.device import default_device, float32_products, precision_on
 from hdit.errors import UserError
 from hdit.files import check_writable, whole
 from hdit.interop import Contents
@@ -196,7 +196,8 @@ def _validation(last: Checkpoint, warn: Callable[[str], None]) -> Validation:
 def _measured(made: Made, validation: Validation) -> Made:
     """With its losses."""
     network = Trained.open(made.path).network().to(validation.device)
-    with float32_products(validation.config.training.precision):
+    precision = precision_on(validation.device, validation.config.training.precision)
+    with float32_products(precision):
         found = validation.measure({made.path.name: network})
     assert found is not None, "nothing ends it early"
     return replace(made, losses=found["weights"][made.path.name])

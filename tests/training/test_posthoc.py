@@ -262,6 +262,7 @@ def test_command_makes_models_of_widths(averaged, copied, hdit, tmp_path):
     assert all(text in out for text in ("width 0.05", "16.9722", "width 0.07", "decay 0.95"))
     folder = copied / "ema" / checkpoint.folder_name(STEPS * STEP)
     assert "…" not in out
+    assert str(folder / "width-0.07") in out.splitlines()
     names = ["decay-0.95", "width-0.05", "width-0.07", "width-0.2"]
     assert sorted(path.name for path in folder.iterdir()) == names
     tracked = checkpoint.find(averaged, print).tensors("ema-width-0.05")
