@@ -29,7 +29,7 @@ def memory_of_modes(plan: Plan) -> Table:
 
     def row(name: str, sizes: list[int]) -> None:
         if any(sizes):
-            table.add_row(name, *(f"{size / 2**30:.3g}" for size in sizes))
+            table.add_row(name, *(_gib(size) for size in sizes))
 
     held = [step.memory for step in plan.steps]
     row("weights", [m.weights for m in held])
@@ -61,7 +61,7 @@ def fits_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for fit in plan.fits:
         cells = [f"{fit.images:,}", f"{fit.accumulate:,}"] if fit.images else ["none fits", ""]
-        table.add_row(fit.mode.title, *cells, f"{fit.peak / 2**30:.3g}")
+        table.add_row(fit.mode.title, *cells, _gib(fit.peak))
     return table
 
 
@@ -119,4 +119,10 @@ def remarks(plan: Plan) -> Iterator[str]:
 
 
 def _size(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+    return f"{_gib(number)} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+
+
+def _gib(number: int) -> str:
+    """GiB to three digits, and never with an exponent where there are many."""
+    gib = number / 2**30
+    return f"{gib:,.0f}" if gib >= 999.5 else f"{gib:.3g}"

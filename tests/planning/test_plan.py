@@ -12,7 +12,7 @@ from hdit.models import build, memory
 from hdit.models.cost import cost
 from hdit.models.memory import Memory, training_memory
 from hdit.models.peaks import PEAKS, peak_flops
-from hdit.planning import measure
+from hdit.planning import measure, tables
 from hdit.planning.model import Mode
 from hdit.planning.plan import Asked, cut, largest, make_plan, to_dict
 from hdit.protocols import Cond
@@ -66,6 +66,16 @@ def macs_of(settings) -> int:
 def test_peak_is_known_of_a_device_as_torch_names_it(name, known):
     for precision in ("fp32", "tf32", "bf16"):
         assert peak_flops(name, precision) == (PEAKS[known][precision] if known else None)
+
+
+def test_disk_of_many_gib_is_told_without_an_exponent(load, no_passes):
+    plan = make_plan(
+        load("training.images=1600000000", "training.checkpoint_every=16"), 10, PLANNED
+    )
+    checkpoints, each = 10**8, 16 * plan.parameters
+    told = f"{checkpoints * each / 2**30:,.0f} GiB in all on the disk"
+    assert len(told.split(",")) > 1
+    assert next(tables.remarks(plan)).endswith(told)
 
 
 # ---- time ----------------------------------------------------------------------------------------
