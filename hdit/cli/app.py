@@ -54,11 +54,10 @@ app = typer.Typer(
     epilog="Start with:  hdit train digits-hdit",
 )
 app.callback()(_root)
-for verb in (
-    train.train,
-    watch.watch,
-    sample.sample,
-    evaluate.evaluate,
+for verb in (train.train, watch.watch, sample.sample, evaluate.evaluate):
+    app.command()(verb)
+app.command(cls=ema.ManyNumbers)(ema.ema)
+for tool in (
     encode.encode,
     convert.convert,
     info.info,
@@ -66,9 +65,7 @@ for verb in (
     configs.configs,
     doctor.doctor,
 ):
-    app.command()(verb)
-
-app.command(cls=ema.ManyNumbers)(ema.ema)
+    app.command()(tool)
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."

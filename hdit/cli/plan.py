@@ -20,7 +20,9 @@ MAX_GPUS = 65_536
 
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option(min=1, max=MAX_GPUS, help="How many train it.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, max=MAX_GPUS, help="How many train it; on a CPU, processes.")
+    ] = 1,
     device: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +60,9 @@ def plan(
     ] = False,
     price: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, max=1e9, callback=finite, help="Of an hour of one GPU."),
+        typer.Option(
+            metavar="X", min=0, max=1e9, callback=finite, help="Price of an hour of one GPU."
+        ),
     ] = None,
     evaluate: Annotated[
         int,
@@ -76,7 +80,7 @@ def plan(
             min=1e-3,
             max=1e6,
             callback=finite,
-            help="Of a GPU: tells which batch fits with which settings.",
+            help="Memory of a GPU, to tell which batch fits with which settings.",
         ),
     ] = None,
     batch: Annotated[
@@ -98,7 +102,7 @@ def plan(
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print what training will cost: memory of each GPU, hours, money and disk.
+    """Print what training will cost: memory, hours, money and disk.
 
     Hours come from a GPU's peak and the share of it that is reached, or from steps that are timed
     here. Memory is told for the config as it is, with gradient checkpointing and, on several GPUs,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from hdit.planning.model import operators_on
 from hdit.planning.plan import USABLE, Plan
-from hdit.runs.saver import size_text
+from hdit.runs.saver import gib_text, size_text
 
 
 def memory_of_modes(plan: Plan) -> Table:
@@ -30,7 +30,7 @@ def memory_of_modes(plan: Plan) -> Table:
 
     def row(name: str, sizes: list[int]) -> None:
         if any(sizes):
-            table.add_row(name, *(f"{size / 2**30:.3g}" for size in sizes))
+            table.add_row(name, *(gib_text(size) for size in sizes))
 
     held = [step.memory for step in plan.steps]
     row("weights", [m.weights for m in held])
@@ -62,7 +62,7 @@ def fits_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for fit in plan.fits:
         cells = [f"{fit.images:,}", f"{fit.accumulate:,}"] if fit.images else ["none fits", ""]
-        table.add_row(fit.mode.title, *cells, f"{fit.peak / 2**30:.3g}")
+        table.add_row(fit.mode.title, *cells, gib_text(fit.peak))
     return table
 
 

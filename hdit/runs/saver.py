@@ -195,7 +195,13 @@ def disk_need(folder: Path, parameters: int, training: TrainingSpec, images: int
 
 def size_text(number: int) -> str:
     """Bytes in words."""
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+    return f"{gib_text(number)} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+
+
+def gib_text(number: int) -> str:
+    """GiB to three digits, and never with an exponent where there are many."""
+    gib = number / 2**30
+    return f"{gib:,.0f}" if gib >= 999.5 else f"{gib:.3g}"
 
 
 def dispensable(images: list[int], keep: KeepSpec, losses: Mapping[int, float]) -> list[int]:

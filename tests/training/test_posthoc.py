@@ -15,7 +15,7 @@ from hdit.runs.saver import need
 from hdit.runs.snapshots import combine, open_snapshots
 from hdit.runs.trained import Trained
 from hdit.training.ema import DecayProfile, PowerProfile, gamma_of, reconstruct
-from hdit.training.posthoc import _parts
+from hdit.training.posthoc import Wanted, _parts, make
 from hdit.training.trainer import Trainer
 
 STEP = 16  # images
@@ -263,6 +263,7 @@ def test_command_makes_models_of_widths(averaged, copied, parts, hdit, tmp_path)
     assert all(text in out for text in ("width 0.05", "16.9722", "width 0.07", "decay 0.95"))
     folder = copied / "ema" / checkpoint.folder_name(STEPS * STEP)
     assert "…" not in out
+    assert str(folder / "width-0.07") in out.splitlines()
     names = ["decay-0.95", "width-0.05", "width-0.07", "width-0.2"]
     assert sorted(path.name for path in folder.iterdir()) == names
     tracked = checkpoint.find(averaged, print).tensors("ema-width-0.05")
@@ -341,6 +342,31 @@ def test_profile_that_is_hardly_met_is_warned_of(copied, hdit):
     assert status == 0
     assert "width 0.02: its profile is met to" in err
     assert "training.ema.snapshot_every" in err
+
+
+def test_command_measures_averages_on_the_held_out_images_as_training_did(tiny, tmp_path, hdit):
+    """To the last digit: the average of a width that the run kept is the same average."""
+    run = tmp_path / "run"
+    held = ["data.held_out=0.2", "training.validate_images=16", f"training.images={4 * STEP}"]
+    settings = config.load(tiny, [*OVERRIDES, *held, f"training.checkpoint_every={4 * STEP}"])
+    assert Trainer(settings, run).fit()
+    line = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    expected = line["weights"]["ema-width-0.05"]
+    wanted = [Wanted("width", 0.05), Wanted("width", 0.2)]
+    kept, other = make(run, wanted, None, False, print, validate=True)
+    assert kept.losses == expected
+    assert other.losses["loss"] != expected["loss"]
+    status, out, err = hdit("ema", run, "--width", 0.1, "--validate")
+    assert status == 0, err
+    loss = line["weights"]["ema-width-0.1"]["loss"]
+    assert f"{loss:.6g}" in " ".join(out.split())
+
+
+def test_command_without_held_out_images_measures_and_makes_nothing(averaged, hdit):
+    status, _, err = hdit("ema", averaged, "--width", 0.1, "--validate")
+    assert (status, err.count("error: ")) == (1, 1)
+    assert "--validate: the run has no held-out images; data.held_out names them" in err
+    assert not (averaged / "ema").exists()
 
 
 # ---- which weights are used ----------------------------------------------------------------------
