@@ -199,6 +199,10 @@ class RunFolder:
         lines = read_lines(path).good
         return lines[-1].values if lines else {}
 
+    def validated(self) -> set[int]:
+        """The images after which there is a line of validation."""
+        return {line.images for line in read_lines(self.validation).good}
+
     def validation_losses(self, weights: str = "ema") -> dict[int, float]:
         """The validation loss of these weights after so many images, where it was finite."""
         lines = read_lines(self.validation, is_validation).good

@@ -146,7 +146,7 @@ class Trainer:
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
                 del stream  # ends its workers, while signals still wait
-        if self.signalled and self._lacks_grid():
+        if self.signalled and (self._lacks_grid() or self._lacks_validation()):
             finished = False
         if not finished:
             why = "interrupted" if self.signalled else "time is up"
@@ -195,8 +195,10 @@ class Trainer:
             every = t.ema.snapshot_every
             if every and (self.images >= t.images or self.images // every > before // every):
                 with self.metrics.paused():
-                    if not self._save_snapshot():  # before the checkpoint, which stands for it
-                        continue
+                    whole = self._save_snapshot()  # before the checkpoint, which stands for it
+                if not whole:
+                    self.metrics.drop()
+                    continue
             if save:
                 with self.metrics.paused():
                     if not self._save(stream.state()):
@@ -277,10 +279,21 @@ class Trainer:
 
     def _make_up_validation(self) -> bool:
         """Does what a signal has cut off; returns as `_validate`."""
-        line = self.run.last_line(self.run.validation) if self.main else {}
-        due = self._is_validation_due(line.get("images", 0), True, self._is_at_end())
-        lacks = self.main and due and line.get("images") != self.images
-        return self.hosts.any_of(lacks) and self._validate()
+        if not self.hosts.any_of(self._lacks_validation()):
+            return False
+        stopped = self._validate()
+        if self.main:
+            self.run.name_best()  # the checkpoint is there already, and no later one may come
+        return stopped
+
+    def _lacks_validation(self) -> bool:
+        """Whether there should be a line for the present images, and this process writes it."""
+        if not self.main:
+            return False
+        validated = self.run.validated()
+        before = max((n for n in validated if n < self.images), default=0)
+        due = self._is_validation_due(before, True, self._is_at_end())
+        return due and self.images not in validated
 
     def _is_signalled(self) -> bool:
         """Whether a signal came: to any process, where a sharded network has all do the same."""

@@ -144,6 +144,7 @@ def runs(trained, tmp_path_factory):
     for name in ("held-one", "held-fsdp"):  # at their end, and validated anew
         shutil.copytree(folder / "held", folder / name)
         (folder / name / "validation.jsonl").unlink()
+    (folder / "again" / "samples" / f"{half}.png").unlink()  # is made before any step
     together(
         folder,
         (folder / "again", toml, [FSDP], ""),
