@@ -291,6 +291,7 @@ class _LastWords:
         self.end = time.monotonic() + GRACE
         self.said = {self.rank: "" if self.is_of_another else str(error) or type(error).__name__}
         with suppress(RuntimeError):  # of a store that is gone with rank 0
+            self._take_in()  # before it speaks, as rank 0 may end when all have
             self.store.set(str(self.rank), self.said[self.rank])
 
     def told_for_all(self) -> BaseException:
@@ -320,12 +321,16 @@ class _LastWords:
         """Takes in what others say, until it is enough, all have spoken, or time is up."""
         while not enough() and len(self.said) < self.size and time.monotonic() < self.end:
             try:
-                for rank in range(self.size):
-                    if rank not in self.said and self.store.check([str(rank)]):
-                        self.said[rank] = self.store.get(str(rank)).decode()
+                self._take_in()
             except RuntimeError:
                 return
             time.sleep(POLL)
+
+    def _take_in(self) -> None:
+        """Reads what others have said by now. Raises RuntimeError where the store is gone."""
+        for rank in range(self.size):
+            if rank not in self.said and self.store.check([str(rank)]):
+                self.said[rank] = self.store.get(str(rank)).decode()
 
     def _of_the_lost(self) -> ProcessError:
         silent = [str(rank) for rank in range(self.size) if rank not in self.said]

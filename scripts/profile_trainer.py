@@ -72,7 +72,7 @@ def watch(trainer: Trainer, clock: Clock) -> None:
     trainer.optimizer.step = clock.timed("optimizer", trainer.optimizer.step)  # type: ignore[method-assign]
     trainer.objective = clock.timed("noise, sigma, loss", trainer.objective)  # type: ignore[assignment]
     trainer._log = clock.timed("metrics", trainer._log)  # type: ignore[method-assign]
-    trainer._is_lost = clock.timed("guards", trainer._is_lost)  # type: ignore[method-assign]
+    trainer.is_lost = clock.timed("guards", trainer.is_lost)  # type: ignore[method-assign]
     trainer.guard.judge = clock.timed("guards", trainer.guard.judge)  # type: ignore[method-assign]
     trainer.averages.update = clock.timed("EMA", trainer.averages.update)  # type: ignore[method-assign]
     module.clip_gradient = clock.timed("gradient norm, clipping", module.clip_gradient)

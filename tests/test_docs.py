@@ -52,9 +52,11 @@ NOT_RUN = {
     "python scripts/profile_trainer.py hdit-oxford-flowers --batch-size 4 --steps 10 "
     "--set training.workers=0": "a minute, on a quiet machine",
     "hdit plan digits-hdit --measure": "ten seconds; tests/planning measures a tiny model",
+    "hdit plan digits-hdit --measure --set training.images=6400 --set "
+    "training.checkpoint_every=3200": "likewise",
     "hdit plan hdit-ffhq1024 --gpu H100 --gpus 64 --mfu 0.4 --price 2.5": "likewise",
     'hdit plan dit-xl-2-256 --gpu "RTX 4090" --memory 24': "likewise",
-    "python scripts/table_plans.py": "a minute; test_table_plans.py checks it",
+    "python scripts/table_plans.py": "minutes; test_table_plans.py checks it",
     "sbatch scripts/slurm.sbatch CONFIG --run DIR": "SLURM; tests/test_slurm.py has a stand-in",
     "hdit watch runs/a runs/b --serve": "goes on until Ctrl-C; tests/cli/test_watch.py serves",
     "hdit train configs/hdit-ffhq1024.toml": "a GPU",

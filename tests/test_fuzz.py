@@ -289,7 +289,7 @@ def wrong_command(rng, run):
         "train": ["tiny.toml"], "info": ["tiny.toml"], "encode": ["tiny.toml"],
         "plan": ["tiny.toml"], "doctor": ["--fast"], "watch": [run],
         "sample": [model, "-n", 1], "convert": [run, "out"], "evaluate": ["digits-hdit", "empty"],
-        "configs": ["digits-hdit"], "data check": ["empty"],
+        "configs": ["digits-hdit"], "data check": ["empty"], "ema": [run, "--width", "0.1"],
     }[verb]  # fmt: skip
     known = list(options(verb))
     numbers = [name for name, kinds in known if {int, float} & kinds]

@@ -225,6 +225,30 @@ def test_process_that_outlives_a_killed_one_says_so_in_one_line(address, monkeyp
     assert not dist.is_initialized()
 
 
+class Leaving(dist.HashStore):
+    """A store that is gone once this process has spoken, as rank 0 then ends."""
+
+    def set(self, key, value):
+        super().set(key, value)
+        self.check = self.get = self.fail
+
+    def fail(self, *arguments):
+        raise RuntimeError("connection closed")
+
+
+def test_words_of_rank_0_are_read_before_its_store_may_go(monkeypatch):
+    """Rank 0 told its error, and rank 1 must not add that it had gone without a word."""
+    store = Leaving()
+    dist.HashStore.set(store, "0", "the disk is full")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    words = processes._LastWords(RuntimeError("[gloo/transport/tcp/pair.cc:538] closed by peer"))
+    assert isinstance(words.told_for_all(), SystemExit)
+
+
 def test_errors_that_are_not_of_a_lost_process_pass(address):
     with pytest.raises(RuntimeError, match="of gloo, but no group"), closing():
         raise RuntimeError("of gloo, but no group")

@@ -61,6 +61,10 @@ for verb in (
     sample.sample,
     evaluate.evaluate,
     compare.compare,
+):
+    app.command()(verb)
+app.command(cls=ema.ManyNumbers)(ema.ema)
+for tool in (
     encode.encode,
     convert.convert,
     info.info,
@@ -68,9 +72,7 @@ for verb in (
     configs.configs,
     doctor.doctor,
 ):
-    app.command()(verb)
-
-app.command(cls=ema.ManyNumbers)(ema.ema)
+    app.command()(tool)
 
 data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at a data set before a run."

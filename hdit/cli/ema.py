@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from hdit.cli.options import finite
 from hdit.cli.output import plain_console, progress, warn
 from hdit.limits import MAX_DECAY, MAX_IMAGES, MAX_RELATIVE_WIDTH, MIN_RELATIVE_WIDTH
+from hdit.names import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,19 +52,21 @@ def ema(
     width: Annotated[
         list[float] | None,
         typer.Option(
+            metavar="X [X ...]",
             min=MIN_RELATIVE_WIDTH,
             max=MAX_RELATIVE_WIDTH,
             callback=finite,
-            help="Relative width (sigma_rel) of a power-function average; several may follow.",
+            help="Relative width (sigma_rel) of a power-function average.",
         ),
     ] = None,
     decay: Annotated[
         list[float] | None,
         typer.Option(
+            metavar="X [X ...]",
             min=0,
             max=MAX_DECAY,
             callback=finite,
-            help="Largest decay of a plain average, with the run's warm-up; several may follow.",
+            help="Largest decay of a plain average, with the run's warm-up.",
         ),
     ] = None,
     at: Annotated[
@@ -75,11 +78,15 @@ def ema(
             help="After so many images, where there is a snapshot.  [default: the last]",
         ),
     ] = None,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Measure each on the held-out images of the run."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace models that were made before.")
     ] = False,
 ) -> None:
-    """Make averages of the weights that a run did not keep, from its snapshots of those it did.
+    """Make other averages of a run's weights from its snapshots.
 
     Each becomes a model in RUN/ema/<images>, which `hdit sample` and `hdit evaluate` take. See
     docs/ema.md.
@@ -92,18 +99,25 @@ def ema(
         raise UserError("--width: name one or more, as in --width 0.05 0.1 0.15")
     with progress() as bar:
         task = bar.add_task("reading averages", total=None)
-        made = make(run, wanted, at, overwrite, warn, lambda: bar.advance(task))
-    plain_console().print(_table(made))
+        made = make(run, wanted, at, overwrite, warn, lambda: bar.advance(task), validate=validate)
+    plain_console().print(_table(made, validate))
+    for one in made:  # each whole, in a line that can be copied
+        typer.echo(printable(str(one.path)))
 
 
-def _table(made: list[Made]) -> Table:
+def _table(made: list[Made], validated: bool) -> Table:
     """A row for each average."""
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    path = Column("model", overflow="fold")  # whole, however long it is
-    table = Table("average", "gamma", "snapshots", "profile error", path)
+    losses = ("validation loss", "x0 error") if validated else ()
+    table = Table("average", "gamma", "snapshots", "profile error", *losses)
     for one in made:
         gamma = "" if one.wanted.gamma is None else f"{one.wanted.gamma:.4f}"
         name = f"{one.wanted.kind} {one.wanted.value:g}"
-        table.add_row(name, gamma, str(one.snapshots), f"{one.error:.2%}", str(one.path))
+        told = [_number(one.losses[key]) for key in ("loss", "x0")] if one.losses else []
+        table.add_row(name, gamma, str(one.snapshots), f"{one.error:.2%}", *told)
     return table
+
+
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.6g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,12 +12,17 @@ from hdit.limits import MAX_BATCH, MAX_CLASSES, MAX_SAMPLES
 from hdit.messages import echo, say
 from hdit.names import printable
 
+if TYPE_CHECKING:
+    from hdit.planning.plan import Plan
+
 MAX_GPUS = 65_536
 
 
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option(min=1, max=MAX_GPUS, help="How many train it.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, max=MAX_GPUS, help="How many train it; on a CPU, processes.")
+    ] = 1,
     device: Annotated[
         str | None,
         typer.Option(
@@ -55,7 +60,9 @@ def plan(
     ] = False,
     price: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, max=1e9, callback=finite, help="Of an hour of one GPU."),
+        typer.Option(
+            metavar="X", min=0, max=1e9, callback=finite, help="Price of an hour of one GPU."
+        ),
     ] = None,
     evaluate: Annotated[
         int,
@@ -73,7 +80,7 @@ def plan(
             min=1e-3,
             max=1e6,
             callback=finite,
-            help="Of a GPU: tells which batch fits with which settings.",
+            help="Memory of a GPU, to tell which batch fits with which settings.",
         ),
     ] = None,
     batch: Annotated[
@@ -95,7 +102,7 @@ def plan(
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print what training will cost: memory of each GPU, hours, money and disk.
+    """Print what training will cost: memory, hours, money and disk.
 
     Hours come from a GPU's peak and the share of it that is reached, or from steps that are timed
     here. Memory is told for the config as it is, with gradient checkpointing and, on several GPUs,
@@ -106,7 +113,6 @@ def plan(
     from hdit.device import keep_freed_memory
     from hdit.errors import UserError
     from hdit.files import to_json
-    from hdit.planning import tables
     from hdit.planning.measure import measure as measured_here
     from hdit.planning.model import classes_of, device_here, precision_for, process_memory
     from hdit.planning.plan import Asked, cut, known_peak, make_plan, to_dict
@@ -141,20 +147,27 @@ def plan(
         if note:
             echo(note)
         typer.echo(to_json(to_dict(planned), "the plan"))
-        return
-    console, s = plain_console(), planned.shape
+    else:
+        _print(planned, printable(config.stem), note)
+
+
+def _print(plan: Plan, name: str, note: str | None) -> None:
+    """Prints the tables of a plan, and what else to know."""
+    from hdit.planning import tables
+
+    console, s = plain_console(), plan.shape
     say(
         console,
-        f"{printable(config.stem)}: {settings.model.kind} at {s.channels} x {s.height} x "
-        f"{s.width}, {number} classes: {planned.parameters:,} parameters, "
-        f"{planned.macs / 1e9:,.4g} GMAC a forward pass of one image",
+        f"{name}: {plan.config.model.kind} at {s.channels} x {s.height} x {s.width}, "
+        f"{s.num_classes} classes: {plan.parameters:,} parameters, "
+        f"{plan.macs / 1e9:,.4g} GMAC a forward pass of one image",
     )
-    console.print(tables.memory_of_modes(planned))
-    if planned.asked.card:
-        console.print(tables.fits_table(planned))
-    if planned.hours:
-        console.print(tables.time_table(planned))
-    for remark in tables.remarks(planned):
+    console.print(tables.memory_of_modes(plan))
+    if plan.asked.card:
+        console.print(tables.fits_table(plan))
+    if plan.hours:
+        console.print(tables.time_table(plan))
+    for remark in tables.remarks(plan):
         say(console, remark)
     if note:
         say(console, note)

@@ -15,7 +15,7 @@ PORT = 8765
 def watch(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, which may be going on."),
+        typer.Argument(metavar="RUN", help="Folders of runs, which may be going on."),
     ],
     out: Annotated[
         Path | None,
@@ -34,7 +34,7 @@ def watch(
         ),
     ] = None,
 ) -> None:
-    """Draw runs in one page: curves, losses by noise level, samples, events, settings.
+    """Draw runs in one page: curves, samples, events, settings.
 
     The page is one HTML file that needs nothing else. With --serve it is not written, but served at
     an address of this machine until Ctrl-C, and follows runs that go on.

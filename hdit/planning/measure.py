@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hdit.config import RunConfig
 from hdit.data.batches import Batches, Layout
-from hdit.data.source import Sample, Skipped, Source, Stream
+from hdit.data.source import Sample, Source, Stream
 from hdit.device import (
     default_device,
     float32_products,
@@ -27,7 +27,6 @@ from hdit.device import (
 )
 from hdit.errors import UserError
 from hdit.latents.encode import open_training_source
-from hdit.names import printable
 from hdit.protocols import Space
 from hdit.sampling.sample import sample
 from hdit.spaces import PixelSpace
@@ -77,7 +76,7 @@ def measure(config: RunConfig, processes: int, classes: int, say: Say) -> Measur
     trainer = _Trainer.of(config, classes, say)
     precision = precision_on(trainer.device, trainer.config.training.precision)
     with float32_products(precision), closing(trainer.saver):
-        stream = trainer._open_stream()
+        stream = trainer.open_stream()
         steps = _timed_steps(trainer, stream)
         del stream  # ends its workers
         saving = _saving(trainer)
@@ -106,9 +105,6 @@ class _Trainer(Trainer):
 
     def _alone(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def _name_skipped(self, file: Skipped) -> None:
-        self._print(f"warning: skipped {printable(file.path)}: {file.reason}")
 
 
 class _Drawn:
@@ -155,7 +151,7 @@ def _timed_steps(trainer: _Trainer, stream: Batches) -> list[float]:
         trainer._step(stream)
         trainer.images += trainer.config.training.batch_size
         trainer.step += 1
-        trainer._is_lost(at_a_line=False)
+        trainer.is_lost(at_a_line=False)
         took.append(_now(trainer.device) - began)
         counted = took[WARM:]
         if len(counted) >= STEPS and sum(counted) >= SECONDS:
@@ -171,7 +167,7 @@ def _saving(trainer: _Trainer) -> float:
         "ema": trainer.ema.state_dict(),
         "optimizer": optimizer_tensors(trainer.backbone, trainer.optimizer),
     }
-    trainer._why_ruined(tensors)
+    trainer.why_ruined(tensors)
     for part in tensors.values():
         for tensor in part.values():
             tensor.detach().to("cpu", copy=True)

@@ -63,12 +63,6 @@ class Mode:
         return f"{self.parallel} {told}".strip()
 
 
-def averages_of(config: RunConfig) -> int:
-    """How many averages of the weights training keeps."""
-    ema = config.training.ema
-    return 1 + len(ema.decays) + len(ema.widths)
-
-
 def step_memory(
     config: RunConfig,
     shape: DataShape,
@@ -90,7 +84,7 @@ def step_memory(
         autocast=autocast_dtype(precision_for(config, device)),
         device=device,
         parts=parts,
-        averages=averages_of(config),
+        averages=config.training.ema.number,
         processes=processes,
         shards=shards,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from hdit.models.cost import cost
 from hdit.models.memory import Memory
 from hdit.models.peaks import PEAKS, peak_flops
 from hdit.planning.measure import Measured
-from hdit.planning.model import Mode, averages_of, precision_for, step_memory
+from hdit.planning.model import Mode, precision_for, step_memory
 from hdit.protocols import DataShape, PartCost
 from hdit.runs.saver import need
 from hdit.sampling.sample import evaluations
@@ -301,14 +302,12 @@ def _hours(
     checkpoints = -(-t.images // t.checkpoint_every)
     # A forward pass of a batch is a third of its training, or as fast as a grid's.
     passes = speed.evaluations_per_second or 3 * speed.images_per_second
-    validated = 0
-    if t.validate_every and t.validate_images:
-        rounds = t.images // t.validate_every
-        validated = rounds * t.validate_images * (1 + averages_of(config))
+    # All processes share grids by the image, and validation by the batch: the slowest one counts.
+    grid = -(-config.sampling.grid // asked.gpus)
     seconds = Hours(
         training=t.images / (speed.images_per_second * asked.gpus),
-        grids=checkpoints * config.sampling.grid * evaluated / passes,
-        validation=validated / passes / asked.gpus,
+        grids=checkpoints * grid * evaluated / passes,
+        validation=_validated(config, asked.gpus) / passes,
         checkpoints=checkpoints * speed.saving,
         evaluation=asked.evaluated * evaluated / passes / asked.gpus,
     )
@@ -318,6 +317,20 @@ def _hours(
             "is not measured"
         )
     return Hours(*(s / 3600 for s in asdict(seconds).values()))
+
+
+def _validated(config: RunConfig, gpus: int) -> int:
+    """Forward passes of one image that validation takes in one of so many processes, at most."""
+    t, size = config.training, config.sampling.batch_size
+    if not t.validate_every or not t.validate_images:
+        return 0
+    every, before = t.validate_every, t.images - 1
+    rounds = before // every + 1  # the last is at the end
+    if t.keep.best is not None:  # then also at each checkpoint
+        rounds += before // t.checkpoint_every - before // math.lcm(every, t.checkpoint_every)
+    batches = -(-t.validate_images // size)
+    images = min(t.validate_images, -(-batches // gpus) * size)
+    return rounds * images * (1 + t.ema.number)
 
 
 # ---- as JSON -------------------------------------------------------------------------------------

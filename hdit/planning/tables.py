@@ -8,6 +8,7 @@ from rich.table import Table
 
 from hdit.planning.model import operators_on
 from hdit.planning.plan import USABLE, Plan
+from hdit.runs.saver import gib_text, size_text
 
 
 def memory_of_modes(plan: Plan) -> Table:
@@ -29,7 +30,7 @@ def memory_of_modes(plan: Plan) -> Table:
 
     def row(name: str, sizes: list[int]) -> None:
         if any(sizes):
-            table.add_row(name, *(f"{size / 2**30:.3g}" for size in sizes))
+            table.add_row(name, *(gib_text(size) for size in sizes))
 
     held = [step.memory for step in plan.steps]
     row("weights", [m.weights for m in held])
@@ -61,7 +62,7 @@ def fits_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for fit in plan.fits:
         cells = [f"{fit.images:,}", f"{fit.accumulate:,}"] if fit.images else ["none fits", ""]
-        table.add_row(fit.mode.title, *cells, f"{fit.peak / 2**30:.3g}")
+        table.add_row(fit.mode.title, *cells, gib_text(fit.peak))
     return table
 
 
@@ -106,17 +107,13 @@ def _lines(plan: Plan) -> Iterator[tuple[str, float]]:
 def remarks(plan: Plan) -> Iterator[str]:
     """What else to know, a line each."""
     each, kept = plan.disk
-    yield f"checkpoints of {_size(each)}, {_size(kept)} in all on the disk"
+    yield f"checkpoints of {size_text(each)}, {size_text(kept)} in all on the disk"
     found = plan.measured
     if found:
         low, high = (1000 * f(found.steps) for f in (min, max))
         yield f"{len(found.steps)} steps took {low:,.4g} to {high:,.4g} ms each"
         what = "this process" if plan.process is not None else "tensors"
-        yield f"measured peak of {what}: {_size(found.peak)}"
+        yield f"measured peak of {what}: {size_text(found.peak)}"
     if plan.hours is None:
         yield "no hours: give --gpu or --peak-tflops for a GPU's, or --measure to time steps here"
     yield from plan.notes
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"

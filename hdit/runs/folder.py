@@ -17,7 +17,7 @@ from hdit.locks import LOCK, locked
 from hdit.reading import ReadingError, parse_toml, read_text
 from hdit.runs import checkpoint, snapshots
 from hdit.runs.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint
-from hdit.runs.history import Line, read_lines
+from hdit.runs.history import Line, is_validation, read_lines
 
 Say = Callable[[str], None]
 
@@ -199,18 +199,17 @@ class RunFolder:
         lines = read_lines(path).good
         return lines[-1].values if lines else {}
 
+    def validated(self) -> set[int]:
+        """The images after which there is a line of validation."""
+        return {line.images for line in read_lines(self.validation).good}
+
     def validation_losses(self, weights: str = "ema") -> dict[int, float]:
         """The validation loss of these weights after so many images, where it was finite."""
-        found = (
-            (line.images, line.values.get("weights")) for line in read_lines(self.validation).good
+        lines = read_lines(self.validation, is_validation).good
+        told = (
+            (line.images, line.values["weights"].get(weights, {}).get("loss")) for line in lines
         )
-        losses: dict[int, float] = {}
-        for images, sets in found:
-            told = sets.get(weights) if isinstance(sets, dict) else None
-            loss = told.get("loss") if isinstance(told, dict) else None
-            if isinstance(loss, int | float):
-                losses[images] = float(loss)
-        return losses
+        return {images: float(loss) for images, loss in told if isinstance(loss, int | float)}
 
     def name_best(self) -> None:
         """Lets the file `best` name the checkpoint of the lowest validation loss; if there is one.

@@ -66,12 +66,14 @@ def read_lines(path: Path, sound: Callable[[Values], bool] = is_sound) -> Lines:
     return lines
 
 
-def read_metrics(path: Path, images: int) -> list[Values]:
+def read_metrics(
+    path: Path, images: int, sound: Callable[[Values], bool] = is_sound
+) -> list[Values]:
     """The sound lines up to the checkpoint at `images`; a killed run leaves later ones.
 
-    Each has `images`, and numbers in those of NUMBERS that it has.
+    Each has `images`, and of metrics or validation numbers in those of NUMBERS that it has.
     """
-    return [line.values for line in read_lines(path).good if line.images <= images]
+    return [line.values for line in read_lines(path, sound).good if line.images <= images]
 
 
 class Tail:
@@ -153,6 +155,8 @@ KEYS = (
 """The numbers of a line of metrics that are kept, besides the loss in BINS bins of sigma."""
 
 BINS = 8
+"""Octiles of the training density, by which losses are told."""
+
 CHUNK = 2**14  # lines
 
 

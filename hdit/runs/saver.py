@@ -181,20 +181,27 @@ def disk_need(folder: Path, parameters: int, training: TrainingSpec, images: int
     free = shutil.disk_usage(there).free
     if each > free:
         raise UserError(
-            f"--run: a checkpoint takes {_size(each)}, and the disk of {folder} has {_size(free)} "
-            "left; make room, or name a folder elsewhere"
+            f"--run: a checkpoint takes {size_text(each)}, and the disk of {folder} has "
+            f"{size_text(free)} left; make room, or name a folder elsewhere"
         )
     snapshots = " and snapshots of averages" if training.ema.widths else ""
-    text = f"checkpoints of {_size(each)}{snapshots}, {_size(total)} in all"
-    text += f"; {_size(free)} are free"
+    text = f"checkpoints of {size_text(each)}{snapshots}, {size_text(total)} in all"
+    text += f"; {size_text(free)} are free"
     if total <= free:
         return text
     advice = " or a larger training.ema.snapshot_every" if snapshots else ""
     return f"warning: {text}; set training.keep = {{ last = 3 }}{advice}"
 
 
-def _size(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+def size_text(number: int) -> str:
+    """Bytes in words."""
+    return f"{gib_text(number)} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+
+
+def gib_text(number: int) -> str:
+    """GiB to three digits, and never with an exponent where there are many."""
+    gib = number / 2**30
+    return f"{gib:,.0f}" if gib >= 999.5 else f"{gib:.3g}"
 
 
 def dispensable(images: list[int], keep: KeepSpec, losses: Mapping[int, float]) -> list[int]:

@@ -148,15 +148,19 @@ def outline(backbone: BackboneModule) -> BackboneModule:
     return deepcopy(backbone, memo).eval()
 
 
-@torch.no_grad()
 def _fill(average: nn.Module, model: Backbone, device: torch.device) -> None:
     """Gives an outline memory, and in it the model's values, of which each process has its part."""
     assert isinstance(model, nn.Module), "a backbone is a module"
-    average.to_empty(device=device)
-    pairs = (average.parameters(), model.parameters()), (average.buffers(), model.buffers())
+    copy_weights(model, average.to_empty(device=device))
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copies parameters and buffers to a module that is sharded alike: each process its part."""
+    pairs = (target.parameters(), source.parameters()), (target.buffers(), source.buffers())
     for own, others in pairs:
-        for target, source in zip(own, others, strict=True):
-            local(target).copy_(local(source))
+        for mine, other in zip(own, others, strict=True):
+            local(mine).copy_(local(other))
 
 
 def _mesh(device: torch.device, processes: int, replicate: int) -> DeviceMesh:

@@ -8,7 +8,6 @@ count: t is the number of steps that changed the weights, and the weights are th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from hdit.config.schema import EMASpec
 from hdit.models import BackboneModule
 from hdit.runs.checkpoint import Checkpoint
 from hdit.runs.sharded import local
-from hdit.training.distributed import outline
+from hdit.training.distributed import copy_weights, outline
 
 MAIN = "ema"
 """The name of the average that samples are made of."""
@@ -56,11 +55,6 @@ def gamma_of(width: float) -> float:
     inverse = width**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return float(roots.real.max())
-
-
-def width_of(gamma: float) -> float:
-    """The standard deviation of the profile tau^gamma on [0, 1] (EDM2, eq. 123)."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 @torch.no_grad()
@@ -158,7 +152,7 @@ class Averages:
                 found.fill(name, module.state_dict())
                 self.begun |= {name: state.begun.get(name, 0)} if name in self.gammas else {}
                 continue
-            _copy(self.main, module)
+            copy_weights(self.main, module)
             if name in self.gammas:
                 self.begun[name] = taken
                 say(f"{name}: a new average, of the steps from here on")
@@ -167,14 +161,6 @@ class Averages:
         for name in kept:
             if name.startswith(f"{MAIN}-") and name not in self.modules:
                 say(f"{name}: an average of the run that is not in training.ema now; it ends here")
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    """Copies parameters and buffers between modules that lie alike."""
-    for kind in (nn.Module.parameters, nn.Module.buffers):
-        for mine, other in zip(kind(target), kind(source), strict=True):
-            local(mine).copy_(local(other))
 
 
 # ---- afterwards ----------------------------------------------------------------------------------

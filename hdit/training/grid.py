@@ -56,7 +56,9 @@ class InStep(nn.Module):
         if signalled:
             raise _Stopped
         self.failed = True
-        output: Tensor = self.network(x, c_noise, cond)
+        # FSDP keeps what it gathers into; made in inference mode, it could not be used outside.
+        with torch.inference_mode(False), torch.no_grad():
+            output: Tensor = self.network(x, c_noise, cond)
         self.failed = False
         return output
 
@@ -137,7 +139,7 @@ class Sampler:
         one = torch.ones(1, device=self.device)
         label = torch.zeros(1, dtype=torch.int64, device=self.device)
         cond = Cond(label if self.shape.num_classes else None)
-        with torch.inference_mode(), float32_products(precision):
+        with torch.no_grad(), float32_products(precision):
             denoiser(torch.zeros(1, *self.shape.chw, device=self.device), one, cond)
 
     def _gathered(self, mine: Grid) -> Grid:

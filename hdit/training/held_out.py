@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from hdit.config import RunConfig
 from hdit.data.held_out import Divisible, HeldOut, content_hashes, divide, divisible, shared
@@ -16,6 +15,7 @@ from hdit.data.source import Source, Stream
 from hdit.latents.encode import open_held_out
 from hdit.latents.store import Latents
 from hdit.processes import ProcessError
+from hdit.training.hosts import Hosts
 
 Say = Callable[[str], None]
 
@@ -35,12 +35,12 @@ def hold_out(
     config: RunConfig,
     space: object,
     source: Source | Stream,
-    hosts: dist.ProcessGroup | None,
+    hosts: Hosts | None,
     say: Say,
 ) -> Divided:
     """Divides the images of a run as data.held_out has it. Every process of `hosts` calls it.
 
-    Raises DataError where that cannot be.
+    `hosts` is None for a single process. Raises DataError where that cannot be.
     """
     setting = config.data.held_out
     if setting is None:
@@ -53,28 +53,24 @@ def hold_out(
     return Divided(training, held_out, list(range(len(source.classes))))
 
 
-def hash_together(source: Divisible, hosts: dist.ProcessGroup | None, say: Say) -> np.ndarray:
+def hash_together(source: Divisible, hosts: Hosts | None, say: Say) -> np.ndarray:
     """(n,) uint64: the hashes of all images, of which each process of `hosts` makes its part.
 
     Raises ProcessError where they see different numbers of images.
     """
-    number, began = len(source), time.monotonic()
+    hosts, number, began = hosts or Hosts(), len(source), time.monotonic()
     if number > MANY:
         say(f"hashing {number:,} images, by which they are held out")
-    if hosts is None:
-        hashes = content_hashes(source, range(number))
-    else:
-        sizes = [0] * hosts.size()
-        dist.all_gather_object(sizes, number, group=hosts)
-        if len(set(sizes)) > 1:
-            raise ProcessError(
-                f"data.held_out: the processes see different numbers of images, {sizes}; give all "
-                "of them the same files"
-            )
-        mine = range(hosts.rank(), number, hosts.size())
-        hashes = np.zeros(number, np.uint64)
-        hashes[mine.start :: mine.step] = content_hashes(source, mine)
-        dist.all_reduce(torch.from_numpy(hashes.view(np.int64)), group=hosts)  # others have 0
+    sizes = hosts.gathered(number)
+    if len(set(sizes)) > 1:
+        raise ProcessError(
+            f"data.held_out: the processes see different numbers of images, {sizes}; give all of "
+            "them the same files"
+        )
+    mine = range(hosts.rank, number, hosts.size)
+    hashes = np.zeros(number, np.uint64)
+    hashes[mine.start :: mine.step] = content_hashes(source, mine)
+    hosts.summed(torch.from_numpy(hashes.view(np.int64)))  # others have 0
     if number > MANY:
         say(f"hashed {number:,} images in {time.monotonic() - began:.0f} s")
     return hashes
@@ -83,7 +79,7 @@ def hash_together(source: Divisible, hosts: dist.ProcessGroup | None, say: Say) 
 def warn_of_shared(
     config: RunConfig,
     images: Divided,
-    hosts: dist.ProcessGroup | None,
+    hosts: Hosts,
     say: Say,
     warn: Say,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hdit.processes import answered_in
 
@@ -50,6 +51,12 @@ class Hosts:
         else:
             answered_in(patience, ask)
         return [int(number) for number in said[1:].tolist()]
+
+    def summed(self, mine: Tensor) -> Tensor:
+        """The sum over all processes of such a tensor on the CPU, which this one becomes."""
+        if self.group is not None:
+            dist.all_reduce(mine, group=self.group)
+        return mine
 
     def gathered(self, mine: Told) -> list[Told]:
         """What each process has to tell, by their ranks."""

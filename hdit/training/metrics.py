@@ -20,9 +20,9 @@ from hdit.data.source import Skipped
 from hdit.device import Precision, peak_memory, precision_on, to_device
 from hdit.errors import UserError
 from hdit.models.peaks import peak_flops
+from hdit.runs.history import BINS
 from hdit.training.ema import ema_decay
 from hdit.training.hosts import Hosts
-from hdit.training.objective import BINS
 
 USUAL = 5  # lines before a speed is usual
 WAITING = 0.2  # share of the time spent waiting for data that is told of

@@ -18,6 +18,7 @@ from hdit.diffusion.densities import stratify
 from hdit.latents.store import choose
 from hdit.protocols import Cond, DataShape, Network, NormalNoise, Space
 from hdit.runs.building import make_denoiser
+from hdit.runs.history import BINS
 
 
 def settle_training(
@@ -30,10 +31,6 @@ def settle_training(
     t = config.training
     precision = precision_on(device, t.precision, "training.precision", warn)
     return config.model_copy(update={"training": t.model_copy(update={"precision": precision})})
-
-
-BINS = 8
-"""Octiles of the training density, by which losses are told."""
 
 
 def training_u(config: RunConfig, batch: Batch) -> Tensor:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hdit.config.schema import EMASpec
 from hdit.data.kinds import kind_of_model
+from hdit.data.source import Skipped
+from hdit.device import default_device, float32_products, precision_on
 from hdit.errors import UserError
 from hdit.files import check_writable, whole
 from hdit.interop import Contents
+from hdit.latents.encode import open_training_source
+from hdit.names import printable
 from hdit.runs import export
 from hdit.runs.checkpoint import Checkpoint, CheckpointError, folder_name, remove
 from hdit.runs.snapshots import combine, open_snapshots
+from hdit.runs.trained import Trained
 from hdit.training.ema import DecayProfile, PowerProfile, Profile, gamma_of, reconstruct
+from hdit.training.held_out import hold_out
+from hdit.training.objective import settle_training
+from hdit.training.resume import other_data
+from hdit.training.validation import Validation
 
 TOLERABLE = 0.05
 """A distance between profiles, relative to the wanted one, that is not warned of."""
@@ -52,6 +62,7 @@ class Made:
     path: Path
     snapshots: int  # that it was made of
     error: float  # of its profile, as of `reconstruct`
+    losses: dict[str, Any] | None = None  # of the held-out images, as of `Validation.measure`
 
 
 def make(
@@ -61,12 +72,15 @@ def make(
     overwrite: bool,
     warn: Callable[[str], None],
     on_snapshot: Callable[[], None] = lambda: None,
+    *,
+    validate: bool = False,
 ) -> list[Made]:
     """Writes each of the `wanted` averages as a model into RUN/ema/<images>.
 
     It is as the run stood `at` so many images, or at its last snapshot. `on_snapshot` is called for
-    each that was read. Raises UserError where the run has no snapshots to make them of, or a model
-    is there already and `overwrite` was not asked for.
+    each that was read. `validate` measures each on the held-out images of the run. Raises UserError
+    where the run has no snapshots to make them of or no held-out images to measure them on, or a
+    model is there already and `overwrite` was not asked for.
     """
     for i, one in enumerate(wanted):
         if one in wanted[:i]:
@@ -77,7 +91,9 @@ def make(
     folder = run / "ema" / folder_name(last.state.images)
     for one in wanted:
         _check_free(folder / one.name, overwrite)
-    return [_make(run, one, folder / one.name, parts, last, warn, on_snapshot) for one in wanted]
+    validation = _validation(last, warn) if validate else None  # before anything is written
+    made = [_make(run, one, folder / one.name, parts, last, warn, on_snapshot) for one in wanted]
+    return made if validation is None else [_measured(one, validation) for one in made]
 
 
 Part = tuple[Checkpoint, str, PowerProfile]
@@ -146,3 +162,42 @@ def _make(
         if path.exists():  # now that the new one is complete
             remove(path)
     return Made(wanted, path, len({s.folder for s, _, _ in used}), error)
+
+
+# ---- their losses --------------------------------------------------------------------------------
+
+
+def _validation(last: Checkpoint, warn: Callable[[str], None]) -> Validation:
+    """What measures networks on the held-out images of the run that a snapshot is of, on this
+    device. Raises UserError where it holds out none, or these are not there or of other classes."""
+    if last.config.data.held_out is None:
+        raise UserError("--validate: the run has no held-out images; data.held_out names them")
+    device = default_device()
+    config = settle_training(last.config, device)
+    space = config.space.open(device)
+    source = open_training_source(config, space)
+    shape = config.data_shape(len(source.classes))
+    other = other_data(last, shape, source)
+    if last.state.space != space.identity:
+        other.append("space.vae: another VAE than that of the run")
+    if other:
+        raise UserError(f"--validate: the data is not that of the run: {'; '.join(other)}")
+
+    def name_file(file: Skipped) -> None:
+        warn(f"skipped {printable(file.path)}: {file.reason}")
+
+    images = hold_out(config, space, source, None, warn)
+    assert images.held_out is not None, "the settings hold some out"
+    assert config.training.validate_images is not None, "the config must be resolved"
+    fixed = images.held_out.fixed(config.training.validate_images)
+    return Validation(fixed, images.classes, config, shape, space, device, name_file=name_file)
+
+
+def _measured(made: Made, validation: Validation) -> Made:
+    """With its losses."""
+    network = Trained.open(made.path).network().to(validation.device)
+    precision = precision_on(validation.device, validation.config.training.precision)
+    with float32_products(precision):
+        found = validation.measure({made.path.name: network})
+    assert found is not None, "nothing ends it early"
+    return replace(made, losses=found["weights"][made.path.name])

@@ -52,7 +52,7 @@ def check_resume(
     for key, before, after in differences(old, new):
         line = f"{key}: {before!r} in the run, {after!r} now"
         (fixed if key.startswith(FIXED) else changed).append(line)
-    fixed += _other_data(found, shape, source)
+    fixed += other_data(found, shape, source)
     if found.state.space != space.identity:
         hashes = (name[:12] or "none" for name in (found.state.space, space.identity))
         fixed.append("space.vae: another VAE: hash {} in the run, {} now".format(*hashes))
@@ -75,7 +75,7 @@ def check_resume(
         say(f"resuming with another setting: {line}")
 
 
-def _other_data(found: Checkpoint, shape: DataShape, source: Source | Stream) -> list[str]:
+def other_data(found: Checkpoint, shape: DataShape, source: Source | Stream) -> list[str]:
     """How images or classes differ from those that the run was trained on."""
     if found.state.shape != shape:
         words = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from hdit.sampling.sample import check_null_class, settle_sampling
 from hdit.training.distributed import Parallel, Replicated, Sharded
 from hdit.training.ema import Averages
 from hdit.training.held_out import Divided, hold_out, warn_of_shared
+from hdit.training.hosts import Hosts
 from hdit.training.metrics import TrainingError
 from hdit.training.objective import Objective, settle_training
 from hdit.training.optim import adamw, load_optimizer
@@ -45,25 +45,22 @@ not tell of another process on the same machine that is gone, so that this long 
 Say = Callable[[str], None]
 
 
-def open_processes(
-    run: str, limit: float, say: Say
-) -> tuple[Accelerator, dist.ProcessGroup | None]:
-    """This process among those of `run`, and the group in which their CPUs talk.
+def open_processes(run: str, limit: float, say: Say) -> tuple[Accelerator, Hosts]:
+    """This process among those of `run`, and how their CPUs talk.
 
-    The group is None for a single process. Raises ProcessError if others are not there in `limit`
-    seconds; `say` is told of it before.
+    Raises ProcessError if others are not there in `limit` seconds; `say` is told of it before.
     """
     world, device = read_world(), default_device()
     if world.size == 1:
         # accelerate reads the environment too, and would wait for others by a part of what it names
         with patch_environment(LOCAL_RANK="-1", WORLD_SIZE="1", PMI_SIZE="1"):
-            return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), None
+            return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), Hosts()
     if dist.is_initialized():
         hosts = host_group(PATIENCE)
     else:
         backend = "nccl" if device.type == "cuda" else "gloo"
         hosts = join(world, run, backend, limit, PATIENCE, say, STEP_PATIENCE)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), hosts
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no"), Hosts(hosts)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Setup:
     def validation(
         self,
         device: torch.device,
-        hosts: dist.ProcessGroup | None,
+        hosts: Hosts,
         name_file: Callable[[Skipped], None],
     ) -> Validation | None:
         """What validates the run on its held-out images, which are read here; None without any.
@@ -138,7 +135,7 @@ def prepare(
     config: RunConfig,
     run: RunFolder,
     accelerator: Accelerator,
-    hosts: dist.ProcessGroup | None,
+    hosts: Hosts,
     say: Say,
     warn: Say,
     opened: tuple[Space, Source | Stream] | None = None,
@@ -164,8 +161,7 @@ def prepare(
     config = settle_training(keep_precision(config, found), device, warn)
     if config.sampling.grid:  # or its precision would be found missing after a checkpoint
         settle_sampling(config, device, config.sampling.grid, warn)
-    if hosts is not None:
-        _check_alike(hosts, config, source, space, found)
+    _check_alike(hosts, config, source, space, found)
     images = hold_out(config, space, source, hosts, say)
     source = images.training
     if found:
@@ -232,7 +228,7 @@ def _build(
 
 
 def _check_alike(
-    hosts: dist.ProcessGroup,
+    hosts: Hosts,
     config: RunConfig,
     source: Source | Stream,
     space: Space,
@@ -245,11 +241,10 @@ def _check_alike(
         "hash of the VAE": space.identity,
         "images of the newest checkpoint": found.state.images if found else 0,
     }
-    everyone: list[dict[str, Any]] = [{} for _ in range(hosts.size())]
-    dist.all_gather_object(everyone, ours, group=hosts)
+    everyone = hosts.gathered(ours)
     for rank, theirs in enumerate(everyone):
         if different := differences(everyone[0], theirs):
-            if hosts.rank() != 0:
+            if hosts.rank != 0:
                 raise SystemExit(1)  # one message is enough
             key, first_has, it_has = different[0]
             raise ProcessError(

@@ -30,7 +30,7 @@ from hdit.files import to_json, whole
 from hdit.names import escape, path_of, printable
 from hdit.reading import ReadingError, read_object
 from hdit.runs.folder import RunFolder
-from hdit.runs.history import read_metrics
+from hdit.runs.history import History, is_event, is_validation, read_metrics
 
 PROJECT = "hdit"
 """What runs are kept under by the trackers that group them."""
@@ -450,13 +450,11 @@ class Tracking:
         """What the run's files tell of after `told` images and up to the present, in that order."""
         run = self.run
         points = [of_metrics(line) for line in read_metrics(run.metrics, self.images)]
-        lines = read_metrics(run.path / "validation.jsonl", self.images)
+        lines = read_metrics(run.validation, self.images, is_validation)
         points += [of_validation(line) for line in lines]
-        points += [of_event(line) for line in read_metrics(run.events, self.images)]
-        paths = run.grid(0).parent.glob("*.png")
-        grids = [Point(int(path.stem), grid=path) for path in paths if path.stem.isdecimal()]
-        # `hdit sample` writes there too, by other names.
-        points += [point for point in grids if point.grid == run.grid(point.images)]
+        points += [of_event(line) for line in read_metrics(run.events, self.images, is_event)]
+        grids = History(run.path).grids()
+        points += [Point(images, grid=path) for images, path in grids.items()]
         chosen = [point for point in points if told < point.images <= self.images]
         return sorted(chosen, key=lambda point: point.images)
 

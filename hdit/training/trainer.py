@@ -31,7 +31,6 @@ from hdit.tensors import NotFiniteError
 from hdit.training.distributed import clip_gradient
 from hdit.training.grid import Sampler
 from hdit.training.guards import Guard, Spikes, Step, first_bad_module, take_step
-from hdit.training.hosts import Hosts
 from hdit.training.interrupts import Interrupts
 from hdit.training.metrics import Metrics, TrainingError
 from hdit.training.noise_scale import GradientNoiseScale, squared
@@ -65,14 +64,13 @@ class Trainer:
         """`opened` is space and data in place of the config's own."""
         self.run, self.console = RunFolder(folder), console or Console(stderr=True)
         limit = config.training.start_timeout
-        self.accelerator, hosts = open_processes(folder.name, limit, self._print)
-        self.hosts = Hosts(hosts)
+        self.accelerator, self.hosts = open_processes(folder.name, limit, self._print)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         track = config.training.track if self.main else ()
         self.tracking = Tracking(track, self.run, self._warn)
         with self._alone():
             setup = prepare(
-                config, self.run, self.accelerator, hosts, self._say, self._warn, opened
+                config, self.run, self.accelerator, self.hosts, self._say, self._warn, opened
             )
             self.hosts.meet()  # as the main process may take a new folder away again
         self.setup, self.config, self.layout = setup, setup.config, setup.layout
@@ -89,7 +87,7 @@ class Trainer:
         if setup.found:
             self._stand_at(setup.found.state)
         self.interrupts = Interrupts(self.hosts)
-        self.validation = setup.validation(self.device, hosts, self._name_skipped)
+        self.validation = setup.validation(self.device, self.hosts, self._name_skipped)
         self.sampler = Sampler(
             *(self.ema, self.config, self.shape, self.space),
             *(self.device, self.parallel, self.interrupts),
@@ -139,7 +137,7 @@ class Trainer:
                 self.metrics.before = self.run.last_line(self.run.metrics).get("seconds", 0.0)
             self.hosts.meet()  # or others would wait in a GPU's first step where that failed
             # The stream before the bar, or its workers would inherit that.
-            stream = None if finished else self._open_stream()
+            stream = None if finished else self.open_stream()
             self.bar = Progress(self.console, self.config.training.images, self.images, self.main)
             with self.bar, closing(self.saver), closing(self.tracking):
                 self.tracking.start(self.config, self.images, self._say)
@@ -148,14 +146,14 @@ class Trainer:
                 if stream is not None and not stopped:
                     finished = self._train(stream, seconds)
                 del stream  # ends its workers, while signals still wait
-        if self.signalled and self._lacks_grid():
+        if self.signalled and (self._lacks_grid() or self._lacks_validation()):
             finished = False
         if not finished:
             why = "interrupted" if self.signalled else "time is up"
             self._say(f"{why} at {self.images:,} images; the same command resumes")
         return finished
 
-    def _open_stream(self) -> Batches:
+    def open_stream(self) -> Batches:
         """The batches that this process draws, from where training stands."""
         t = self.config.training
         return Batches(
@@ -177,7 +175,7 @@ class Trainer:
             norm = self._step(stream)
             before, self.images = self.images, self.images + t.batch_size
             self.step += 1
-            if self._is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
+            if self.is_lost(at_a_line=self.images // t.log_every > before // t.log_every):
                 with self.metrics.paused():
                     self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
                 self.metrics.drop()
@@ -197,8 +195,10 @@ class Trainer:
             every = t.ema.snapshot_every
             if every and (self.images >= t.images or self.images // every > before // every):
                 with self.metrics.paused():
-                    if not self._save_snapshot():  # before the checkpoint, which stands for it
-                        continue
+                    whole = self._save_snapshot()  # before the checkpoint, which stands for it
+                if not whole:
+                    self.metrics.drop()
+                    continue
             if save:
                 with self.metrics.paused():
                     if not self._save(stream.state()):
@@ -279,10 +279,21 @@ class Trainer:
 
     def _make_up_validation(self) -> bool:
         """Does what a signal has cut off; returns as `_validate`."""
-        line = self.run.last_line(self.run.validation) if self.main else {}
-        due = self._is_validation_due(line.get("images", 0), True, self._is_at_end())
-        lacks = self.main and due and line.get("images") != self.images
-        return self.hosts.any_of(lacks) and self._validate()
+        if not self.hosts.any_of(self._lacks_validation()):
+            return False
+        stopped = self._validate()
+        if self.main:
+            self.run.name_best()  # the checkpoint is there already, and no later one may come
+        return stopped
+
+    def _lacks_validation(self) -> bool:
+        """Whether there should be a line for the present images, and this process writes it."""
+        if not self.main:
+            return False
+        validated = self.run.validated()
+        before = max((n for n in validated if n < self.images), default=0)
+        due = self._is_validation_due(before, True, self._is_at_end())
+        return due and self.images not in validated
 
     def _is_signalled(self) -> bool:
         """Whether a signal came: to any process, where a sharded network has all do the same."""
@@ -312,7 +323,7 @@ class Trainer:
 
     # ---- steps that are not finite ---------------------------------------------------------------
 
-    def _is_lost(self, at_a_line: bool) -> bool:
+    def is_lost(self, at_a_line: bool) -> bool:
         """Tells of the steps since the last look, and returns whether to go back.
 
         On a CPU it looks after each step; a GPU would be waited for, so that it looks at each line.
@@ -409,11 +420,11 @@ class Trainer:
             **self.averages.tensors(),
             "optimizer": optimizer_tensors(self.backbone, self.optimizer),
         }
-        self._is_lost(at_a_line=True)
+        self.is_lost(at_a_line=True)
         if 2 * self.guard.in_a_row > self.step - self.saved:
             self._go_back(f"{self.guard.in_a_row} steps in a row are of no finite loss")
             return False
-        if reason := self._why_ruined(tensors):
+        if reason := self.why_ruined(tensors):
             self._go_back(reason)
             return False
         with self.bar.doing("saving"):
@@ -425,7 +436,7 @@ class Trainer:
     def _save_snapshot(self) -> bool:
         """Saves the power-function averages; if they are ruined it goes back, and returns False."""
         tensors = self.averages.snapshot()
-        if reason := self._why_ruined(tensors):
+        if reason := self.why_ruined(tensors):
             self._go_back(reason)
             return False
         with self.bar.doing("saving"):
@@ -449,7 +460,7 @@ class Trainer:
             dict(self.averages.begun),
         )
 
-    def _why_ruined(self, tensors: dict[str, dict[str, Tensor]]) -> str:
+    def why_ruined(self, tensors: dict[str, dict[str, Tensor]]) -> str:
         """Why they must not be saved, or nothing: in all processes, if in one."""
         s = self.config, self.shape, self.device
         for check in (

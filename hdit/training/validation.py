@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdit.config.schema import RunConfig
@@ -22,7 +21,9 @@ from hdit.data.held_out import Divisible, naming_held_out
 from hdit.data.source import Skipped
 from hdit.latents.store import Latents
 from hdit.protocols import DataShape, Network, Space
-from hdit.training.objective import BINS, Objective, bins_of, sigma_edges, validation_u
+from hdit.runs.history import BINS
+from hdit.training.hosts import Hosts
+from hdit.training.objective import Objective, bins_of, sigma_edges, validation_u
 
 
 class _Part(NamedTuple):
@@ -46,18 +47,18 @@ class Validation:
         space: Space,
         device: torch.device,
         *,
-        hosts: dist.ProcessGroup | None = None,
+        hosts: Hosts | None = None,
         sharded: bool = False,
         name_file: Callable[[Skipped], None] = lambda file: None,
     ):
         """Reads the images; the class at i of the source is that at indices[i] of the model.
 
-        `hosts` is the group of all processes on their CPUs, or None for a single one. With a
-        `sharded` network all of them call it equally often. `name_file` is told of each image that
-        cannot be read, for which another stands in. Raises DataError where too many are.
+        `hosts` are all processes, or None for a single one. With a `sharded` network all of them
+        call it equally often. `name_file` is told of each image that cannot be read, for which
+        another stands in. Raises DataError where too many are.
         """
         self.config, self.shape, self.space, self.device = config, shape, space, device
-        self.hosts, self.count = hosts, len(source)
+        self.hosts, self.count = hosts or Hosts(), len(source)
         self.stored = isinstance(source, Latents)
         size = config.sampling.batch_size  # what a device holds without gradients
         batches = np.split(np.arange(self.count), range(size, self.count, size))
@@ -76,9 +77,7 @@ class Validation:
 
     def _deal(self, batches: int, sharded: bool) -> list[tuple[int, bool]]:
         """The batches of this process, in turn with the others; without `counts`, to fill up."""
-        rank, processes = 0, 1
-        if self.hosts is not None:
-            rank, processes = self.hosts.rank(), self.hosts.size()
+        rank, processes = self.hosts.rank, self.hosts.size
         mine = [(i, True) for i in range(rank, batches, processes)]
         missing = -(-batches // processes) - len(mine)
         return mine + [(0, False)] * missing if sharded else mine
@@ -98,14 +97,18 @@ class Validation:
             over = found is None
             if found is not None:
                 mine[name] = found
-        if self._any(over):
+        if self.hosts.any_of(over):
             return None
         u = validation_u(np.arange(self.count), self.count)
         bins = bins_of(u).numpy()
         return {
             "count": self.count,
             "sigma_edges": sigma_edges(self.config, self.shape),
-            "weights": {name: _summary(self._all(losses), bins) for name, losses in mine.items()},
+            # Each sum has one term that is not 0, so that none is rounded.
+            "weights": {
+                name: _summary(self.hosts.summed(losses).numpy(), bins)
+                for name, losses in mine.items()
+            },
         }
 
     def _losses(self, network: Network, is_over: Callable[[], bool]) -> Tensor | None:
@@ -121,20 +124,6 @@ class Validation:
             if counts:
                 losses[:, counters] = found
         return losses
-
-    def _any(self, mine: bool) -> bool:
-        """Whether it holds in any process."""
-        if self.hosts is None:
-            return mine
-        said = torch.tensor(float(mine))
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.hosts)
-        return bool(said)
-
-    def _all(self, losses: Tensor) -> np.ndarray:
-        """The same of all images: each sum has one term that is not 0, so that none is rounded."""
-        if self.hosts is not None:
-            dist.all_reduce(losses, group=self.hosts)
-        return losses.numpy()
 
 
 def _summary(losses: np.ndarray, bins: np.ndarray) -> dict[str, Any]:

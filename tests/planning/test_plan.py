@@ -12,7 +12,7 @@ from hdit.models import build, memory
 from hdit.models.cost import cost
 from hdit.models.memory import Memory, training_memory
 from hdit.models.peaks import PEAKS, peak_flops
-from hdit.planning import measure
+from hdit.planning import measure, tables
 from hdit.planning.model import Mode
 from hdit.planning.plan import Asked, cut, largest, make_plan, to_dict
 from hdit.protocols import Cond
@@ -68,6 +68,16 @@ def test_peak_is_known_of_a_device_as_torch_names_it(name, known):
         assert peak_flops(name, precision) == (PEAKS[known][precision] if known else None)
 
 
+def test_disk_of_many_gib_is_told_without_an_exponent(load, no_passes):
+    plan = make_plan(
+        load("training.images=1600000000", "training.checkpoint_every=16"), 10, PLANNED
+    )
+    checkpoints, each = 10**8, 16 * plan.parameters
+    told = f"{checkpoints * each / 2**30:,.0f} GiB in all on the disk"
+    assert len(told.split(",")) > 1
+    assert next(tables.remarks(plan)).endswith(told)
+
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
@@ -99,6 +109,44 @@ def test_hours_with_checkpointing_are_a_third_longer_and_shared_by_gpus(load, no
     )
     assert four.hours.training == pytest.approx(one.hours.training / 4, rel=1e-12)
     assert four.money == pytest.approx(4 * 3.0 * four.hours.total, rel=1e-12)
+
+
+def test_grids_are_shared_by_the_image(load, no_passes):
+    """Eight images take three processes as long as three images take one."""
+    three, one = (
+        make_plan(
+            load(f"sampling.grid={grid}", "training.batch_size=48", "training.images=960"),
+            10,
+            Asked(device="cpu", gpus=gpus, mfu=0.5, peak=1e12),
+        ).hours.grids
+        for gpus, grid in ((3, 8), (1, 3))
+    )
+    assert three == pytest.approx(one, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "keep", "rounds", "images"),
+    [
+        (1, "{}", 7, 100),  # after 160, 320, ..., 960 images, and at the end
+        (1, "{last = 2, best = 1}", 11, 100),  # and at 200, 400, 600, 800 and 1000: at 800 once
+        (2, "{}", 7, 64),  # batches of 32, 32, 32 and 4, two for each
+        (4, "{}", 7, 32),
+        (8, "{}", 7, 32),
+    ],
+)
+def test_hours_of_validation_are_those_of_the_process_with_most_batches(
+    load, no_passes, gpus, keep, rounds, images
+):
+    settings = load(
+        "data.held_out=0.1", "training.validate_every=160", "training.validate_images=100",
+        "training.images=1040", "training.batch_size=80", "training.checkpoint_every=200",
+        f"training.keep={keep}", "sampling.batch_size=32", "sampling.grid=0",
+        "training.ema={decays = [0.9], widths = [0.05, 0.1]}",
+    )  # fmt: skip
+    plan = make_plan(settings, 10, Asked(device="cpu", gpus=gpus, mfu=0.5, peak=1e12))
+    networks = 5  # the model, its EMA and three more averages
+    expected = rounds * images * networks * 2 * macs_of(settings) / 0.5e12 / 3600
+    assert plan.hours.validation == pytest.approx(expected, rel=1e-12)
 
 
 def test_hours_of_an_evaluation_are_those_of_its_samples(load, no_passes):

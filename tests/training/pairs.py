@@ -1,10 +1,9 @@
 """Runs `hdit train` in two processes that begin as forks, so that a pair takes a second or two.
 
-    python pairs.py SCENARIOS RESULTS
-
-SCENARIOS is a JSON list of objects with `arguments` (a list for each process), and what goes wrong:
-`fault`, one of FAULTS in the second process, or `kill`, the seed of which process is killed when.
-RESULTS gets a list for each: status and standard error of each process.
+Each line of the standard input is a JSON object: `folder`, and `scenarios`, a list of objects with
+`arguments` (a list for each process), and what goes wrong: `fault`, one of FAULTS in the second
+process, or `kill`, the seed of which process is killed when. A line of the output has a list for
+each scenario: status and standard error of each process.
 """
 
 import json
@@ -101,6 +100,7 @@ def run(rank, port, arguments, fault, err):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(2, 1)  # the answers' line
     sys.argv = ["hdit", "train", *arguments]
     status = 0
     try:
@@ -162,6 +162,7 @@ def pair(scenario, folder):
 if __name__ == "__main__":
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
-    scenarios, results = map(Path, sys.argv[1:])
-    found = [pair(one, results.parent) for one in json.loads(scenarios.read_text())]
-    results.write_text(json.dumps(found))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        found = [pair(one, Path(asked["folder"])) for one in asked["scenarios"]]
+        print(json.dumps(found), flush=True)

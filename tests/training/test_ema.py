@@ -1,7 +1,9 @@
 """Averages of the weights: their formulas, while a run goes on, and made of its snapshots."""
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,15 @@ from hdit.training.ema import (
     power_decay,
     reconstruct,
     update_ema,
-    width_of,
 )
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def width_of(gamma: float) -> float:
+    """The standard deviation of the profile tau^gamma on [0, 1] (EDM2, eq. 123)."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
 
 # ---- plain averages ------------------------------------------------------------------------------
 
@@ -213,3 +222,22 @@ def test_tracked_average_is_its_own_last_snapshot():
     tracked = snapshots(100, 100)
     found, error = reconstruct(tracked, tracked[-2])
     assert (found[-2], np.abs(found).sum(), error) == (1, 1, 0)
+
+
+def test_profile_errors_of_the_docs_are_those_of_that_many_snapshots():
+    """Of 0.05 and 0.1, evenly spread over a run whose length hardly matters."""
+    text = (DOCS / "ema.md").read_text()
+    _, *widths = re.search(r"\| snapshots of 0.05 and 0.1 \| (.+) \|\n", text)[0].split("|")[1:-1]
+    rows = re.findall(r"^\| (\d+) \|(( [\d.]+% \|)+)$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for count, cells, _ in rows:
+        number, steps = int(count), 64
+        tracked = [
+            PowerProfile(gamma_of(width), steps * (i + 1))
+            for width in (0.05, 0.1)
+            for i in range(number)
+        ]
+        for width, cell in zip(widths, cells.split("|")[:-1], strict=True):
+            wanted = PowerProfile(gamma_of(float(width)), steps * number)
+            error = 100 * reconstruct(tracked, wanted)[1]
+            assert float(f"{error:.2g}") == float(cell.strip().removesuffix("%"))

@@ -109,6 +109,34 @@ def test_run_goes_back_to_its_last_checkpoint_and_past_those_images(tiny, tmp_pa
     assert checkpoint.find(tmp_path, print).state.passed_over == state.passed_over
 
 
+def test_line_after_going_back_from_a_snapshot_has_none_of_the_steps_before(tiny, tmp_path):
+    """The snapshot after 48 images is ruined; the line at 64 is of the steps done anew."""
+    overrides = ["sampling.grid=0", "training.log_every=32", "training.ema.widths=[0.1]"]
+    overrides.append("training.ema.snapshot_every=48")
+    trainer = Trainer(config.load(tiny, overrides), tmp_path)
+    snapshot, step, losses = trainer.averages.snapshot, trainer._step, []
+
+    def ruined():
+        tensors = snapshot()
+        if not trainer.rollbacks:
+            next(iter(tensors["ema-width-0.1"].values())).fill_(math.nan)
+        return tensors
+
+    def noting(stream):
+        before, at = float(trainer.metrics.loss), trainer.images
+        norm = step(stream)
+        losses.append((at, float(trainer.metrics.loss) - before))
+        return norm
+
+    trainer.averages.snapshot, trainer._step = ruined, noting
+    assert trainer.fit()
+    assert trainer.rollbacks == 1
+    assert [images for images, _ in losses] == [0, 16, 32, 32, 48, 64, 80]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [32, 64, 96]
+    assert lines[1]["loss"] == pytest.approx((losses[3][1] + losses[4][1]) / 2, rel=1e-6)
+
+
 def test_run_goes_back_past_a_checkpoint_that_was_damaged_meanwhile(tiny, tmp_path):
     """It comes to the same number of images again, where the damaged one must not be in the way."""
     overrides = ["training.guard.patience=2", "training.images=128"]

@@ -31,18 +31,23 @@ def arguments(toml, run, *overrides):
     return [str(toml), "--run", str(run), *sets]
 
 
-def pairs(folder, *scenarios):
-    """Runs pairs of processes -> (status, standard error) of both, for each scenario."""
-    (folder / "scenarios.json").write_text(json.dumps(scenarios, default=str))
+@pytest.fixture(scope="module")
+def pairs():
+    """Runs pairs of processes in a folder -> (status, standard error) of both for each scenario."""
     command = [sys.executable, str(Path(__file__).with_name("pairs.py"))]
-    command += [str(folder / "scenarios.json"), str(folder / "results.json")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes) as forks:
+
+        def run(folder, *scenarios):
+            asked = json.dumps({"folder": folder, "scenarios": scenarios}, default=str)
+            print(asked, file=forks.stdin, flush=True)
+            return json.loads(forks.stdout.readline())
+
+        yield run
 
 
 @pytest.fixture(scope="module")
-def undisturbed(trained, tmp_path_factory):
+def undisturbed(trained, pairs, tmp_path_factory):
     """The folder of a sharded run; its settings lie beside it."""
     folder = tmp_path_factory.mktemp("undisturbed")
     shutil.copy(trained.parent / "tiny.toml", folder)
@@ -78,7 +83,7 @@ def errors(result):
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_sharded_run_that_is_killed_at_any_moment_ends_with_the_same_weights(
-    undisturbed, tmp_path, times
+    undisturbed, pairs, tmp_path, times
 ):
     run = tmp_path / "run"
     same = [arguments(undisturbed.parent / "tiny.toml", run, "sampling.grid=0")] * 2
@@ -93,14 +98,14 @@ def test_sharded_run_that_is_killed_at_any_moment_ends_with_the_same_weights(
 
 
 def test_full_disk_of_one_process_and_a_damaged_shard_lose_no_more_than_a_checkpoint(
-    undisturbed, tmp_path
+    undisturbed, pairs, tmp_path
 ):
     run = tmp_path / "run"
     same = [arguments(undisturbed.parent / "tiny.toml", run, "sampling.grid=0")] * 2
     [full] = pairs(tmp_path, {"arguments": same, "fault": "full disk"})
     assert [status for status, _ in full] == [1, 1]
     [line] = errors(full)
-    assert "a checkpoint could not be written, in process 1: " in line
+    assert "could not be written, in process 1: " in line
     root = run / "checkpoints"
     assert checkpoint.find(run, print).state.images == 64
     assert not list(root.glob(".*"))
@@ -113,7 +118,7 @@ def test_full_disk_of_one_process_and_a_damaged_shard_lose_no_more_than_a_checkp
     assert_same(run, undisturbed)
 
 
-def test_what_ends_one_process_ends_both_with_one_message_of_its_rank(undisturbed, tmp_path):
+def test_what_ends_one_process_ends_both_with_one_message_of_its_rank(undisturbed, pairs, tmp_path):
     toml = undisturbed.parent / "tiny.toml"
     same = [arguments(toml, tmp_path / "run", "sampling.grid=0")] * 2
     other = arguments(toml, tmp_path / "run", "sampling.grid=0", "training.optimizer.lr=0.01")

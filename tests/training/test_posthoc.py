@@ -15,7 +15,7 @@ from hdit.runs.saver import need
 from hdit.runs.snapshots import combine, open_snapshots
 from hdit.runs.trained import Trained
 from hdit.training.ema import DecayProfile, PowerProfile, gamma_of, reconstruct
-from hdit.training.posthoc import _parts
+from hdit.training.posthoc import Wanted, _parts, make
 from hdit.training.trainer import Trainer
 
 STEP = 16  # images
@@ -218,50 +218,52 @@ def test_rollback_takes_the_snapshots_after_it_away(tiny, tmp_path):
 # ---- afterwards ----------------------------------------------------------------------------------
 
 
-def made(run, wanted, widths, every=1):
+@pytest.fixture(scope="module")
+def parts(averaged):
+    return _parts(open_snapshots(averaged, None, print))
+
+
+def made(parts, wanted, widths, every=1):
     """The average with a profile, of some snapshots of the tracked widths -> tensors, error."""
     names = [f"ema-width-{width}" for width in widths]
-    parts = [
-        (snapshot, name, profile)
-        for snapshot, name, profile in _parts(open_snapshots(run, None, print))
-        if name in names and profile.end % every == 0
-    ]
-    found, error = reconstruct([profile for *_, profile in parts], wanted)
-    sets = [(s, name, float(w)) for (s, name, _), w in zip(parts, found, strict=True)]
+    some = [part for part in parts if part[1] in names and part[2].end % every == 0]
+    found, error = reconstruct([profile for *_, profile in some], wanted)
+    sets = [(s, name, float(w)) for (s, name, _), w in zip(some, found, strict=True)]
     return combine(sets), error
 
 
-def test_width_that_was_averaged_too_is_met_and_exactly_as_snapshots_get_dense(averaged):
+def test_width_that_was_averaged_too_is_met_and_exactly_as_snapshots_get_dense(averaged, parts):
     """Of the other two widths, from each of which it is much farther."""
     found = checkpoint.find(averaged, print)
     expected = found.tensors("ema-width-0.15")
     assert distance(found.tensors("ema-width-0.1"), expected) > 5e-3
     wanted = PowerProfile(gamma_of(0.15), STEPS)
-    errors = [distance(made(averaged, wanted, [0.05, 0.1], n)[0], expected) for n in (8, 4, 2, 1)]
+    errors = [distance(made(parts, wanted, [0.05, 0.1], n)[0], expected) for n in (8, 4, 2, 1)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 1e-3
     assert errors[-1] < 3e-7  # float32's rounding of the averages that it is made of
 
 
-def test_decay_that_was_averaged_too_is_met(averaged):
+def test_decay_that_was_averaged_too_is_met(averaged, parts):
     found = checkpoint.find(averaged, print)
     for decay in (0.8, 0.9):
         spec = found.config.training.ema.model_copy(update={"max_decay": decay})
         profile = DecayProfile(spec, STEPS)
-        result, _ = made(averaged, profile, [0.05, 0.1], 2)
+        result, _ = made(parts, profile, [0.05, 0.1], 2)
         assert distance(result, found.tensors(f"ema-{decay}")) < 1e-3
-        result, error = made(averaged, profile, [0.05, 0.1])
+        result, error = made(parts, profile, [0.05, 0.1])
         assert error < 1e-12
         assert distance(result, found.tensors(f"ema-{decay}")) < 3e-7
     assert distance(found.tensors("ema-0.8"), found.tensors("ema-0.9")) > 5e-3
 
 
-def test_command_makes_models_of_widths(averaged, copied, hdit, tmp_path):
+def test_command_makes_models_of_widths(averaged, copied, parts, hdit, tmp_path):
     status, out, err = hdit("ema", copied, "--width=0.05", "0.07", 0.2, "--decay", 0.95)
     assert (status, err) == (0, "")
     assert all(text in out for text in ("width 0.05", "16.9722", "width 0.07", "decay 0.95"))
     folder = copied / "ema" / checkpoint.folder_name(STEPS * STEP)
     assert "…" not in out
+    assert str(folder / "width-0.07") in out.splitlines()
     names = ["decay-0.95", "width-0.05", "width-0.07", "width-0.2"]
     assert sorted(path.name for path in folder.iterdir()) == names
     tracked = checkpoint.find(averaged, print).tensors("ema-width-0.05")
@@ -269,7 +271,7 @@ def test_command_makes_models_of_widths(averaged, copied, hdit, tmp_path):
     assert_equal({"ema": exported.tensors()}, {"ema": tracked})
     assert (exported.images, exported.weights()) == (STEPS * STEP, "ema")
     assert "power-function EMA of width 0.05" in exported.origin
-    direct = made(averaged, PowerProfile(gamma_of(0.07), STEPS), [0.05, 0.1, 0.15])[0]
+    direct = made(parts, PowerProfile(gamma_of(0.07), STEPS), [0.05, 0.1, 0.15])[0]
     assert distance(Trained.open(folder / "width-0.07").tensors(), direct) == 0
     status, _, err = hdit("sample", folder / "width-0.07", "-n", 2, "--out", tmp_path / "out")
     assert status == 0, err
@@ -340,6 +342,31 @@ def test_profile_that_is_hardly_met_is_warned_of(copied, hdit):
     assert status == 0
     assert "width 0.02: its profile is met to" in err
     assert "training.ema.snapshot_every" in err
+
+
+def test_command_measures_averages_on_the_held_out_images_as_training_did(tiny, tmp_path, hdit):
+    """To the last digit: the average of a width that the run kept is the same average."""
+    run = tmp_path / "run"
+    held = ["data.held_out=0.2", "training.validate_images=16", f"training.images={4 * STEP}"]
+    settings = config.load(tiny, [*OVERRIDES, *held, f"training.checkpoint_every={4 * STEP}"])
+    assert Trainer(settings, run).fit()
+    line = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    expected = line["weights"]["ema-width-0.05"]
+    wanted = [Wanted("width", 0.05), Wanted("width", 0.2)]
+    kept, other = make(run, wanted, None, False, print, validate=True)
+    assert kept.losses == expected
+    assert other.losses["loss"] != expected["loss"]
+    status, out, err = hdit("ema", run, "--width", 0.1, "--validate")
+    assert status == 0, err
+    loss = line["weights"]["ema-width-0.1"]["loss"]
+    assert f"{loss:.6g}" in " ".join(out.split())
+
+
+def test_command_without_held_out_images_measures_and_makes_nothing(averaged, hdit):
+    status, _, err = hdit("ema", averaged, "--width", 0.1, "--validate")
+    assert (status, err.count("error: ")) == (1, 1)
+    assert "--validate: the run has no held-out images; data.held_out names them" in err
+    assert not (averaged / "ema").exists()
 
 
 # ---- which weights are used ----------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_noise_scale_sees_the_gradients_of_a_part_and_of_the_whole_batch(tiny, t
 
     trainer.objective = record
     trainer.noise_scale.update = lambda *given: told.append(given)
-    trainer._step(trainer._open_stream())
+    trainer._step(trainer.open_stream())
     parameters = [p for p in trainer.backbone.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None

@@ -187,12 +187,14 @@ def test_tracker_that_comes_later_is_told_all_that_the_files_have(written):
         path.parent.mkdir(exist_ok=True)
         Image.new("L", (4, 4), images).save(path)
     written.folder.note("slow", 32, usual=7)
+    written.folder.note("step skipped", 32, loss="nan")
     written.session(32, "tensorboard").close()
     read = in_tensorboard(written.folder.path)
     assert curve(read, "train/loss") == [(16, 0.5), (32, 0.25)]
     assert curve(read, "validation/ema/loss") == [(32, 0.75)]
     assert [grid.step for grid in read.Images("samples")] == [16]
-    assert [event.step for event in read.Tensors("events/slow/text_summary")] == [32]
+    for kind in ("slow", "step_skipped"):
+        assert [event.step for event in read.Tensors(f"events/{kind}/text_summary")] == [32]
 
 
 def test_tracker_whose_files_were_deleted_is_told_all_again(written):

@@ -181,6 +181,42 @@ def test_signal_ends_validation_without_a_line_and_the_next_session_makes_it_up(
     assert at(run) == [32, 64, 96]
 
 
+def test_validation_that_is_made_up_counts_for_the_best_checkpoint(tiny, tmp_path):
+    """A signal cuts off the last validation: the run is not done, and its best not known."""
+    settings = [HELD, FEW, NO_GRID, "training.keep={ last = 2, best = 1 }"]
+    run = tmp_path / "run"
+    trainer = Trainer(config.load(tiny, settings), run)
+    measure = trainer.validation.measure
+
+    def told(loss):
+        return {"weights": {"model": {"loss": loss}, "ema": {"loss": loss}}}
+
+    def signalled(networks, is_over):
+        if trainer.images < 96:
+            return told(2.0)
+        trainer.interrupts.signalled = 15
+        return measure(networks, is_over)
+
+    trainer.validation.measure = signalled
+    assert not trainer.fit()
+    best = run / "checkpoints" / "best"
+    assert (at(run), best.read_text()) == ([32, 64], "000000000032\n")
+    again = Trainer(config.load(tiny, settings), run)
+    again.validation.measure = lambda networks, is_over: told(1.0)
+    assert again.fit()
+    assert (at(run), best.read_text()) == ([32, 64, 96], "000000000096\n")
+
+
+def test_validation_that_is_there_is_not_made_up_again(tiny, tmp_path):
+    """Not even where a later line follows, of a session that was killed before its checkpoint."""
+    run = tmp_path / "run"
+    assert Trainer(config.load(tiny, [HELD, FEW, NO_GRID]), run).fit()
+    with (run / "validation.jsonl").open("a") as file:
+        file.write('{"images": 128, "step": 8}\n')
+    assert Trainer(config.load(tiny, [HELD, FEW, NO_GRID]), run).fit()
+    assert at(run) == [32, 64, 96, 128]
+
+
 def test_run_that_went_back_has_no_lines_of_what_it_lost(tiny, tmp_path):
     """Two steps of no loss after 48 images, and then the checkpoint at 32 images."""
     settings = [HELD, FEW, NO_GRID, "training.validate_every=16"]
@@ -294,7 +330,7 @@ def test_training_never_draws_what_is_held_out(tiny, tmp_path):
         for source in (trainer.source, trainer.setup.images.held_out.source)
     )
     assert not ours & theirs
-    stream = trainer._open_stream()
+    stream = trainer.open_stream()
     drawn = [next(stream).images for _ in range(2 * len(trainer.source) // 16)]
     assert {image.numpy().tobytes() for image in torch.cat(drawn)} == ours
 
