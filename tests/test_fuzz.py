@@ -290,10 +290,11 @@ def wrong_command(rng, run):
         "plan": ["tiny.toml"], "doctor": ["--fast"], "watch": [run],
         "sample": [model, "-n", 1], "convert": [run, "out"], "evaluate": ["digits-hdit", "empty"],
         "configs": ["digits-hdit"], "data check": ["empty"], "ema": [run, "--width", "0.1"],
+        "compare": ["empty", "empty"],
     }[verb]  # fmt: skip
     known = list(options(verb))
     numbers = [name for name, kinds in known if {int, float} & kinds]
-    ways = ["option", "extra"]
+    ways = ["option", *(["extra"] if verb != "compare" else [])]  # which takes any number
     ways += ["number"] * 4 if numbers else []
     ways += ["empty"] if known else []
     ways += ["set"] * 3 if "--set" in dict(known) else []

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hdit import config, processes
 from hdit.processes import ProcessError, World, closing, join, read_address, read_world
 from hdit.training import setup
+from hdit.training.hosts import Hosts
 
 PATIENCE = timedelta(seconds=60)
 SECOND = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
@@ -163,12 +164,14 @@ def test_process_that_dies_while_the_groups_are_made_is_not_waited_for_without_e
     assert "does not answer within 3 s (training.start_timeout)" in err
 
 
-class Hosts:
-    """Three processes, of which this is one."""
+class Three(Hosts):
+    """Three processes, of which this is one and the last has other settings."""
 
-    def __init__(self, rank):
-        self.rank = lambda: rank
-        self.size = lambda: 3
+    def __init__(self, rank, changes):
+        self.rank, self.size, self.changes = rank, 3, changes
+
+    def gathered(self, mine):
+        return [mine, mine, config.merge(mine, self.changes)]
 
 
 @pytest.mark.parametrize(
@@ -182,14 +185,9 @@ class Hosts:
     ],
 )
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_process_with_other_settings_or_data_is_named_once(changes, named, rank, tiny, monkeypatch):
+def test_process_with_other_settings_or_data_is_named_once(changes, named, rank, tiny):
     settings = config.load(tiny)
     source, space = settings.data.open(), settings.space.open(torch.device("cpu"))
-
-    def gather(everyone, ours, group):
-        everyone[:] = [ours, ours, config.merge(ours, changes)]
-
-    monkeypatch.setattr(dist, "all_gather_object", gather)
     if named is None:
         ends = nullcontext()
     elif rank == 0:
@@ -197,7 +195,7 @@ def test_process_with_other_settings_or_data_is_named_once(changes, named, rank,
     else:
         ends = pytest.raises(SystemExit)
     with ends:
-        setup._check_alike(Hosts(rank), settings, source, space, None)
+        setup._check_alike(Three(rank, changes), settings, source, space, None)
 
 
 GOING = """

@@ -598,5 +598,5 @@ def test_shell_completes_verbs_and_options(tmp_path):
         )
         return done.stdout.split()
 
-    assert completed("hdit e", 1) == ["evaluate", "encode"]
+    assert completed("hdit e", 1) == ["evaluate", "ema", "encode"]
     assert "--sampler" in completed("hdit sample --s", 2)

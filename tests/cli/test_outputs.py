@@ -52,7 +52,7 @@ CHECK = ["data", "check", "images", "--size", "32", "--workers", "0"]
 VERBS = {
     "sample": ([*SAMPLE, "--out"], "out", 300, "out/samples.json"),
     "convert": (["convert", "run"], "out", 4000, "out/model.safetensors"),
-    "evaluate": ([*EVALUATE, "--out"], "out", 300, "out"),
+    "evaluate": ([*EVALUATE, "--out"], "out", 900, "out"),  # more than its warnings
     "data check": ([*CHECK, "--sheet"], "out.png", 8000, "out.png"),
     "watch": (["watch", "run", "--out"], "out.html", 8000, "out.html"),
 }

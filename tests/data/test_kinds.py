@@ -101,7 +101,7 @@ def test_training_check_and_evaluation_tell_the_same_by_content(tmp_path, kind, 
     assert open_source(place, size="4").spec.kind == kind
     found = open_set(place)
     assert found.record["kind"] == kind
-    assert [found.image(i).permute(1, 2, 0).tolist() for i in range(2)] == PIXELS.tolist()
+    assert [found.image(i)[0].permute(1, 2, 0).tolist() for i in range(2)] == PIXELS.tolist()
 
 
 def test_tar_files_by_wildcard_or_braces_are_a_set_of_images(tmp_path):

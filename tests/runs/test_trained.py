@@ -205,7 +205,9 @@ def test_model_of_another_project_guides_one_of_ours(hdits, hdit, tmp_path):
     status, _, err = hdit("sample", hdits[0], *options)
     assert status == 0, err
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert record["guide"] == {"checkpoint": str(hdits[-1]), "scale": 2.0}
+    guide = record["guide"]
+    assert (guide["checkpoint"], guide["scale"]) == (str(hdits[-1]), 2.0)
+    assert len(guide["sha256"]) == 64
 
 
 def test_path_of_a_model_that_is_not_utf8_is_escaped_in_the_record(hdits, hdit, tmp_path):

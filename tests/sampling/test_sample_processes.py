@@ -60,7 +60,7 @@ def test_killed_process_ends_all_and_fewer_go_on_to_the_same_images(trained, hdi
             process.kill()
             process.communicate()
     assert first.returncode == 1
-    assert said.startswith("error: another process of this run is gone"), said
+    assert said.startswith("error: rank 1 of 2 of this run: gone without a word"), said
     assert len(said.splitlines()) == 1
     there = {path.name for path in out.glob("0*.png")}
     assert 3 <= len(there) < 32

@@ -10,7 +10,7 @@ from rich.console import Console
 from hdit import config
 from hdit.cli.output import listen_to_loggers
 from hdit.runs import checkpoint
-from hdit.training import trainer as trainer_module
+from hdit.training import grid
 from hdit.training.progress import Progress, speed_text
 from hdit.training.trainer import Trainer
 
@@ -73,7 +73,7 @@ def test_bar_says_what_is_done_in_place_of_training(tiny, tmp_path, monkeypatch)
     trainer = Trainer(settings, tmp_path / "run", terminal(80))
     seen = []
 
-    for owner, name in ((checkpoint, "save"), (trainer_module, "sample")):
+    for owner, name in ((checkpoint, "save"), (grid, "sample")):
         original = getattr(owner, name)
 
         def wrapped(*arguments, original=original, name=name, **options):
