@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -60,8 +61,12 @@ def status_of(number: int) -> int:
 def handled(handler: Handler) -> Iterator[dict[int, Any]]:
     """Calls `handler` at each of these signals while the block runs; yields the handlers before.
 
-    A SIGHUP that is ignored, as after nohup, stays ignored. For the main thread alone.
+    A SIGHUP that is ignored, as after nohup, stays ignored. In another thread than the main one, as
+    in a worker of Ray, nothing is handled: Python leaves signals to the main thread.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
 
     def told(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

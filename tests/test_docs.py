@@ -47,6 +47,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "the tests run in an environment already",
     "git clone --depth 1 https://github.com/zalandoresearch/fashion-mnist": "network; a stand-in",
     "torchrun --nproc_per_node 8 -- $(which hdit) train CONFIG --run DIR": "eight GPUs",
+    "torchrun -- $(which hdit) train CONFIG --run DIR": "a container of Kubeflow",
     "torchrun --nnodes 4 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 "
     "-- $(which hdit) train CONFIG --run DIR": "four machines",
     "python scripts/profile_trainer.py hdit-oxford-flowers --batch-size 4 --steps 10 "
@@ -291,7 +292,11 @@ def test_commands_that_are_not_run_are_in_a_page_and_have_their_options():
 )
 def test_python_of_a_page_runs(page, index, place, trained):
     shutil.copytree(trained, "runs/digits-hdit")
-    exec(compile(blocks(PAGES[page].read_text(), "python")[index], page, "exec"), {})
+    text = blocks(PAGES[page].read_text(), "python")[index]
+    code = compile(text, page, "exec")
+    if "from ray" in text:
+        pytest.skip("Ray is not among the tests' packages, and trains for long")
+    exec(code, {})
 
 
 def test_configs_of_the_configuration_page_are_valid(place):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -23,6 +24,21 @@ def test_signal_is_raised_and_the_handlers_before_come_back(number):
 
 def test_signalled_is_taken_for_no_error():
     assert not issubclass(Signalled, Exception)
+
+
+def test_another_thread_than_the_main_one_leaves_signals_to_that():
+    """Python lets no other thread handle them; a worker of Ray trains in one."""
+    before = [signal.getsignal(n) for n in ENDING]
+    seen = []
+
+    def train():
+        with signals.handled(lambda number, frame: None) as handlers:
+            seen.append((handlers, [signal.getsignal(n) for n in ENDING]))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert seen == [({}, before)]
 
 
 def test_hangup_that_is_ignored_stays_ignored():
