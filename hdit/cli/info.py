@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdit.cli.options import ConfigFile, Overrides
+from hdit.cli.options import Batch, Classes, ConfigFile, Overrides
 from hdit.cli.output import plain_console
-from hdit.limits import MAX_BATCH, MAX_CLASSES
 from hdit.messages import say
 from hdit.names import printable
 
@@ -23,22 +22,8 @@ MOST_PREDICTED = 2**43  # bytes of parameters, beyond which a prediction takes m
 
 def info(
     config: ConfigFile,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MAX_BATCH,
-            help="Images at once, for the memory.  [default: a part of the batch]",
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=MAX_CLASSES,
-            help="Number of classes.  [default: data.classes, or as many as the data has]",
-        ),
-    ] = None,
+    batch: Batch = None,
+    classes: Classes = None,
     device: Annotated[
         str | None,
         typer.Option(

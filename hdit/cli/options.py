@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from hdit.errors import UserError
-from hdit.limits import MAX_BATCH, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
+from hdit.limits import MAX_BATCH, MAX_CLASSES, MAX_GUIDANCE, MAX_STEPS, MAX_WORKERS
 
 Number = TypeVar("Number", float, list[float], None)
 
@@ -74,3 +74,20 @@ Workers = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_BATCH,
+        help="Images that a device takes at once.  [default: a part of the batch]",
+    ),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=MAX_CLASSES,
+        help="Number of classes.  [default: data.classes, or as many as the data has]",
+    ),
+]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hdit.cli.options import AsJson, ConfigFile, Overrides, finite
+from hdit.cli.options import AsJson, Batch, Classes, ConfigFile, Overrides, finite
 from hdit.cli.output import plain_console
-from hdit.limits import MAX_BATCH, MAX_CLASSES, MAX_SAMPLES
+from hdit.limits import MAX_SAMPLES
 from hdit.messages import echo, say
 from hdit.names import printable
 
@@ -83,22 +83,8 @@ def plan(
             help="Memory of a GPU, to tell which batch fits with which settings.",
         ),
     ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MAX_BATCH,
-            help="Images that a GPU takes at once.  [default: a part of the batch]",
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=MAX_CLASSES,
-            help="Number of classes.  [default: data.classes, or as many as the data has]",
-        ),
-    ] = None,
+    batch: Batch = None,
+    classes: Classes = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
