@@ -89,10 +89,13 @@ def test_sharded_run_that_is_killed_at_any_moment_ends_with_the_same_weights(
     same = [arguments(undisturbed.parent / "tiny.toml", run, "sampling.grid=0")] * 2
     killed = [{"arguments": same, "kill": times + seed, "run": run} for seed in range(times)]
     results = pairs(tmp_path, *killed, {"arguments": same})
+    kills = 0
     for result in results[:-1]:
-        assert None not in [status for status, _ in result], "one did not end"
-        assert -9 in [status for status, _ in result]
+        statuses = [status for status, _ in result]
+        assert None not in statuses, "one did not end"
         assert len(errors(result)) <= 1, errors(result)
+        kills += -9 in statuses
+    assert kills >= max(1, times // 4)  # as the last ones may find the run at its end
     assert [status for status, _ in results[-1]] == [0, 0], results[-1]
     assert_same(run, undisturbed)
 
