@@ -181,7 +181,7 @@ def evaluate(
 
 
 class Options(NamedTuple):
-    """What is measured, and how, as the options have it."""
+    """The metrics to measure and the settings for it, read from the command line."""
 
     metrics: list[str]
     named: list[str]

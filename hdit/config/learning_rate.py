@@ -21,7 +21,7 @@ from hdit.protocols import Spec
 
 
 class Moment(NamedTuple):
-    """Where a run stands at a step of the optimizer."""
+    """A step of the optimizer, counted in steps and in images."""
 
     step: int  # counted from 0
     images: float  # drawn up to the middle of the step's batch
@@ -133,7 +133,7 @@ class ImageLR(LRSpec):
         return lr * ramp(at.images, self.warmup_images) * self.factor(at.images, at.end)
 
     def factor(self, images: float, end: int) -> float:
-        """Of lr after so many images of a run that ends after `end`, without the warm-up."""
+        """The share of lr after `images` of a run that ends at `end` images, without warm-up."""
         raise NotImplementedError
 
 

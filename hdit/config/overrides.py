@@ -45,7 +45,7 @@ def _merged(path: Path, above: tuple[Path, ...], known: dict[Path, Any]) -> dict
 
 
 def _read_one(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a file itself says, and the files that it extends. Raises ConfigError."""
+    """The settings written in a file, and the files that it extends. Raises ConfigError."""
     try:
         own = parse_toml(read_text(path, MAX_BYTES), str(path))
     except FileNotFoundError:
